@@ -1,0 +1,53 @@
+"""Multi-head attention on queries, keys and values that are already projected.
+
+Kept apart from the projections because the decoders of this family differ in nothing else: SAM-DETR's keys are as
+wide as the model for every head (and one key serves all heads), its values are not; SMCA adds a prior to the logits.
+Legend: B batch, N heads, Q queries, L positions attended, D width of a query and key, E width of a value.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, N * D) -> (B, N, L, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, N, L, D) -> (B, L, N * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    padding: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax(query key^T / sqrt(D) + bias) value -> (B, N, Q, E).
+
+    Args:
+        query: (B, N, Q, D).
+        key: (B, N, L, D), or (B, 1, L, D) where all heads share one key. A shared key is never expanded: the heads
+            join the queries in one matrix product.
+        value: (B, N, L, E).
+        padding: (B, L), True at positions that no query may attend.
+        bias: (B, N, Q, L), added to the scaled logits.
+        dropout: probability that an attention weight is dropped.
+    """
+    query = query * query.shape[-1] ** -0.5
+    if key.shape[1] == 1:
+        logits = (query.flatten(1, 2) @ key[:, 0].mT).unflatten(1, query.shape[1:3])  # (B, N, Q, L)
+    else:
+        logits = query @ key.mT
+    if bias is not None:
+        logits = logits + bias
+    if padding is not None:
+        logits = logits.masked_fill(padding[:, None, None, :], -torch.inf)
+    weights = F.dropout(logits.softmax(-1), dropout, training=dropout > 0)
+    return weights @ value

@@ -1,0 +1,81 @@
+"""torchvision's ResNets as feature extractors. Knows no transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
+class Backbone(nn.Module):
+    """A ResNet without its classifier.
+
+    Args:
+        name: one of RESNETS.
+        levels: which stages to return, by their usual names: 3, 4, 5 for C3, C4, C5 (strides 8, 16, 32). Later
+            stages than the last one named are not built.
+        dilation: C5 at stride 16 instead of 32 (DC5); bottleneck ResNets only.
+        norm: "frozen" - BatchNorm with constant statistics and scales, as published for pretrained weights - or
+            "learned", for training from scratch.
+        freeze_stem: whether the stem and the first stage are kept as they are (they are where the weights are
+            pretrained).
+        trainable: False freezes all of it.
+
+    Raises:
+        ValueError: unknown name, or dilation of a ResNet without bottlenecks.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        levels: Sequence[int] = (5,),
+        dilation: bool = False,
+        norm: str = "frozen",
+        freeze_stem: bool = True,
+        trainable: bool = True,
+    ):
+        super().__init__()
+        if name not in RESNETS:
+            raise ValueError(f"Unknown --backbone {name!r}; choose one of {', '.join(RESNETS)}")
+        basic = name in ("resnet18", "resnet34")
+        if dilation and basic:
+            raise ValueError(f"--dilation needs bottleneck blocks, which {name} has not; use resnet50 or deeper")
+        norm_layer = {"frozen": FrozenBatchNorm2d, "learned": nn.BatchNorm2d}[norm]
+        kwargs = {} if basic else {"replace_stride_with_dilation": [False, False, dilation]}
+        resnet = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer, **kwargs)
+        self.body = IntermediateLayerGetter(resnet, {f"layer{level - 1}": str(level) for level in levels})
+        channels, strides = {3: 128, 4: 256, 5: 512}, {3: 8, 4: 16, 5: 16 if dilation else 32}
+        self.num_channels = [channels[level] * (1 if basic else 4) for level in levels]
+        self.strides = [strides[level] for level in levels]
+        for parameter_name, parameter in self.body.named_parameters():
+            frozen_stage = freeze_stem and parameter_name.startswith(("conv1", "bn1", "layer1"))
+            if frozen_stage or not trainable:
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """`images` (B, 3, H, W), normalised -> one map (B, C_l, H_l, W_l) for each level."""
+        return list(self.body(images).values())
+
+    def load_classifier_weights(self, state: dict[str, Tensor]) -> None:
+        """Take over the weights of a torchvision ResNet classifier; its last layer and unused stages are left out.
+
+        Raises:
+            ValueError: a weight is missing or has another shape.
+        """
+        own = self.body.state_dict()
+        missing = sorted(k for k in own if k not in state and not k.endswith("num_batches_tracked"))
+        wrong = sorted(k for k in own if k in state and state[k].shape != own[k].shape)
+        if missing or wrong:
+            raise ValueError(
+                f"these are not the weights of this ResNet: {len(missing)} missing (first: {missing[:3]}), "
+                f"{len(wrong)} of another shape (first: {wrong[:3]})"
+            )
+        with torch.no_grad():
+            self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)

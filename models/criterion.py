@@ -1,0 +1,126 @@
+"""The set prediction loss: match, then penalise classes, boxes and overlaps at every decoder layer.
+
+A loss is a function `(outputs, targets, matches, num_boxes) -> dict of scalars`; the criterion takes a list of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.matcher import HungarianMatcher, Matches
+from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from util.distributed import reduce_mean
+
+Targets = Sequence[dict[str, Tensor]]
+Loss = Callable[[dict[str, Any], Targets, Matches, Tensor], dict[str, Tensor]]
+
+
+def sigmoid_focal_loss(logits: Tensor, wanted: Tensor, *, alpha: float, gamma: float = 2.0) -> Tensor:
+    """Focal loss (Lin et al., ICCV 2017, eq. 5) of every logit; `wanted` is 0 or 1. Same shape as `logits`."""
+    probability = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    miss = probability + wanted - 2 * probability * wanted  # 1 - probability of what is wanted
+    return (alpha * wanted + (1 - alpha) * (1 - wanted)) * miss**gamma * cross_entropy
+
+
+def focal_loss(*, alpha: float) -> Loss:
+    """`loss_ce`: focal loss over all queries and classes, divided by the number of boxes."""
+
+    def loss(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
+        logits = outputs["pred_logits"]  # (B, Q, classes)
+        wanted = torch.zeros_like(logits)
+        labels = torch.cat([t["labels"] for t in targets])
+        wanted[matches.image, matches.query, labels[matches.target]] = 1
+        # The reference takes the mean over queries and multiplies by their number: the sum.
+        return {"loss_ce": sigmoid_focal_loss(logits, wanted, alpha=alpha).sum() / num_boxes}
+
+    return loss
+
+
+def box_losses(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
+    """`loss_bbox`, L1 on cx, cy, w, h, and `loss_giou`, of the matched pairs, divided by the number of boxes."""
+    predicted = outputs["pred_boxes"][matches.image, matches.query]  # (M, 4)
+    wanted = torch.cat([t["boxes"] for t in targets])[matches.target]
+    overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+    return {"loss_bbox": (predicted - wanted).abs().sum() / num_boxes, "loss_giou": (1 - overlap).sum() / num_boxes}
+
+
+@torch.no_grad()
+def cardinality_error(
+    outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor
+) -> dict[str, Tensor]:
+    """`cardinality_error`: how far the number of non-empty predictions is from the number of objects, for the log.
+
+    Kept as the reference computes it, so that logs compare: a query counts as empty if its best class is the last
+    one, which means little where no class stands for "no object".
+    """
+    logits = outputs["pred_logits"]
+    found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
+    there = torch.as_tensor([len(t["labels"]) for t in targets], device=logits.device)
+    return {"cardinality_error": (found - there).abs().to(logits.dtype).mean()}
+
+
+@torch.no_grad()
+def class_error(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
+    """`class_error`: per cent of matched queries whose best class is wrong, for the log; 100 without any object."""
+    labels = torch.cat([t["labels"] for t in targets])[matches.target]
+    right = outputs["pred_logits"][matches.image, matches.query].argmax(-1) == labels
+    return {"class_error": 100 - 100 * right.sum().to(outputs["pred_logits"].dtype) / max(len(labels), 1)}
+
+
+class SetCriterion(nn.Module):
+    """Losses of every decoder layer, each matched anew.
+
+    Args:
+        matcher: assigns queries to objects.
+        losses: computed for every layer, named with the suffix `_0`, `_1`, ... for all but the last.
+        final_losses: computed for the last layer alone.
+        weights: weight of each loss term, by its name without suffix; terms that are not named are only reported.
+        auxiliary: whether the earlier layers count (`--no_aux_loss` turns it off).
+    """
+
+    def __init__(
+        self,
+        *,
+        matcher: HungarianMatcher,
+        losses: Sequence[Loss],
+        final_losses: Sequence[Loss] = (),
+        weights: dict[str, float],
+        auxiliary: bool = True,
+    ):
+        super().__init__()
+        self.matcher, self.losses, self.final_losses = matcher, list(losses), list(final_losses)
+        self.weights, self.auxiliary = dict(weights), auxiliary
+
+    def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+        """
+        Args:
+            outputs: the detector's dict.
+            targets: for each image `labels` (n,), int64, and `boxes` (n, 4) as normalised cx, cy, w, h.
+        Returns:
+            Every term, unweighted. `total` makes the weighted sum.
+        """
+        predictions = [*(outputs["aux_outputs"] if self.auxiliary else []), outputs]
+        matches = self.matcher(predictions, targets)
+        # Normalised by the mean number of boxes over the processes, so that the mean of their gradients is the
+        # gradient of the joint batch.
+        count = torch.as_tensor(sum(len(t["labels"]) for t in targets), device=outputs["pred_logits"].device)
+        num_boxes = reduce_mean({"num_boxes": count.to(outputs["pred_logits"].dtype)})["num_boxes"].clamp(min=1)
+
+        terms: dict[str, Tensor] = {}
+        for loss in (*self.losses, *self.final_losses):
+            terms |= loss(outputs, targets, matches[-1], num_boxes)
+        for layer, (prediction, match) in enumerate(zip(predictions[:-1], matches)):
+            for loss in self.losses:
+                terms |= {f"{name}_{layer}": v for name, v in loss(prediction, targets, match, num_boxes).items()}
+        return terms
+
+    def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms that training minimises, times their weights."""
+        plain_name = {name: name.rstrip("0123456789").rstrip("_") for name in terms}
+        return {name: term * self.weights[plain_name[name]] for name, term in terms.items() if plain_name[name] in self.weights}  # fmt: skip

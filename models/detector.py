@@ -1,0 +1,43 @@
+"""The detector that all families share. The page to read first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from models.backbone import Backbone
+from models.layers import InputProjection
+from util.padded_images import PaddedImages
+
+
+class Detector(nn.Module):
+    """Backbone -> projection to the model's width -> encoder -> decoder -> predictions.
+
+    Args:
+        backbone: images (B, 3, H, W) -> one feature map per level.
+        projection: feature maps and padding -> list[FeatureLevel].
+        encoder: list[FeatureLevel] -> list[FeatureLevel].
+        decoder: list[FeatureLevel] -> list of prediction dicts, one per decoder layer, the last one final.
+    """
+
+    def __init__(self, *, backbone: Backbone, projection: InputProjection, encoder: nn.Module, decoder: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.projection = projection
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, batch: PaddedImages) -> dict[str, Any]:
+        """
+        Returns:
+            The dict that matcher, criterion and post-processing depend on, and on nothing else:
+            `pred_logits` (B, Q, classes), before the sigmoid; `pred_boxes` (B, Q, 4), as centre x, centre y, width,
+            height relative to the image without its padding, in [0, 1]; `aux_outputs`, a list of the same for the
+            earlier decoder layers.
+        """
+        maps = self.backbone(batch.images)
+        levels = self.projection(maps, batch.padding)
+        levels = self.encoder(levels)
+        *auxiliary, final = self.decoder(levels)
+        return {**final, "aux_outputs": auxiliary}

@@ -1,0 +1,130 @@
+"""Parts that every detector of the family is made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.position_encoding import grid_points, sine_encoding
+
+
+@dataclass
+class FeatureLevel:
+    """One feature map on its way through the detector.
+
+    `features` (B, C, H, W); `padding` (B, H, W), True where padded; `position` (B, C, H, W), position encoding.
+    """
+
+    features: Tensor
+    padding: Tensor
+    position: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, L, C), L = H * W."""
+        return self.features.flatten(2).mT
+
+    @property
+    def position_tokens(self) -> Tensor:
+        """(B, L, C)."""
+        return self.position.flatten(2).mT
+
+    @property
+    def token_padding(self) -> Tensor:
+        """(B, L)."""
+        return self.padding.flatten(1)
+
+    @property
+    def valid_ratio(self) -> Tensor:
+        """(B, 2): share of the map's width and height that is image, not padding."""
+        return valid_ratio(self.padding).to(self.features.dtype)
+
+    def with_tokens(self, tokens: Tensor) -> FeatureLevel:
+        """The same level holding other features, given as (B, L, C)."""
+        return replace(self, features=tokens.mT.unflatten(2, self.features.shape[2:]))
+
+
+def valid_ratio(padding: Tensor) -> Tensor:
+    """Share of width and height that is not padded: `padding` (B, H, W) -> (B, 2) as x, y, float32."""
+    valid = (~padding).float()
+    return torch.stack([valid[:, 0, :].mean(1), valid[:, :, 0].mean(1)], -1)
+
+
+class InputProjection(nn.Module):
+    """1 x 1 convolution of each backbone level to the model's width, with its padding and position encoding.
+
+    Args:
+        in_channels: channels of each level.
+        hidden_dim: width of the model.
+        norm: whether a GroupNorm of 32 groups follows.
+    """
+
+    def __init__(self, *, in_channels: Sequence[int], hidden_dim: int, norm: bool):
+        super().__init__()
+        if norm and hidden_dim % 32:
+            raise ValueError(f"GroupNorm(32) after the input projection needs a width that 32 divides, not {hidden_dim}; "
+                             "change --hidden_dim or pass --input_proj_norm none")  # fmt: skip
+        self.hidden_dim = hidden_dim
+        self.levels = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, hidden_dim, 1), *([nn.GroupNorm(32, hidden_dim)] if norm else []))
+            for c in in_channels
+        )
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor) -> list[FeatureLevel]:
+        """`maps`: (B, C_l, H_l, W_l) each; `padding` (B, H, W) at the images' size."""
+        levels = []
+        for project, features in zip(self.levels, maps):
+            features = project(features)  # (B, C, H_l, W_l)
+            level_padding = F.interpolate(padding[:, None].float(), size=features.shape[2:])[:, 0].bool()
+            position = sine_encoding(grid_points(level_padding), num_channels=self.hidden_dim)
+            levels.append(FeatureLevel(features, level_padding, position.permute(0, 3, 1, 2).to(features.dtype)))
+        return levels
+
+
+class MLP(nn.Module):
+    """Linear layers of the given widths, ReLU between them: MLP(256, 256, 4) has two layers."""
+
+    def __init__(self, *widths: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+class FeedForward(nn.Module):
+    """The two-layer branch of a transformer layer, dropout inside."""
+
+    def __init__(self, *, hidden_dim: int, feedforward_dim: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.linear1(x).relu()))
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of x, finite at 0 and 1: x and 1 - x are taken to be at least eps."""
+    x = x.clamp(0, 1)
+    return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
+
+
+def copies(module: nn.Module, number: int) -> nn.ModuleList:
+    """`number` independent modules that start equal, as the reference clones its layers and heads."""
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(number))
+
+
+def xavier_matrices(module: nn.Module) -> None:
+    """Xavier-uniform every parameter with two or more axes (a convolution's kernel counts as one)."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)

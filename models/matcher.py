@@ -1,0 +1,96 @@
+"""One-to-one assignment of queries to objects at the least total cost (DETR, section 3.1).
+
+Legend: S predictions matched at once (decoder layers), B batch, Q queries, n objects of one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from util.box_ops import cxcywh_to_xyxy, generalized_iou
+
+Cost = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+
+
+@dataclass
+class Matches:
+    """Matched pairs of a batch, image by image: `image`, `query` and `target` (M,), int64; `target` counts through the
+    objects of all images. M = number of objects (of queries, where an image has more objects than queries)."""
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+def focal_class_cost(*, alpha: float, gamma: float = 2.0) -> Cost:
+    """What the focal loss of a query would change if it took the object's class."""
+
+    def cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        probability = outputs["pred_logits"].sigmoid()[..., targets["labels"]]  # (S, Q, n)
+        negative = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
+        positive = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
+        return positive - negative
+
+    return cost
+
+
+def l1_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    """Sum of absolute differences of cx, cy, w, h."""
+    return (outputs["pred_boxes"][..., :, None, :] - targets["boxes"]).abs().sum(-1)
+
+
+def giou_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    """Negative generalised IoU."""
+    predicted, wanted = cxcywh_to_xyxy(outputs["pred_boxes"]), cxcywh_to_xyxy(targets["boxes"])
+    return -generalized_iou(predicted[..., :, None, :], wanted)
+
+
+class HungarianMatcher:
+    """Assignment under a weighted sum of costs.
+
+    Args:
+        costs: (weight, cost) pairs. A cost takes the predictions of one image, `pred_logits` (S, Q, classes) and
+            `pred_boxes` (S, Q, 4), and its `labels` (n,) and `boxes` (n, 4), and returns (S, Q, n).
+    """
+
+    def __init__(self, *, costs: Sequence[tuple[float, Cost]]):
+        self.costs = [(weight, cost) for weight, cost in costs if weight != 0]
+        if not self.costs:
+            raise ValueError("the matching costs are all 0; give --set_cost_class, --set_cost_bbox or --set_cost_giou")
+
+    @torch.no_grad()
+    def __call__(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Tensor]]) -> list[Matches]:
+        """Match each prediction of a batch (one per decoder layer) on its own.
+
+        All of them are computed together, only between an image's own queries and objects, and reach the host in one
+        transfer. Costs that are not finite count as very large, so that the loss is computed and can be reported.
+        """
+        logits = torch.stack([p["pred_logits"] for p in predictions])  # (S, B, Q, classes)
+        boxes = torch.stack([p["pred_boxes"] for p in predictions])  # (S, B, Q, 4)
+        costs = []
+        for image, target in enumerate(targets):
+            outputs = {"pred_logits": logits[:, image], "pred_boxes": boxes[:, image]}
+            costs.append(sum(weight * cost(outputs, target) for weight, cost in self.costs).flatten())  # (S * Q * n,)
+        sizes = [len(target["labels"]) for target in targets]
+        on_host = torch.cat(costs).nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu().split([len(c) for c in costs])
+        per_image = [c.view(len(predictions), -1, n).numpy() if n else None for c, n in zip(on_host, sizes)]
+
+        starts = [sum(sizes[:image]) for image in range(len(sizes))]
+        rows = []
+        for step in range(len(predictions)):
+            for image, cost in enumerate(per_image):
+                if cost is not None:
+                    query, target = linear_sum_assignment(cost[step])
+                    rows += [(step, image, q, starts[image] + t) for q, t in zip(query, target)]
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T
+        matches = []
+        for step in range(len(predictions)):
+            image, query, target = table[1:, table[0] == step].to(logits.device, non_blocking=True)
+            matches.append(Matches(image, query, target))
+        return matches

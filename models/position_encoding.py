@@ -1,0 +1,38 @@
+"""Sine position encoding: one formula, of a padding grid (keys) and of points (queries).
+
+Attention Is All You Need, section 3.5, in DETR's two-dimensional form: the first half of the channels encodes y,
+the second half x; within a half, sine and cosine of falling frequencies alternate.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 10000.0) -> Tensor:
+    """Encode points (..., 2), given as x, y in [0, 1] -> (..., num_channels)."""
+    if num_channels % 4:
+        raise ValueError(f"A sine position encoding needs a width that 4 divides, not {num_channels}; change --hidden_dim")
+    # float32 whatever the input: as published, and what the reference figures were made with.
+    pair = torch.arange(num_channels // 4, dtype=torch.float32, device=points.device)
+    period = temperature ** (4 * pair / num_channels)
+    angles = (2 * math.pi) * points.flip(-1)[..., None] / period  # (..., 2, C / 4), y first
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)  # (..., C)
+
+
+def grid_points(padding: Tensor) -> Tensor:
+    """Centres of the cells of a padded map, relative to its valid part.
+
+    `padding` (B, H, W), True where padded -> (B, H, W, 2), x, y in [0, 1] on valid cells, float32.
+    """
+    valid = (~padding).float()
+
+    def relative(axis: int) -> Tensor:
+        centre = valid.cumsum(axis) - 0.5
+        # The last centre + 0.5 is the number of valid cells. The order of the two additions matters for rows and
+        # columns that are padded as a whole: there all that is left of the divisor is the rounding error of this sum.
+        # These cells are no keys, but RoIAlign at the border of an image sees what the encoder made of them.
+        return centre / (centre.narrow(axis, -1, 1) + 1e-6 + 0.5)
+
+    return torch.stack([relative(2), relative(1)], -1)

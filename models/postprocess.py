@@ -1,0 +1,33 @@
+"""From the detector's dict to detections in pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.box_ops import cxcywh_to_xyxy
+
+
+@torch.no_grad()
+def postprocess(outputs: dict[str, Any], orig_sizes: Tensor, *, top_k: int = 100) -> list[dict[str, Tensor]]:
+    """The best (query, class) pairs of each image.
+
+    Args:
+        outputs: `pred_logits` (B, Q, classes) and `pred_boxes` (B, Q, 4).
+        orig_sizes: (B, 2), height and width of the images whose pixels are wanted.
+        top_k: at most so many; fewer where there are fewer pairs.
+    Returns:
+        For each image `scores`, `labels`, `queries` (k,) and `boxes` (k, 4) as left, top, right, bottom in pixels,
+        best first. `queries` tells which query a detection comes from. Boxes are not clipped, as published.
+    """
+    scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q * classes)
+    scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    num_classes = outputs["pred_logits"].shape[-1]
+    queries, labels = best // num_classes, best % num_classes
+    boxes = cxcywh_to_xyxy(outputs["pred_boxes"]).gather(1, queries[..., None].expand(-1, -1, 4))
+    boxes = boxes * orig_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
+    return [
+        {"scores": s, "labels": c, "queries": q, "boxes": b} for s, c, q, b in zip(scores, labels, queries, boxes)
+    ]

@@ -1,0 +1,186 @@
+"""SAM-DETR's decoder (section 3.2): a DETR decoder with a Semantics Aligner in front of each cross-attention.
+
+Legend: B batch, Q queries, N heads, C channels, L positions of a level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import attend, merge_heads, split_heads
+from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
+from models.position_encoding import sine_encoding
+from models.sam_detr.semantics_aligner import SemanticsAligner
+from models.spatial_prior import gaussian_log_prior
+
+
+class SelfAttention(nn.Module):
+    """Attention among the queries, content and position projected apart."""
+
+    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_content = nn.Linear(hidden_dim, hidden_dim)
+        self.query_position = nn.Linear(hidden_dim, hidden_dim)
+        self.key_content = nn.Linear(hidden_dim, hidden_dim)
+        self.key_position = nn.Linear(hidden_dim, hidden_dim)
+        self.value = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, queries: Tensor, position: Tensor) -> Tensor:
+        """`queries`, `position` (B, Q, C) -> (B, Q, C)."""
+        query = split_heads(self.query_content(queries) + self.query_position(position), self.num_heads)
+        key = split_heads(self.key_content(queries) + self.key_position(position), self.num_heads)
+        value = split_heads(self.value(queries), self.num_heads)
+        return self.output(merge_heads(attend(query, key, value, dropout=self.dropout if self.training else 0.0)))
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries to a feature level.
+
+    With aligned queries every head compares whole C-wide queries with one key of C channels that all heads share (the
+    reference repeats this key for each head). Without an aligner it is DETR's: the C channels are split over the heads.
+    """
+
+    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float, aligned: bool):
+        super().__init__()
+        self.num_heads, self.dropout, self.aligned = num_heads, dropout, aligned
+        self.query_content = nn.Linear(hidden_dim, hidden_dim)
+        self.query_position = MLP(hidden_dim, hidden_dim, hidden_dim)
+        self.key_content = nn.Linear(hidden_dim, hidden_dim)
+        self.key_position = MLP(hidden_dim, hidden_dim, hidden_dim)
+        self.value = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, content: Tensor, position: Tensor, level: FeatureLevel, bias: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            content, position: aligned (B, Q, N or 1, C), else (B, Q, C).
+            bias: (B, N, Q, L), spatial prior.
+        Returns:
+            (B, Q, C).
+        """
+        query = self.query_content(content) + self.query_position(position)
+        key = self.key_content(level.tokens) + self.key_position(level.position_tokens)  # (B, L, C)
+        value = split_heads(self.value(level.tokens), self.num_heads)  # (B, N, L, C / N)
+        if self.aligned:
+            query = query.transpose(1, 2).expand(-1, self.num_heads, -1, -1)  # (B, N, Q, C)
+            key = key[:, None]  # (B, 1, L, C)
+        else:
+            query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(
+            merge_heads(attend(query, key, value, padding=level.token_padding, bias=bias, dropout=dropout))
+        )
+
+
+class SAMDecoderLayer(nn.Module):
+    """Self-attention, alignment, cross-attention, feed-forward; post-norm.
+
+    Args:
+        aligner: the module that resamples the queries; None leaves them as they are (the paper's baseline).
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        aligner: SemanticsAligner | None,
+    ):
+        super().__init__()
+        self.hidden_dim, self.num_heads = hidden_dim, num_heads
+        self.self_attention = SelfAttention(hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.aligner = aligner
+        self.cross_attention = CrossAttention(
+            hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout, aligned=aligner is not None
+        )
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
+        self.norm3 = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel) -> Tensor:
+        """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image -> (B, Q, C)."""
+        # Without gradient, and not scaled by the valid ratio, as in the reference.
+        position = sine_encoding(boxes[..., :2].detach(), num_channels=self.hidden_dim).to(queries.dtype)
+        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position)))
+        if self.aligner is None:
+            attended = self.cross_attention(queries, position, level)
+        else:
+            aligned = self.aligner(queries, boxes, level.features, level.valid_ratio)
+            prior = None if aligned.scales is None else self._prior(aligned.points, aligned.scales, level)
+            attended = self.cross_attention(aligned.content, aligned.position, level, prior)
+        queries = self.norm2(queries + self.dropout(attended))
+        return self.norm3(queries + self.dropout(self.feed_forward(queries)))
+
+    def _prior(self, points: Tensor, scales: Tensor, level: FeatureLevel) -> Tensor:
+        """SMCA's prior around the salient points, (B, N or 1, Q, L)."""
+        height, width = level.features.shape[2:]
+        cells = level.valid_ratio[:, None, None] * points.new_tensor([width, height])
+        prior = gaussian_log_prior(points * cells, scales, height=height, width=width)  # (B, Q, N, H, W)
+        return prior.transpose(1, 2).flatten(3)
+
+
+class SAMDecoder(nn.Module):
+    """Decoder layers with one class head and one box head each, reference boxes refined from layer to layer.
+
+    Args:
+        layer: the first layer; the others start as copies of it.
+        num_queries: Q; each has a learned reference box.
+        num_classes: outputs of the class heads.
+        levels: for each layer, the index of the level that it attends; as many layers as entries.
+    """
+
+    def __init__(self, *, layer: SAMDecoderLayer, num_queries: int, num_classes: int, levels: Sequence[int]):
+        super().__init__()
+        self.levels = tuple(levels)
+        hidden_dim = layer.hidden_dim
+        self.layers = copies(layer, len(self.levels))
+        self.reference_boxes = nn.Parameter(torch.empty(num_queries, 4))  # logits of cx, cy, w, h
+        self.class_heads = copies(nn.Linear(hidden_dim, num_classes), len(self.levels))
+        self.box_heads = copies(MLP(hidden_dim, hidden_dim, hidden_dim, 4), len(self.levels))
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Every parameter of the decoder, as the reference leaves it:
+
+        matrices of the layers, the aligner's 1 x 1 convolution and last linear layer included: xavier uniform;
+        attention outputs: bias 0; salient-point head: last bias 0 (set there); other biases: PyTorch's default;
+        class heads: bias -log(99), so that every class starts at 1 %; box heads: last layer 0, so that the first
+        prediction is the reference box; other head weights: PyTorch's default; reference boxes: N(0, 1).
+        """
+        xavier_matrices(self.layers)
+        for layer in self.layers:
+            nn.init.zeros_(layer.self_attention.output.bias)
+            nn.init.zeros_(layer.cross_attention.output.bias)
+        for head in self.class_heads:
+            nn.init.constant_(head.bias, -math.log(99))
+        for head in self.box_heads:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        nn.init.normal_(self.reference_boxes)
+
+    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
+        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4)."""
+        batch = levels[0].features.shape[0]
+        reference = self.reference_boxes.expand(batch, -1, -1)  # (B, Q, 4), logits
+        queries = levels[0].features.new_zeros(*reference.shape[:2], self.layers[0].hidden_dim)
+        predictions = []
+        for layer, level, class_head, box_head in zip(self.layers, self.levels, self.class_heads, self.box_heads):
+            boxes = reference.sigmoid()
+            queries = layer(queries, boxes, levels[level])
+            offset = box_head(queries)
+            pred_boxes = (offset + inverse_sigmoid(boxes)).sigmoid()
+            predictions.append({"pred_logits": class_head(queries), "pred_boxes": pred_boxes})
+            # On the raw logit, not the clamped one, and cut from the graph; the initial boxes are not cut.
+            reference = (offset + reference).detach()
+        return predictions
+

@@ -1,0 +1,44 @@
+"""RoIAlign and bilinear sampling as matrices: what weight each row and each column of a map has in a sample.
+
+RoIAlign (He et al., ICCV 2017, section 3) is linear in the map, and its weights separate: the weight of cell (y, x) in
+bin (p, q) is Wy[p, y] * Wx[q, x]. So nothing of size bins x bins x channels is needed for a box unless the head
+asks for it; a 1 x 1 convolution can run before the pooling; and a point sampled inside the pooled grid is again a
+product of one row vector and one column vector. Equal to torchvision.ops.roi_align (aligned, adaptive sampling) up
+to rounding, deterministic in backward, and plain tensor code.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def bilinear_weights(positions: Tensor, length: int) -> Tensor:
+    """Weights of linear interpolation between neighbours, zero outside.
+
+    `positions` (...), in cells with 0 at the first cell's centre -> (..., length).
+    """
+    cells = torch.arange(length, dtype=positions.dtype, device=positions.device)
+    return (1 - (positions[..., None] - cells).abs()).clamp(min=0)
+
+
+def roi_align_weights(low: Tensor, high: Tensor, *, length: int, num_bins: int) -> Tensor:
+    """One axis of RoIAlign: weight of every cell in every bin.
+
+    Args:
+        low, high: (...), edges of the boxes along this axis in cells, 0 at the first cell's edge. A box may reach out
+            of the map but not be longer than it.
+        length: number of cells.
+    Returns:
+        (..., num_bins, length). As in RoIAlign, ceil(box length / num_bins) samples share a bin; samples more than one
+        cell outside the map count as zero, nearer ones take the border's value.
+    """
+    bin_length = (high - low) / num_bins
+    count = bin_length.ceil()[..., None, None]  # samples in a bin
+    bins = torch.arange(num_bins, dtype=low.dtype, device=low.device)[:, None]
+    samples = torch.arange(math.ceil(length / num_bins), dtype=low.dtype, device=low.device)
+    offset = bins + (samples + 0.5) / count.clamp(min=1)  # (..., bins, samples), in bins
+    position = low[..., None, None] - 0.5 + offset * bin_length[..., None, None]
+    counted = (samples < count) & (position >= -1) & (position <= length)
+    weights = bilinear_weights(position.clamp(0, length - 1), length) * counted[..., None]
+    return weights.sum(-2) / count.clamp(min=1)

@@ -1,0 +1,157 @@
+"""The Semantics Aligner (SAM-DETR, section 3.3): new queries, resampled from the features they will be matched with.
+
+Stands in front of the cross-attention of any DETR-like decoder layer. For each query it looks at the encoded features
+inside the query's reference box, finds salient points there, and hands back the features and the sine positions at
+these points as the query's new content and position - re-weighted by what the old query knew.
+Legend: B batch, Q queries, P points (one for each head, or one for all), N heads, C channels, H x W the map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import MLP
+from models.position_encoding import sine_encoding
+from models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
+
+ROI_SIZE = 7
+
+
+@dataclass
+class AlignedQueries:
+    """`content` and `position` (B, Q, N, C), or (B, Q, 1, C) where all heads share them; `points` (B, Q, P, 2), x, y
+    relative to the valid image; `scales` (B, Q, P, 2), inverse widths of the spatial prior, or None."""
+
+    content: Tensor
+    position: Tensor
+    points: Tensor
+    scales: Tensor | None
+
+
+class SemanticsAligner(nn.Module):
+    """Resample queries from encoded features.
+
+    Args:
+        hidden_dim: C, width of queries and features.
+        num_heads: N, heads of the cross-attention that follows.
+        resample: "points" - salient points, the paper's choice; "average" or "maximum" over the box (its ablations).
+        num_points: salient points per query: one for each head (default), or 1 for all.
+        reweight: whether the old queries gate the new ones (section 3.3.2), per head.
+        search_range: "box" confines salient points to the reference box; "image" lets them go anywhere.
+        predict_scales: also predict the widths of the spatial prior (SMCA).
+
+    Raises:
+        ValueError: widths, or a combination of options, that cannot be built.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        resample: str = "points",
+        num_points: int | None = None,
+        reweight: bool = True,
+        search_range: str = "box",
+        predict_scales: bool = False,
+    ):
+        super().__init__()
+        num_points = num_heads if num_points is None else num_points
+        if resample not in ("points", "average", "maximum"):
+            raise ValueError(f"resample must be points, average or maximum, not {resample!r}")
+        if search_range not in ("box", "image"):
+            raise ValueError(f"search_range must be box or image, not {search_range!r}")
+        if num_points not in (1, num_heads):
+            raise ValueError(f"there must be 1 salient point, or one for each of {num_heads} heads, not {num_points}")
+        if predict_scales and resample != "points":
+            raise ValueError(f"the spatial prior needs salient points; with resample={resample!r} there are none")
+        if hidden_dim % 4:
+            raise ValueError(f"hidden_dim must be a multiple of 4, not {hidden_dim}")
+        self.num_heads, self.num_points = num_heads, num_points
+        self.resample, self.search_range = resample, search_range
+        if resample == "points":
+            narrow = hidden_dim // 4
+            self.reduce = nn.Conv2d(hidden_dim, narrow, 1)
+            outputs = num_points * (4 if predict_scales else 2)
+            self.point_head = MLP(narrow * ROI_SIZE**2, hidden_dim, 2 * hidden_dim, 2 * hidden_dim, outputs)
+            nn.init.zeros_(self.point_head.layers[-1].bias)
+        if reweight:
+            self.content_gate = nn.Linear(hidden_dim, num_heads * hidden_dim)
+            self.position_gate = nn.Linear(hidden_dim, num_heads * hidden_dim)
+        self.reweight = reweight
+
+    def forward(
+        self, queries: Tensor, boxes: Tensor, features: Tensor, valid_ratio: Tensor | None = None
+    ) -> AlignedQueries:
+        """
+        Args:
+            queries: (B, Q, C), the old queries.
+            boxes: (B, Q, 4), their reference boxes as cx, cy, w, h in [0, 1] relative to the valid image.
+            features: (B, C, H, W), encoded features.
+            valid_ratio: (B, 2), share of the map's width and height that is image; None where nothing is padded.
+        """
+        height, width = features.shape[2:]
+        if valid_ratio is None:
+            valid_ratio = boxes.new_ones(boxes.shape[0], 2)
+        centres, sizes = boxes[..., :2], boxes[..., 2:]
+        # RoIAlign has no gradient with respect to boxes, in the reference neither.
+        with torch.no_grad():
+            cells = valid_ratio[:, None] * valid_ratio.new_tensor([width, height])  # (B, 1, 2)
+            low, high = (centres - sizes / 2) * cells, (centres + sizes / 2) * cells
+            columns = roi_align_weights(low[..., 0], high[..., 0], length=width, num_bins=ROI_SIZE)  # (B, Q, 7, W)
+            rows = roi_align_weights(low[..., 1], high[..., 1], length=height, num_bins=ROI_SIZE)  # (B, Q, 7, H)
+
+        scales = None
+        if self.resample == "points":
+            offsets, scales = self._find_points(features, rows, columns)  # (B, Q, P, 2) in [-1, 1]
+            if self.search_range == "box":
+                points = centres[:, :, None] + offsets * sizes[:, :, None] / 2
+                in_bins = (offsets + 1) * (ROI_SIZE / 2) - 0.5
+                columns = bilinear_weights(in_bins[..., 0], ROI_SIZE) @ columns  # (B, Q, P, W)
+                rows = bilinear_weights(in_bins[..., 1], ROI_SIZE) @ rows  # (B, Q, P, H)
+            else:
+                points = (offsets + 1) / 2
+                in_cells = points * cells[:, :, None] - 0.5
+                columns = bilinear_weights(in_cells[..., 0].clamp(0, width - 1), width)
+                rows = bilinear_weights(in_cells[..., 1].clamp(0, height - 1), height)
+            content = _sample(features, rows, columns)  # (B, Q, P, C)
+        else:
+            points = centres[:, :, None]  # (B, Q, 1, 2)
+            if self.resample == "average":
+                content = _sample(features, rows.mean(2, keepdim=True), columns.mean(2, keepdim=True))
+            else:
+                content = _pool(features, rows, columns).amax((3, 4))[:, :, None]  # (B, Q, 1, C)
+
+        # Without gradient, as in the reference: the point head learns through the sampled content (and the prior) only.
+        position = sine_encoding(points.detach(), num_channels=content.shape[-1]).to(content.dtype)
+        if self.reweight:
+            content = content * self.content_gate(queries).unflatten(-1, (self.num_heads, -1)).sigmoid()
+            position = position * self.position_gate(queries).unflatten(-1, (self.num_heads, -1)).sigmoid()
+        return AlignedQueries(content, position, points, scales)
+
+    def _find_points(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Offsets in [-1, 1] and, if asked for, scales of the salient points: (B, Q, P, 2) each."""
+        # The 1 x 1 convolution runs on the map, not on the seven by seven bins of every box. Its bias is added after
+        # the pooling, because the weights of a bin that hangs over the border do not sum to 1.
+        narrow = nn.functional.conv2d(features, self.reduce.weight)  # (B, C / 4, H, W)
+        pooled = _pool(narrow, rows, columns) + self.reduce.bias[:, None, None]  # (B, Q, C / 4, 7, 7)
+        found = self.point_head(pooled.relu().flatten(2)).unflatten(-1, (-1, self.num_points, 2))
+        offsets = found[:, :, 0].tanh()
+        return offsets, found[:, :, 1] if found.shape[2] == 2 else None
+
+
+def _pool(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """RoIAlign: (B, C, H, W), (B, Q, 7, H), (B, Q, 7, W) -> (B, Q, C, 7, 7)."""
+    batch, channels, height, width = features.shape
+    by_row = rows.flatten(1, 2) @ features.permute(0, 2, 1, 3).flatten(2)  # (B, Q * 7, C * W)
+    by_row = by_row.view(batch, rows.shape[1], -1, channels, width).transpose(2, 3).flatten(2, 3)  # (B, Q, C * 7, W)
+    return (by_row @ columns.mT).unflatten(2, (channels, -1))
+
+
+def _sample(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted sums over the map: (B, C, H, W), (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, C)."""
+    weights = rows[..., :, None] * columns[..., None, :]  # (B, Q, P, H, W)
+    return (weights.flatten(1, 2).flatten(2) @ features.flatten(2).mT).unflatten(1, rows.shape[1:3])

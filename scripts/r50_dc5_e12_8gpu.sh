@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SAM-DETR, ResNet-50-DC5, 12 epochs on COCO 2017.
+#
+# hardware              8 GPUs x 1 image
+# AP on val2017         published: 38.3 (last epoch); measured by us: not yet
+# trainable parameters  58.07 M
+# GFLOPs                published: 210; measured by us: not yet
+#
+# COCO_PATH is the folder of COCO, data/coco unless set (relative paths start at the repository). Further flags pass
+# through, e.g. --resume FILE. DRY_RUN=1 prints the command instead of running it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+read -ra launch <<< "${LAUNCH:-torchrun --standalone --nproc_per_node=8}"
+
+exec ${DRY_RUN:+echo} "${launch[@]}" main.py \
+  --batch_size 1 --dilation --epochs 12 --lr_drop 10 \
+  --coco_path "${COCO_PATH:-data/coco}" --output_dir output/r50_dc5_e12_8gpu "$@"

@@ -1,0 +1,91 @@
+"""Every recipe, under torchrun and under SLURM, says what the published result was trained with."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+# GPUs, images a GPU, epochs, epochs before the drop, switches; the published AP, trainable parameters and GFLOPs
+RECIPES = {
+    "r50_e12_4gpu": (4, 4, 12, 10, [], "33.1", "58.07 M", "100"),
+    "r50_e50_4gpu": (4, 4, 50, 40, [], "39.8", "58.07 M", "100"),
+    "r50_smca_e12_4gpu": (4, 4, 12, 10, ["--smca"], "36.0", "58.12 M", "100"),
+    "r50_smca_e50_4gpu": (4, 4, 50, 40, ["--smca"], "41.8", "58.12 M", "100"),
+    "r50_dc5_e12_8gpu": (8, 1, 12, 10, ["--dilation"], "38.3", "58.07 M", "210"),
+    "r50_dc5_e50_8gpu": (8, 1, 50, 40, ["--dilation"], "43.3", "58.07 M", "210"),
+    "r50_dc5_smca_e12_8gpu": (8, 1, 12, 10, ["--dilation", "--smca"], "40.6", "58.12 M", "210"),
+    "r50_dc5_smca_e50_8gpu": (8, 1, 50, 40, ["--dilation", "--smca"], "45.0", "58.12 M", "210"),
+    "r50_ms_smca_e12_8gpu": (8, 2, 12, 10, ["--multiscale", "--smca"], "42.8", "55.02 M", "203"),
+    "r50_ms_smca_e50_8gpu": (8, 2, 50, 40, ["--multiscale", "--smca"], "47.1", "55.02 M", "203"),
+}
+
+
+def run(script: Path, *flags: str, cwd: Path, **variables: str) -> str:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("LAUNCH", "COCO_PATH", "SLURM_CPUS_PER_TASK")}
+    environ = inherited | {"DRY_RUN": "1"} | variables
+    return subprocess.run(
+        ["bash", str(script), *flags], cwd=cwd, env=environ, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def flags_of(name: str, coco_path: str = "data/coco") -> list[str]:
+    _, batch, epochs, drop, switches, *_ = RECIPES[name]
+    return shlex.split(
+        f"--batch_size {batch} {' '.join(switches)} --epochs {epochs} --lr_drop {drop} "
+        f"--coco_path {coco_path} --output_dir output/{name}"
+    )
+
+
+def test_every_script_is_tested():
+    for folder in ("scripts", "scripts_slurm"):
+        found = {path.stem for path in (REPOSITORY / folder).glob("r50*.sh")}
+        assert found == set(RECIPES), folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, tmp_path):
+    gpus, batch, *_, ap, parameters, gflops = RECIPES[name]
+    script = REPOSITORY / "scripts" / f"{name}.sh"
+    launch = ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "main.py"]
+    assert run(script, cwd=tmp_path).split() == launch + flags_of(name)
+    # a flag given again wins in argparse, so what the user adds has to come last
+    added = ["--resume", "x.pth", "--epochs", "1"]
+    got = run(script, *added, cwd=tmp_path, COCO_PATH="/sets/coco").split()
+    assert got == launch + flags_of(name, "/sets/coco") + added
+
+    text = script.read_text()
+    assert re.search(rf"{gpus} GPUs x {batch} image", text)
+    assert f"published: {ap} (" in text
+    assert re.search(rf"trainable parameters +{parameters}\n", text)
+    assert re.search(rf"GFLOPs +published: (about )?{gflops};", text)
+    assert text.count("measured by us: not yet") == 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_slurm_wrapper_runs_the_same_flags(name, tmp_path):
+    gpus = RECIPES[name][0]
+    script = REPOSITORY / "scripts_slurm" / f"{name}.sh"
+    launch = ["srun", "--kill-on-bad-exit=1", "python", "main.py"]
+    assert run(script, "--eval", cwd=tmp_path).split() == [*launch, *flags_of(name), "--eval"]
+    launch.insert(2, "--cpus-per-task=6")
+    assert run(script, cwd=tmp_path, SLURM_CPUS_PER_TASK="6").split() == launch + flags_of(name)
+
+    text = script.read_text()
+    head = dict(re.findall(r"^#SBATCH --([\w-]+)=(.+)$", text, re.MULTILINE))
+    assert (head["job-name"], head["ntasks"], head["gres"]) == (name, str(gpus), f"gpu:{gpus}")
+    assert {"time", "output"} <= set(head)
+    assert text.index("#SBATCH") < text.index("\nhere=")  # sbatch stops reading at the first command
+
+    copy = tmp_path / "slurm_script"  # what sbatch executes
+    copy.write_text(text)
+    assert run(copy, cwd=tmp_path, SLURM_SUBMIT_DIR=str(REPOSITORY)).split()[0] == "srun"
+
+
+def test_recipes_start_in_the_repository(tmp_path):
+    script = REPOSITORY / "scripts" / "r50_e12_4gpu.sh"
+    assert run(script, cwd=tmp_path, DRY_RUN="", LAUNCH="bash -c pwd").strip() == str(REPOSITORY)

@@ -1,0 +1,167 @@
+"""What a run tells: lines and progress on the terminal, averages of metrics, JSON files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from util.distributed import all_gather_object, is_main
+
+T = TypeVar("T")
+
+
+def log(message: object) -> None:
+    """Print a line, on the main process only."""
+    if is_main():
+        tqdm.write(str(message))  # like print, but a progress bar on the terminal stays whole
+        sys.stdout.flush()
+
+
+class MetricAverager:
+    """Averages named scalars over steps and processes.
+
+    The sums stay on the metrics' device: a transfer to the host at every step would make each step wait for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def update(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add one step. Not every step has to bring every name."""
+        for name, value in metrics.items():
+            value = torch.as_tensor(value).detach().double()
+            assert value.ndim == 0, f"metric {name} is no scalar but has shape {tuple(value.shape)}"
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def averages(self) -> dict[str, float]:
+        """Mean of each name over all steps of all processes; every process must call this, and gets the same."""
+        totals: dict[str, tuple[float, int]] = {}
+        for part in all_gather_object({name: (float(value), self._counts[name]) for name, value in self._sums.items()}):
+            for name, (value, count) in part.items():
+                old_value, old_count = totals.get(name, (0.0, 0))
+                totals[name] = (old_value + value, old_count + count)
+        return {name: value / count for name, (value, count) in totals.items()}
+
+
+class progress(Generic[T]):
+    """Iterate and show how far it is: a bar on a terminal, else a plain line every `every` iterations and at the end.
+
+        steps = progress(loader, description="epoch 3", every=50)
+        for batch in steps:
+            steps.set(loss=loss, lr=lr)
+
+    `total` is `len(iterable)` unless given, or unknown. Other processes than the main one iterate in silence.
+    """
+
+    _REFRESH = 0.5  # seconds between two looks at the values that belong beside the bar
+
+    def __init__(self, iterable: Iterable[T], *, description: str, total: int | None = None, every: int = 50) -> None:
+        self._iterable = iterable
+        self._description = description
+        self._total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self._every = every
+        self._values: dict[str, Any] = {}
+
+    def set(self, **values: Tensor | float | str) -> None:
+        """What to show from now on. A tensor on the GPU is read only when it is shown, not at every call."""
+        self._values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    def __iter__(self) -> Iterator[T]:
+        if not is_main():
+            return iter(self._iterable)
+        return self._with_bar() if sys.stderr.isatty() else self._with_lines()
+
+    def _with_bar(self) -> Iterator[T]:
+        with tqdm(total=self._total, desc=self._description, dynamic_ncols=True, file=sys.stderr) as bar:
+            shown = -math.inf
+            for item in self._iterable:
+                yield item
+                if time.monotonic() - shown >= self._REFRESH:
+                    bar.set_postfix_str(self._postfix(), refresh=False)
+                    shown = time.monotonic()
+                bar.update()
+            bar.set_postfix_str(self._postfix())
+
+    def _with_lines(self) -> Iterator[T]:
+        start, done = time.monotonic(), 0
+        for item in self._iterable:
+            yield item
+            done += 1
+            if done % self._every == 0 and done != self._total:
+                log(self._line(done, time.monotonic() - start))
+        log(self._line(done, time.monotonic() - start))
+
+    def _line(self, done: int, elapsed: float) -> str:
+        parts = [str(done) if self._total is None else f"{done}/{self._total}", f"elapsed {_duration(elapsed)}"]
+        if self._total and 0 < done <= self._total:
+            parts.append(f"ETA {_duration(elapsed / done * (self._total - done))}")
+        return f"{self._description}: " + ", ".join([*parts, *filter(None, [self._postfix()])])
+
+    def _postfix(self) -> str:
+        return ", ".join(f"{name} {v if isinstance(v, str) else f'{float(v):.4g}'}" for name, v in self._values.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def append_json_line(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Append `record` as one line of JSON; numbers that JSON does not know (NaN, infinity) become null."""
+    line = json.dumps(_without_nonfinite(record), allow_nan=False).encode() + b"\n"
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a run was killed while it wrote: do not spoil this line as well
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as readable JSON, whole or not at all; NaN and infinity become null."""
+    text = json.dumps(_without_nonfinite(value), allow_nan=False, indent=2) + "\n"
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to; what lies there replaces `path` in one step when the body ends, and is dropped if it fails.
+
+    The temporary file keeps the suffix of `path`, by which writers of pictures choose the format.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    return value

@@ -1,0 +1,291 @@
+"""Pictures: detections and ground truth, where the salient points of a query lie, and how a training went.
+
+Boxes are (left, top, right, bottom) and points (x, y), in pixels of the picture that is passed in.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from util.logger import whole_file
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]  # first and last pixel that belong to it
+
+_LEGIBLE_SIDE = 384  # pixels; a picture whose shorter side is below is enlarged ...
+_LONGEST_SIDE = 1400  # ... unless its longer side would exceed this
+_INK, _PAPER = (24, 24, 27), (255, 255, 255)
+
+
+def class_colour(label: int) -> Colour:
+    """A vivid colour that depends on the label alone; near labels get colours far apart."""
+    # Steps of the golden section never come back to a hue, and three shades in turn part the hues that come close.
+    hue = (0.02 + label * 0.618034) % 1
+    saturation, value = ((0.80, 1.00), (0.60, 0.95), (0.95, 0.80))[label // 7 % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_detections(
+    image: Image.Image,
+    *,
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Tensor | None,
+    class_names: Mapping[int, str],
+) -> Image.Image:
+    """The picture with `boxes` (n, 4), and the class name and score of each on a tag.
+
+    `labels` (n,), `scores` (n,), or None for ground truth. A label without a name is shown as a number. Better scores
+    (without scores: smaller boxes) lie on top. A small picture comes back enlarged by a whole factor.
+    """
+    factor = _enlargement(image.size)
+    canvas = image.convert("RGB")
+    if factor > 1:
+        canvas = canvas.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    drawing = ImageDraw.Draw(canvas)
+    line, font = _line_width(canvas.size), _font(canvas.size)
+
+    rectangles = [_pixels(box, factor=factor, size=canvas.size) for box in torch.as_tensor(boxes).tolist()]
+    names = [class_names.get(label, str(label)) for label in torch.as_tensor(labels).tolist()]
+    colours = [class_colour(label) for label in torch.as_tensor(labels).tolist()]
+    if scores is None:
+        texts = names
+        merit = [-(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in rectangles]
+    else:
+        merit = torch.as_tensor(scores).tolist()
+        texts = [f"{name} {score:.2f}" for name, score in zip(names, merit)]
+    from_worst = sorted(range(len(rectangles)), key=lambda i: merit[i])
+
+    for i in from_worst:
+        _outline(drawing, rectangles[i], colours[i], line)
+    tags: dict[int, Rectangle] = {}
+    for i in reversed(from_worst):  # the best choose their place first
+        texts[i] = _shorten(texts[i], font=font, width=canvas.width - 2 * _tag_margin(font))
+        tags[i] = _place_tag(rectangles[i], _tag_size(texts[i], font), canvas.size, list(tags.values()))
+    for i in from_worst:  # after all outlines, which would cross the text
+        _draw_tag(drawing, tags[i], texts[i], colours[i], font)
+    return canvas
+
+
+def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
+    """Two pictures next to each other, each below its title."""
+    return contact_sheet([[left, right]], [list(titles)])
+
+
+def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]]) -> Image.Image:
+    """Pictures in rows and columns, each below its caption; columns are as wide and rows as high as need be."""
+    assert [len(row) for row in rows] == [len(row) for row in captions], "one caption a picture"
+    widths = [0] * max(len(row) for row in rows)
+    for row in rows:
+        for column, picture in enumerate(row):
+            widths[column] = max(widths[column], picture.width)
+    heights = [max(picture.height for picture in row) for row in rows]
+    font = _font(rows[0][0].size)
+    gap = round(font.size * 0.6)
+    strip = round(font.size * 1.9)
+
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + (strip + gap) * len(rows)), _PAPER)
+    drawing = ImageDraw.Draw(sheet)
+    top = 0
+    for row, texts, height in zip(rows, captions, heights):
+        left = gap
+        for picture, text, width in zip(row, texts, widths):
+            text = _shorten(text, font=font, width=width)
+            drawing.text((left + width / 2, top + strip / 2), text, fill=_INK, font=font, anchor="mm")
+            sheet.paste(picture, (left + (width - picture.width) // 2, top + strip))
+            left += width + gap
+        top += strip + height + gap
+    return sheet
+
+
+def view_around(boxes: Tensor, *, size: tuple[int, int]) -> Tensor:
+    """The part (4,) of a picture (width, height) worth showing for `boxes` (n, 4): them and some surroundings."""
+    boxes = torch.as_tensor(boxes, dtype=torch.float32)
+    low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
+    limit = torch.tensor(size, dtype=torch.float32)
+    margin = ((high - low).max() * 0.5).clamp(min=16)
+    return torch.cat([(low - margin).clamp(min=0).minimum(limit - 1), (high + margin).minimum(limit).clamp(min=1)])
+
+
+def draw_salient_points(
+    image: Image.Image, *, box: Tensor, points: Tensor, view: Tensor | None = None, longer_side: int = 400
+) -> Image.Image:
+    """A query's reference `box` (4,) in white and its salient `points` (N, 2), one colour for each attention head.
+
+    Shows the part `view` (4,) of the picture, or all, at `longer_side` pixels. Points outside are not seen.
+    """
+    x0, y0, x1, y1 = (0, 0, *image.size) if view is None else torch.as_tensor(view).round().int().tolist()
+    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
+    scale = longer_side / max(x1 - x0, y1 - y0)
+    size = (max(round((x1 - x0) * scale), 1), max(round((y1 - y0) * scale), 1))
+    canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
+
+    origin = torch.tensor([x0, y0])
+    corners = (torch.as_tensor(box).float().cpu().view(2, 2) - origin).flatten().tolist()
+    _outline(ImageDraw.Draw(canvas), _pixels(corners, factor=scale, size=size), _PAPER, _line_width(size))
+    radius = max(longer_side // 75, 3)
+    for head, centre in enumerate(((torch.as_tensor(points).float().cpu() - origin) * scale).tolist()):
+        for grown, colour in ((2, _INK), (1, _PAPER), (-1, class_colour(head))):
+            _disc(canvas, centre, radius + grown, colour)
+    return canvas
+
+
+def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Losses, learning rate, AP and AP50 by epoch, from the lines of log.txt; the suffix of `path` says the format.
+
+    Keys that a line lacks leave a gap. Of an epoch that a resumed run wrote twice, the later line counts.
+    """
+    from matplotlib.figure import Figure  # here, because nothing else needs it and it takes a second to import
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    assert log_lines, "no lines to plot"
+    lines = sorted({line["epoch"]: line for line in log_lines}.values(), key=lambda line: line["epoch"])
+
+    def series(key: str, index: int | None = None) -> tuple[list[int], list[float]]:
+        found = [line for line in lines if line.get(key) is not None]
+        pairs = [(line["epoch"], line[key] if index is None else line[key][index]) for line in found]
+        pairs = [(epoch, value) for epoch, value in pairs if value is not None]
+        return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "ap"], ["rate", "ap"]], height_ratios=[4, 1])
+
+    totals = (("train_loss", "training", "#1f4e79", "-"), ("test_loss", "validation", "#d1495b", "-"))
+    terms = (
+        ("train_loss_ce", "classes", "#6c9a8b", "--"),
+        ("train_loss_bbox", "L1 of boxes", "#e0a030", "--"),
+        ("train_loss_giou", "GIoU of boxes", "#8d6a9f", "--"),
+    )
+    for key, name, colour, style in (*totals, *terms):
+        epochs, values = series(key)
+        if epochs:
+            label = f"{name}, {'sum over layers' if style == '-' else 'last layer, training'}"
+            panels["loss"].plot(epochs, values, style, color=colour, label=label, marker="o", markersize=2.5)
+    panels["loss"].set(yscale="log", ylabel="loss", title="Losses")  # the sum is some twenty times a single term
+    panels["loss"].legend(frameon=False, fontsize=8)
+    panels["loss"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels["loss"].yaxis.set_minor_formatter(NullFormatter())
+
+    panels["rate"].plot(*series("train_lr"), color="#555555", marker="o", markersize=2.5)
+    panels["rate"].set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+
+    for index, name, colour in ((1, "AP50", "#e0a030"), (0, "AP", "#1f4e79")):
+        epochs, values = series("test_coco_eval_bbox", index)
+        if epochs:
+            label = f"{name}: last {values[-1]:.3f}, best {max(values):.3f}"
+            panels["ap"].plot(epochs, values, color=colour, label=label, marker="o", markersize=3)
+    panels["ap"].set(xlabel="epoch", ylim=(0, None), title="Average precision on the validation split")
+    if panels["ap"].lines:
+        panels["ap"].legend(frameon=False, fontsize=9, loc="lower right")
+    else:
+        panels["ap"].text(0.5, 0.5, "no evaluation yet", ha="center", transform=panels["ap"].transAxes)
+
+    for panel in panels.values():
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        panel.set_xlim(lines[0]["epoch"] - 0.5, lines[-1]["epoch"] + 0.5)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def _enlargement(size: tuple[int, int]) -> int:
+    wanted = -(-_LEGIBLE_SIDE // min(size))
+    return max(min(wanted, _LONGEST_SIDE // max(size)), 1)
+
+
+def _line_width(size: tuple[int, int]) -> int:
+    return max(round(min(max(size), 2 * min(size)) / 350), 3)
+
+
+def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=max(round(min(max(size), 2 * min(size)) / 62), 13))
+
+
+def _pixels(box: Sequence[float], *, factor: float, size: tuple[int, int]) -> Rectangle:
+    """First and last pixel of a box in a picture enlarged by `factor`: inside it, and not thinner than a line."""
+    ends = []
+    for low, high, side in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
+        first, last = round(low * factor), round(high * factor) - 1
+        short = 2 * _line_width(size) + 1 - (last - first)
+        if short > 0:
+            first, last = first - short // 2, last + (short + 1) // 2
+        ends.append((min(max(first, 0), side - 1), min(max(last, 0), side - 1)))
+    (x0, x1), (y0, y1) = ends
+    return x0, y0, x1, y1
+
+
+def _outline(drawing: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int) -> None:
+    """A frame just inside the box, with a dark hairline on both sides to set it off from any background."""
+    x0, y0, x1, y1 = box
+    drawing.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_INK)
+    if min(x1 - x0, y1 - y0) > 2 * width + 2:
+        drawing.rectangle((x0 + width, y0 + width, x1 - width, y1 - width), outline=_INK)
+    drawing.rectangle(box, outline=colour, width=width)
+
+
+def _disc(canvas: Image.Image, centre: Sequence[float], radius: int, colour: Colour) -> None:
+    side = 2 * radius + 1
+    mask = Image.new("L", (4 * side, 4 * side))
+    ImageDraw.Draw(mask).ellipse((0, 0, 4 * side - 1, 4 * side - 1), fill=255)
+    corner = round(centre[0] - side / 2), round(centre[1] - side / 2)
+    canvas.paste(colour, (*corner, corner[0] + side, corner[1] + side), mask.reduce(4))  # reduced: smooth at the rim
+
+
+def _tag_margin(font: ImageFont.FreeTypeFont) -> int:
+    return max(round(font.size / 5), 2)
+
+
+def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    # The height is the font's and not the text's, so that all tags are equally high.
+    return round(font.getlength(text)) + 2 * _tag_margin(font), sum(font.getmetrics()) + 2
+
+
+def _shorten(text: str, *, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`text`, or its beginning and "..", whatever fits in `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "..") > width:
+        text = text[:-1]
+    return text + ".."
+
+
+def _place_tag(box: Rectangle, tag: tuple[int, int], picture: tuple[int, int], taken: Sequence[Rectangle]) -> Rectangle:
+    """Where a tag (width, height) of `box` covers least of the tags already there; best above the left end."""
+    x0, y0, x1, y1 = box
+    width, height = tag
+    above, inside, below = [y0 - height], [y0, y1 - height + 1], [y1 + 1]
+    heights = above + inside + below if y1 - y0 > 3 * height else above + below + inside  # cover no small object
+    candidates = []
+    for y in heights:
+        for x in (x0, x1 - width + 1):
+            if 0 <= y <= picture[1] - height or y == y0:
+                left = min(max(x, 0), max(picture[0] - width, 0))
+                top = min(max(y, 0), max(picture[1] - height, 0))
+                candidates.append((left, top, left + width - 1, top + height - 1))
+    return min(candidates, key=lambda spot: sum(_overlap(spot, other) for other in taken))
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> int:
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    return max(width, 0) * max(height, 0)
+
+
+def _draw_tag(
+    drawing: ImageDraw.ImageDraw, tag: Rectangle, text: str, colour: Colour, font: ImageFont.FreeTypeFont
+) -> None:
+    drawing.rectangle(tag, fill=colour)
+    red, green, blue = colour
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+    middle = (tag[1] + tag[3] + 1) / 2
+    drawing.text((tag[0] + _tag_margin(font), middle), text, fill=_INK if bright else _PAPER, font=font, anchor="lm")
