@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         norm_layer = {"frozen": FrozenBatchNorm2d, "learned": nn.BatchNorm2d}[norm]
         kwargs = {} if basic else {"replace_stride_with_dilation": [False, False, dilation]}
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer, **kwargs)
+        self.name = name
         self.body = IntermediateLayerGetter(resnet, {f"layer{level - 1}": str(level) for level in levels})
         channels, strides = {3: 128, 4: 256, 5: 512}, {3: 8, 4: 16, 5: 16 if dilation else 32}
         self.num_channels = [channels[level] * (1 if basic else 4) for level in levels]

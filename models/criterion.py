@@ -107,10 +107,12 @@ class SetCriterion(nn.Module):
         """
         predictions = [*(outputs["aux_outputs"] if self.auxiliary else []), outputs]
         matches = self.matcher(predictions, targets)
-        # Normalised by the mean number of boxes over the processes, so that the mean of their gradients is the
-        # gradient of the joint batch.
-        count = torch.as_tensor(sum(len(t["labels"]) for t in targets), device=outputs["pred_logits"].device)
-        num_boxes = reduce_mean({"num_boxes": count.to(outputs["pred_logits"].dtype)})["num_boxes"].clamp(min=1)
+        num_boxes = outputs["pred_logits"].new_tensor(sum(len(t["labels"]) for t in targets))
+        if self.training:
+            # The mean over the processes, so that the mean of their gradients is the gradient of the joint batch. In
+            # evaluation the processes have unlike numbers of batches and must not wait for each other.
+            num_boxes = reduce_mean({"num_boxes": num_boxes})["num_boxes"]
+        num_boxes = num_boxes.clamp(min=1)
 
         terms: dict[str, Tensor] = {}
         for loss in (*self.losses, *self.final_losses):
@@ -122,5 +124,5 @@ class SetCriterion(nn.Module):
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms that training minimises, times their weights."""
-        plain_name = {name: name.rstrip("0123456789").rstrip("_") for name in terms}
-        return {name: term * self.weights[plain_name[name]] for name, term in terms.items() if plain_name[name] in self.weights}  # fmt: skip
+        plain = {name: name.rstrip("0123456789").rstrip("_") for name in terms}
+        return {name: term * self.weights[plain[name]] for name, term in terms.items() if plain[name] in self.weights}

@@ -13,7 +13,9 @@ from torch import Tensor
 def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 10000.0) -> Tensor:
     """Encode points (..., 2), given as x, y in [0, 1] -> (..., num_channels)."""
     if num_channels % 4:
-        raise ValueError(f"A sine position encoding needs a width that 4 divides, not {num_channels}; change --hidden_dim")
+        raise ValueError(
+            f"A sine position encoding needs a width that 4 divides, not {num_channels}; change --hidden_dim"
+        )
     # float32 whatever the input: as published, and what the reference figures were made with.
     pair = torch.arange(num_channels // 4, dtype=torch.float32, device=points.device)
     period = temperature ** (4 * pair / num_channels)

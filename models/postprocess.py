@@ -28,6 +28,4 @@ def postprocess(outputs: dict[str, Any], orig_sizes: Tensor, *, top_k: int = 100
     queries, labels = best // num_classes, best % num_classes
     boxes = cxcywh_to_xyxy(outputs["pred_boxes"]).gather(1, queries[..., None].expand(-1, -1, 4))
     boxes = boxes * orig_sizes.flip(1).repeat(1, 2)[:, None].to(boxes)
-    return [
-        {"scores": s, "labels": c, "queries": q, "boxes": b} for s, c, q, b in zip(scores, labels, queries, boxes)
-    ]
+    return [{"scores": s, "labels": c, "queries": q, "boxes": b} for s, c, q, b in zip(scores, labels, queries, boxes)]

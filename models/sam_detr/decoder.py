@@ -183,4 +183,3 @@ class SAMDecoder(nn.Module):
             # On the raw logit, not the clamped one, and cut from the graph; the initial boxes are not cut.
             reference = (offset + reference).detach()
         return predictions
-

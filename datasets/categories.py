@@ -1,0 +1,114 @@
+"""Which label of the network stands for which category of an annotation file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Categories:
+    """`category_ids` and `names` map a label to the category's id and name. Labels are below `num_classes`,
+    the width of the class head; a label that is no key of the two tables is a gap and never a detection.
+    """
+
+    num_classes: int
+    category_ids: dict[int, int]
+    names: dict[int, str]
+
+    @cached_property
+    def label_of(self) -> dict[int, int]:
+        """Category id -> label."""
+        return {category: label for label, category in self.category_ids.items()}
+
+    @classmethod
+    def from_annotations(cls, categories: Sequence[dict], *, file: str = "the annotation file") -> Categories:
+        """Labels for the `categories` entry of a COCO annotation file.
+
+        The published models use the ids themselves as labels (91 classes for COCO, whose ids end at 90), which wastes
+        a few outputs and keeps their weights usable. Negative or far too large ids cannot index a class head: then
+        labels count the ids in sorted order.
+
+        Raises:
+            ValueError: no category, one without an integer id or a name, or an id that occurs twice; names `file`.
+        """
+        if not categories:
+            raise ValueError(f"{file}: 'categories' is empty; list the classes as {{'id': 1, 'name': 'cat'}}, ...")
+        names: dict[int, str] = {}
+        for entry in categories:
+            identity, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
+            if type(identity) is not int or not isinstance(name, str):
+                raise ValueError(f"{file}: category {entry!r} needs an integer 'id' and a text 'name'")
+            if identity in names:
+                raise ValueError(
+                    f"{file}: category id {identity} is both {names[identity]!r} and {name!r}; give each its own id"
+                )
+            names[identity] = name
+
+        ids = sorted(names)
+        usable = ids[0] >= 0 and ids[-1] < max(1000, 2 * len(ids))
+        labels = ids if usable else range(len(ids))
+        return cls(
+            num_classes=labels[-1] + 1,
+            category_ids=dict(zip(labels, ids)),
+            names={label: names[category] for label, category in zip(labels, ids)},
+        )
+
+    def check_covers(self, other: Categories, *, file: str) -> None:
+        """Require that every category of `other`, read from `file`, is one of these under the same id and name.
+
+        Raises:
+            ValueError: names the ids that differ, both names of each, and `file`.
+        """
+        ours = {category: self.names[label] for label, category in self.category_ids.items()}
+        theirs = {category: other.names[label] for label, category in other.category_ids.items()}
+        wrong = [
+            f"id {category} is {name!r} in the file and {ours.get(category, 'absent')!r} in the model"
+            for category, name in theirs.items()
+            if ours.get(category) != name
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(
+                f"{file}: its categories are not those the model is made for: {'; '.join(wrong[:3])}{more}; "
+                "use an annotation file with the ids and names of the training file"
+            )
+
+    def to_list(self) -> list[dict]:
+        """Plain numbers and text for a checkpoint: one {label, id, name} for each category."""
+        return [
+            {"label": label, "id": category, "name": self.names[label]} for label, category in self.category_ids.items()
+        ]
+
+    @classmethod
+    def from_list(cls, rows: Sequence[dict], num_classes: int | None = None) -> Categories:
+        """Undo `to_list`. Without `num_classes` it is the largest label + 1, as `from_annotations` has it."""
+        return cls(
+            num_classes=max(row["label"] for row in rows) + 1 if num_classes is None else num_classes,
+            category_ids={row["label"]: row["id"] for row in rows},
+            names={row["label"]: row["name"] for row in rows},
+        )
+
+
+# The 80 classes of COCO 2017: official checkpoints hold no names, and their labels are these ids.
+COCO = Categories.from_annotations(
+    [
+        {"id": identity, "name": name}
+        for first, names in [
+            (1, "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant"),
+            (13, "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe"),
+            (27, "backpack, umbrella"),
+            (31, "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove"),
+            (41, "skateboard, surfboard, tennis racket, bottle"),
+            (46, "wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot"),
+            (58, "hot dog, pizza, donut, cake, chair, couch, potted plant, bed"),
+            (67, "dining table"),
+            (70, "toilet"),
+            (72, "tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator"),
+            (84, "book, clock, vase, scissors, teddy bear, hair drier, toothbrush"),
+        ]
+        for identity, name in enumerate(names.split(", "), first)
+    ],
+    file="COCO 2017",
+)

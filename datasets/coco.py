@@ -1,0 +1,259 @@
+"""A data set in COCO format: images and targets for the detector, ground truth for the evaluator."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from datasets.categories import Categories
+from datasets.images import check_image, read_image
+from util.box_ops import xyxy_to_cxcywh
+
+
+class ImageRecord(NamedTuple):
+    id: int
+    file_name: str  # relative to the image folder
+    size: tuple[int, int] | None  # (width, height) that the annotation file gives, if it gives any
+
+
+class CocoDetection(Dataset):
+    """`dataset[i]` is (image, target): a normalised float32 tensor (3, H, W) and a dict of
+
+    - `labels` int64 (n,), labels of `categories`; `boxes` float32 (n, 4), cxcywh in fractions of the image;
+    - `image_id` int64 (); `orig_size` int64 (2,), (height, width) of the upright image; `size` the same of the tensor.
+
+    Crowd regions are no targets. Boxes are clipped to the image and dropped where nothing is left; images without boxes
+    stay. `transforms` is called with (RGB image, target) as datasets.transforms describes. `categories` are those of a
+    trained network; without them they come from the annotation file. `coco` is the ground truth for the evaluator,
+    crowds included, and None for a training set, which would keep every annotation a second time in each process.
+
+    Raises:
+        ValueError: anything wrong with the annotations or files, in one line that names the file, the id, the value and
+            what to do; so also more objects in an image than `max_objects`, the number of queries.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_folder: str | os.PathLike,
+        annotation_file: str | os.PathLike,
+        transforms: Callable,
+        train: bool,
+        categories: Categories | None = None,
+        max_objects: int | None = None,
+    ) -> None:
+        self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
+        self.transforms = transforms
+        content = _read_json(self.annotation_file)
+        found = Categories.from_annotations(content["categories"], file=str(self.annotation_file))
+        if categories is not None:
+            categories.check_covers(found, file=str(self.annotation_file))
+        self.categories = categories or found
+
+        self.images = _image_records(content["images"], self.annotation_file)
+        _check_annotations(content, self.annotation_file)
+        self._require_files()
+        self._boxes, self._labels, self._first = self._objects(content["annotations"])
+        if max_objects is not None:
+            self._require_at_most(max_objects)
+        self.coco = None if train else _ground_truth(content)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        record = self.images[index]
+        image = self.read_image(index)
+        orig_size = (image.height, image.width)
+        rows = slice(self._first[index], self._first[index + 1])
+        boxes, labels = torch.from_numpy(self._boxes[rows]), torch.from_numpy(self._labels[rows])
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([image.width, image.height] * 2))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes[keep], format="XYXY", canvas_size=orig_size),
+            "labels": labels[keep],
+        }
+        image, target = self.transforms(image, target)
+        height, width = image.shape[-2:]
+        boxes = target["boxes"].as_subclass(Tensor)
+        return image.as_subclass(Tensor), {
+            "labels": target["labels"],
+            "boxes": xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height]),
+            "image_id": torch.tensor(record.id),
+            "orig_size": torch.tensor(orig_size),
+            "size": torch.tensor([height, width]),
+        }
+
+    def read_image(self, index: int) -> Image.Image:
+        """Image `index` in RGB, upright, before any transform."""
+        try:
+            return read_image(self.image_path(index), self.images[index].size)
+        except Exception as error:  # PIL raises many kinds for a broken file
+            raise ValueError(self._unreadable(index, error)) from error
+
+    def image_path(self, index: int) -> Path:
+        return self.image_folder / self.images[index].file_name
+
+    def check_files(self) -> None:
+        """Look for image files that are empty, cut or no image at all, or of another size than the annotations say.
+
+        Reads a few bytes of each file; see `datasets.images.check_image`.
+
+        Raises:
+            ValueError: names the first such file, its image id, and how many more there are.
+        """
+
+        def fault(index: int) -> str | None:
+            try:
+                check_image(self.image_path(index), self.images[index].size)
+            except Exception as error:  # as above
+                return self._unreadable(index, error)
+            return None
+
+        with ThreadPoolExecutor(max_workers=16) as pool:  # reading waits for the disk, which may be a network's
+            faults = [message for message in pool.map(fault, range(len(self))) if message]
+        if faults:
+            raise ValueError(faults[0] + (f" ({len(faults) - 1} more such files)" if len(faults) > 1 else ""))
+
+    def _unreadable(self, index: int, error: Exception) -> str:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return (
+            f"{self.image_path(index)} (image id {self.images[index].id}) cannot be used: {reason}; "
+            f"replace the file, or correct or remove its entry in {self.annotation_file}"
+        )
+
+    def _require_files(self) -> None:
+        if not self.image_folder.is_dir():
+            raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
+        listings: dict[str, set[str]] = {}  # one listing of each folder is far quicker than asking for each file
+        missing = []
+        for record in self.images:
+            parent, name = os.path.split(record.file_name)
+            if parent not in listings:
+                folder = self.image_folder / parent
+                listings[parent] = set(os.listdir(folder)) if folder.is_dir() else set()
+            if name not in listings[parent]:
+                missing.append(record)
+        if missing:
+            raise ValueError(
+                f"{self.image_folder}: {len(missing)} of the {len(self.images)} images in {self.annotation_file} are "
+                f"missing: {_first_few(f'{r.file_name!r} (image id {r.id})' for r in missing)}; "
+                "copy them there or remove their entries"
+            )
+
+    def _objects(self, annotations: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Non-crowd boxes (N, 4) float32 in xyxy pixels and labels (N,), in the order of the images, and where each
+        image's begin (images + 1,). Arrays in place of lists of dicts, so that data loading workers share them."""
+        position = {record.id: i for i, record in enumerate(self.images)}
+        objects = [a for a in annotations if not a.get("iscrowd")]
+        image = np.array([position[a["image_id"]] for a in objects], dtype=np.int64)
+        boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = np.array([self.categories.label_of[a["category_id"]] for a in objects], dtype=np.int64)
+        order = np.argsort(image, kind="stable")
+        first = np.searchsorted(image[order], np.arange(len(self.images) + 1))
+        return boxes[order].astype(np.float32), labels[order], first
+
+    def _require_at_most(self, max_objects: int) -> None:
+        counts = np.diff(self._first)
+        crowded = np.flatnonzero(counts > max_objects)
+        if len(crowded):
+            raise ValueError(
+                f"{self.annotation_file}: {len(crowded)} images have more objects than the {max_objects} queries can "
+                f"predict: {_first_few(f'image id {self.images[i].id} has {counts[i]}' for i in crowded)}; "
+                f"set the number of queries (--num_queries) to {counts.max()} or more"
+            )
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"annotation file {file} does not exist; check the path to the data set")
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:  # wrong encodings as well as wrong syntax
+        raise ValueError(f"{file} is not JSON ({error}); pass a COCO instances file") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{file} has no list {key!r}; pass a COCO instances file")
+    return content
+
+
+def _image_records(images: list[dict], file: Path) -> list[ImageRecord]:
+    if not images:
+        raise ValueError(f"{file}: 'images' is empty; list at least one image")
+    records: dict[int, ImageRecord] = {}
+    for entry in images:
+        identity, name = (entry.get("id"), entry.get("file_name")) if isinstance(entry, dict) else (None, None)
+        if type(identity) is not int or not isinstance(name, str):
+            raise ValueError(f"{file}: image {entry!r:.200} needs an integer 'id' and a text 'file_name'")
+        if identity in records:
+            raise ValueError(
+                f"{file}: image id {identity} is listed twice, for {records[identity].file_name!r} and {name!r}; "
+                "remove one or give it its own id"
+            )
+        size = (entry.get("width"), entry.get("height"))
+        known = all(isinstance(side, (int, float)) and side > 0 for side in size)
+        records[identity] = ImageRecord(identity, name, size if known else None)
+    return list(records.values())
+
+
+def _check_annotations(content: dict, file: Path) -> None:
+    images, categories = ({entry["id"] for entry in content[key]} for key in ("images", "categories"))
+    for position, annotation in enumerate(content["annotations"]):
+        if not isinstance(annotation, dict):
+            raise ValueError(f"{file}: annotation number {position} is {annotation!r:.200}; it must be a JSON object")
+        where = f"{file}: annotation id {annotation.get('id', f'(none, number {position})')}"
+        image, category, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
+        if type(image) is not int or image not in images:
+            raise ValueError(f"{where} belongs to image id {image!r}, which 'images' does not list; add or remove it")
+        where += f" (image id {image})"
+        if type(category) is not int or category not in categories:
+            raise ValueError(
+                f"{where} has category id {category!r}, which 'categories' does not define; define it or correct the id"
+            )
+        numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
+        if not numbers or not all(map(math.isfinite, box)) or box[2] < 0 or box[3] < 0:
+            raise ValueError(
+                f"{where} has bbox {box!r:.200}; it must be four finite numbers [left, top, width, height] "
+                "without a negative size: correct or remove it"
+            )
+
+
+def _ground_truth(content: dict) -> COCO:
+    """pycocotools' index of the annotations, with what box evaluation needs and some files leave out."""
+    annotations = [
+        {
+            "id": number,  # pycocotools takes an object with id 0 for unmatched, and loses all but one of equal ids
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": a["bbox"],
+            "area": a["area"] if isinstance(a.get("area"), (int, float)) else a["bbox"][2] * a["bbox"][3],
+            "iscrowd": int(bool(a.get("iscrowd"))),
+        }
+        for number, a in enumerate(content["annotations"], 1)
+    ]
+    coco = COCO()
+    coco.dataset = {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _first_few(items: Iterable[str], limit: int = 3) -> str:
+    items = list(items)
+    return ", ".join(items[:limit]) + (", ..." if len(items) > limit else "")

@@ -1,0 +1,70 @@
+"""Image files to upright RGB pixels: every mode of PIL, EXIF orientation, and a cheap test for cut files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+COMPLETE = [(b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")]  # how JPEG, PNG begin and end
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+    """The image at `path` in mode RGB, turned upright as its EXIF orientation says.
+
+    `size` (width, height) is the frame in which boxes of the image are given. Where only the stored pixels have that
+    size, the boxes were drawn on the stored pixels, and so the image is not turned.
+
+    Raises:
+        ValueError: neither the stored nor the upright image has `size`.
+        Exception: whatever PIL raises for a file that it cannot decode.
+    """
+    with Image.open(path) as image:
+        turn = _turns(image, size)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image) if turn else image)
+
+
+def check_image(path: Path, size: tuple[int, int] | None = None) -> None:
+    """Raise what `read_image` would raise, decoding only where the file's ends do not already show it to be complete.
+
+    Damage in the middle of a file goes unnoticed here.
+    """
+    with open(path, "rb") as file:
+        head = file.read(8)
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - 8))
+        tail = file.read()
+    with Image.open(path) as image:
+        if size not in (None, image.size):  # else it fits; PIL decodes a PNG to find its orientation
+            _turns(image, size)
+        if not any(head.startswith(begin) and tail.endswith(end) for begin, end in COMPLETE):
+            image.load()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparent parts over white, 16 bits cut to the upper 8, and 32-bit integers and floats, whose
+    range no format defines, stretched from their smallest to their largest value."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values -= values.min()
+        image = Image.fromarray((values * (255 / max(values.max(), 1e-12))).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _turns(image: Image.Image, size: tuple[int, int] | None) -> bool:
+    """Whether to apply the EXIF orientation, which `size` overrules; see `read_image`."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these four swap the axes
+    if size not in (None, image.size, upright):
+        raise ValueError(
+            f"it is {upright[0]} x {upright[1]} pixels, but its annotations were made for {size[0]} x {size[1]}"
+        )
+    return orientation != 1 and size in (None, upright)

@@ -1,0 +1,294 @@
+"""The embedded data set: draws a small detection problem in COCO format, from nothing but a seed.
+
+    python -m datasets.shapes --output data/shapes
+
+Ellipses, triangles, rectangles and stars of any colour, size and rotation, partly over one another, on a background of
+colour gradient, smooth noise and stripes. Every image is a function of (seed, split, index) alone. Per split, one image
+in 25 has no object, and two have a crowd region: a cluster of tiny shapes under one annotation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+VERSION = 1  # of the pictures: raise it with any change of them, so that sets drawn before are not taken for current
+CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without 4: real data sets have gaps, too
+SPLITS = ("train", "val")
+
+MAX_OBJECTS = 6
+LONG_SIDE = (14 / 96, 48 / 96)  # of a shape before it is rotated, in fractions of the image's side
+SHORT_SIDE = 12 / 96  # at least; thinner ones could not be told apart
+ASPECT = 0.5  # short side / long side, at least
+MIN_VISIBLE = 0.75  # the share of a shape that later ones leave uncovered
+MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from the other shapes, RGB in 0..255
+NOISE = 6  # standard deviation at each pixel
+EMPTY_EVERY, EMPTY_AT = 25, 12
+CROWD_AT = (5, 30)
+# PIL rounds corners to whole pixels and fills every pixel on an edge: drawn 8 times as large, 1/6 pixel at most.
+OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`outlines` hold the corners (n, 2), x and y in pixels, of the shape or of a crowd's members; `mask` (S, S) is
+    True where these cover at least half of a pixel, whatever lies over them."""
+
+    category_id: int
+    outlines: list[np.ndarray]
+    mask: np.ndarray
+    crowd: bool = False
+
+
+def draw_image(*, seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, list[Shape]]:
+    """Image `index` of a split as uint8 (S, S, 3), and its shapes from the lowest to the topmost."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    canvas = _background(rng, size)
+    if index % EMPTY_EVERY == EMPTY_AT:
+        return _finish(rng, canvas), []
+
+    shapes: list[Shape] = []
+    colours: list[np.ndarray] = []
+    if index in CROWD_AT:
+        shapes.append(_paint_crowd(rng, canvas, colours))
+    for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
+        category = int(rng.choice(list(CATEGORIES)))
+        for _ in range(20):  # shapes tried before the image does with one fewer
+            outline = _random_outline(rng, size, category)
+            cover = _coverage(outline, size)
+            mask = cover >= 0.5
+            if _leaves_visible(shapes, mask):
+                _paint(rng, canvas, cover, _contrasting_colour(rng, canvas[mask].mean(0), colours))
+                shapes.append(Shape(category, [outline], mask))
+                break
+    return _finish(rng, canvas), shapes
+
+
+def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed: int) -> None:
+    """Write train2017/, val2017/ and annotations/ into `folder`, which must not exist yet."""
+    (folder / "annotations").mkdir(parents=True)
+    first_image, first_object = 1, 1
+    for split, count in zip(SPLITS, (num_train, num_val)):
+        image_folder = folder / f"{split}2017"
+        image_folder.mkdir()
+        images, annotations = [], []
+        for index in range(count):
+            pixels, shapes = draw_image(seed=seed, split=split, index=index, size=size)
+            image_id, name = first_image + index, f"{first_image + index:012d}.jpg"
+            Image.fromarray(pixels).save(image_folder / name, quality=95, subsampling=0)
+            images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+            for shape in shapes:
+                annotations.append({"id": first_object, "image_id": image_id, **_annotation(shape)})
+                first_object += 1
+        first_image += count
+        content = {
+            "info": _info(num_train=num_train, num_val=num_val, size=size, seed=seed),
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": identity, "name": name} for identity, name in CATEGORIES.items()],
+        }
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+def is_complete(folder: Path, *, num_train: int, num_val: int, size: int, seed: int) -> bool:
+    """Whether `folder` holds the whole data set of these settings."""
+    expected = _info(num_train=num_train, num_val=num_val, size=size, seed=seed)
+    for split, count in zip(SPLITS, (num_train, num_val)):
+        try:
+            content = json.loads((folder / "annotations" / f"instances_{split}2017.json").read_bytes())
+            files = os.listdir(folder / f"{split}2017")
+        except (OSError, ValueError):
+            return False
+        if content.get("info") != expected or len(files) != count:
+            return False
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the data set unless it is there already. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.shapes",
+        description="Draw a small data set of shapes in COCO format.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder to make")
+    parser.add_argument("--num_train", type=_at_least(1), default=2000, help="training images")
+    parser.add_argument("--num_val", type=_at_least(1), default=300, help="validation images")
+    parser.add_argument("--size", type=_at_least(64), default=96, help="side of the square images, pixels")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="another seed draws another set")
+    args = parser.parse_args(argv)
+    settings = {"num_train": args.num_train, "num_val": args.num_val, "size": args.size, "seed": args.seed}
+
+    output = args.output.resolve()
+    if is_complete(output, **settings):
+        print(f"{args.output} is complete already")
+        return 0
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        print(
+            f"{args.output} exists and is not a complete set of these settings; delete it or choose another --output",
+            file=sys.stderr,
+        )
+        return 2
+
+    # Drawn beside its place and then renamed, so that an interrupted run leaves nothing that looks like a data set.
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        write_dataset(partial, **settings)
+        partial.rename(output)
+    except OSError as error:
+        print(f"{args.output} cannot be written: {error}; choose another --output", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{args.output}: {args.num_train} training and {args.num_val} validation images")
+    return 0
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Gradient between two colours + smooth noise + stripes, float (S, S, 3)."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    angles = rng.uniform(0, 2 * np.pi, 2)
+    slope, across = (np.cos(a) * x + np.sin(a) * y for a in angles)
+    first, second = rng.uniform(40, 215, (2, 3))
+    canvas = first + (second - first) * 0.4 * (slope[..., None] + 0.5)
+
+    coarse = rng.uniform(0, 255, (6, 6, 3)).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+    canvas += (smooth - 127.5) * rng.uniform(0.1, 0.4)
+
+    wavelength = rng.uniform(5, 20) / 96
+    stripes = np.sin(2 * np.pi * across / wavelength + rng.uniform(0, 2 * np.pi))
+    return canvas + stripes[..., None] * rng.uniform(-18, 18, 3)
+
+
+def _random_outline(rng: np.random.Generator, size: int, category: int) -> np.ndarray:
+    """Corners (n, 2) of a shape of any size and rotation somewhere inside the image."""
+    long_side = rng.uniform(*LONG_SIDE) * size
+    short_side = max(long_side * rng.uniform(ASPECT, 1), SHORT_SIDE * size)
+    outline = _rotated(rng, category, long_side, short_side)
+    return outline + rng.uniform(1 - outline.min(0), size - 1 - outline.max(0))
+
+
+def _rotated(rng: np.random.Generator, category: int, long_side: float, short_side: float) -> np.ndarray:
+    """Corners (n, 2) of a shape around the origin, turned by a random angle."""
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return _unit_outline(CATEGORIES[category]) * [long_side / 2, short_side / 2] @ np.array([[cos, sin], [-sin, cos]])
+
+
+def _unit_outline(name: str) -> np.ndarray:
+    """Corners (n, 2) in [-1, 1]; an ellipse is a polygon of 48 corners."""
+    if name == "rectangle":
+        return np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=np.float64)
+    if name == "triangle":
+        return np.array([[0, -1], [1, 1], [-1, 1]], dtype=np.float64)
+    count = {"ellipse": 48, "star": 10}[name]
+    angles = np.arange(count) * 2 * np.pi / count
+    radius = np.where(np.arange(count) % 2, 0.42, 1.0) if name == "star" else 1.0
+    return np.stack([radius * np.sin(angles), -radius * np.cos(angles)], 1)
+
+
+def _coverage(outline: np.ndarray, size: int) -> np.ndarray:
+    """The share of each pixel that a polygon covers, (S, S) in [0, 1]: drawn large, then averaged."""
+    large = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING))
+    ImageDraw.Draw(large).polygon([tuple(corner) for corner in outline * OVERSAMPLING], fill=255)
+    return np.asarray(large.reduce(OVERSAMPLING)) / 255
+
+
+def _leaves_visible(shapes: Sequence[Shape], mask: np.ndarray) -> bool:
+    """Whether every shape stays visible enough when one more covers `mask`."""
+    covered = mask
+    for shape in reversed(shapes):  # what lies over a shape are those after it
+        if (shape.mask & ~covered).sum() < MIN_VISIBLE * shape.mask.sum():
+            return False
+        covered = covered | shape.mask
+    return True
+
+
+def _contrasting_colour(rng: np.random.Generator, surroundings: np.ndarray, colours: list[np.ndarray]) -> np.ndarray:
+    """A colour (3,) far from the surroundings and from `colours`, to which it is added."""
+    candidates = rng.uniform(10, 245, (32, 3))
+    distance = np.linalg.norm(candidates[:, None] - np.stack([surroundings, *colours]), axis=-1).min(1)
+    far = np.flatnonzero(distance >= MIN_CONTRAST)
+    colours.append(candidates[far[0] if len(far) else distance.argmax()])
+    return colours[-1]
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
+    """Blend a slightly shaded colour into `canvas` where `cover` says."""
+    y, x = np.mgrid[: len(canvas), : len(canvas)] / len(canvas) - 0.5
+    angle = rng.uniform(0, 2 * np.pi)
+    shaded = colour + 50 * (np.cos(angle) * x + np.sin(angle) * y)[..., None]
+    canvas += cover[..., None] * (shaded - canvas)
+
+
+def _paint_crowd(rng: np.random.Generator, canvas: np.ndarray, colours: list[np.ndarray]) -> Shape:
+    """Tiny shapes of one category and colour, close together."""
+    size = len(canvas)
+    category = int(rng.choice(list(CATEGORIES)))
+    colour = _contrasting_colour(rng, canvas.mean((0, 1)), colours)
+    centre = rng.uniform(0.25, 0.75, 2) * size
+    outlines, mask = [], np.zeros((size, size), dtype=bool)
+    for _ in range(14):
+        side = rng.uniform(6, 9) / 96 * size
+        outline = _rotated(rng, category, side, side) + centre + rng.uniform(-0.17, 0.17, 2) * size
+        cover = _coverage(outline, size)
+        _paint(rng, canvas, cover, colour)
+        outlines.append(outline)
+        mask |= cover >= 0.5
+    return Shape(category, outlines, mask, crowd=True)
+
+
+def _finish(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    return (canvas + rng.normal(0, NOISE, canvas.shape)).round().clip(0, 255).astype(np.uint8)
+
+
+def _annotation(shape: Shape) -> dict:
+    """The entry of the annotation file but for its ids. The box ends at pixel edges, tight around the mask."""
+    rows, columns = (np.flatnonzero(shape.mask.any(axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    entry = {
+        "category_id": shape.category_id,
+        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "area": int(shape.mask.sum()),
+        "iscrowd": int(shape.crowd),
+    }
+    if shape.crowd:
+        entry["segmentation"] = {"size": list(shape.mask.shape), "counts": _run_lengths(shape.mask)}
+    return entry
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed RLE: lengths of runs of 0, 1, 0, ... down the columns, the first one possibly 0."""
+    pixels = mask.ravel(order="F")
+    ends = np.flatnonzero(np.diff(pixels)) + 1
+    lengths = np.diff([0, *ends, len(pixels)]).tolist()
+    return [0, *lengths] if pixels[0] else lengths
+
+
+def _info(**settings: int) -> dict:
+    return {"description": "Shapes, drawn by datasets/shapes.py", "version": VERSION, "settings": settings}
+
+
+def _at_least(low: int):
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is below {low}")
+        return value
+
+    parse.__name__ = "integer"  # argparse names the type in its message for what is no number
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())

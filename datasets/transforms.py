@@ -1,0 +1,104 @@
+"""The published DETR presets for training and evaluation, as torchvision v2 transforms.
+
+All take (PIL image, target) with `target["boxes"]` as tv_tensors.BoundingBoxes (n, 4) in xyxy pixels and
+`target["labels"]` (n,), and return (float32 tensor (3, H, W), target) with the boxes in pixels of that tensor. An image
+alone goes through EvalTransforms too. Random numbers come from torch's global generator only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHORT_SIDES = tuple(range(480, 801, 32))
+
+
+class EvalTransforms(v2.Compose):
+    """Resize to one short side, normalise."""
+
+    def __init__(self, *, short_side: int = 800, max_size: int | None = 1333) -> None:
+        super().__init__([ResizeShortSide(short_sides=[short_side], max_size=max_size), *_to_normalised_tensor()])
+
+
+class TrainTransforms(v2.Compose):
+    """Flip; then resize to a random short side or, for half of the images when `crop`, first crop a random part of the
+    image at another scale; normalise."""
+
+    def __init__(
+        self,
+        *,
+        short_sides: Sequence[int] = SHORT_SIDES,
+        max_size: int | None = 1333,
+        crop: bool = True,
+        flip: float = 0.5,
+    ) -> None:
+        resize = ResizeShortSide(short_sides=short_sides, max_size=max_size)
+        if crop:
+            zoom = v2.Compose([ResizeShortSide(short_sides=[400, 500, 600]), RandomCrop(sides=(384, 600)), resize])
+            resize = v2.RandomChoice([resize, zoom])
+        super().__init__([v2.RandomHorizontalFlip(flip), resize, *_to_normalised_tensor()])
+
+
+def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
+    """(height, width) after resizing to `short_side`, or to less where the long side would exceed `max_size`.
+
+    v2.Resize rounds the limited short side down and sets the long side to `max_size`; DETR rounds the short side to the
+    nearest, and the long side can then miss `max_size` by some pixels. The published figures were reached that way.
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * short_side > max_size:
+        short_side = max(1, round(max_size * short / long))
+    long_side = int(short_side * long / short)
+    return (short_side, long_side) if height <= width else (long_side, short_side)
+
+
+class ResizeShortSide(v2.Transform):
+    """Resize to one of `short_sides`, drawn evenly, by `resized_size`."""
+
+    def __init__(self, *, short_sides: Sequence[int], max_size: int | None = None) -> None:
+        super().__init__()
+        self.short_sides, self.max_size = tuple(short_sides), max_size
+
+    def make_params(self, flat_inputs: list) -> dict:
+        height, width = v2.query_size(flat_inputs)
+        short_side = self.short_sides[_randint(0, len(self.short_sides) - 1)]
+        return {"size": list(resized_size(height, width, short_side, self.max_size))}
+
+    def transform(self, inpt, params: dict):
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+class RandomCrop(nn.Module):
+    """Cut out a part whose sides are drawn evenly from `sides` (lowest, highest), each at most the image's.
+
+    Boxes are clipped to it; those without any area left are dropped with their labels.
+    """
+
+    def __init__(self, *, sides: tuple[int, int]) -> None:
+        super().__init__()
+        self.sides = sides
+
+    def forward(self, image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+        low, high = self.sides
+        height, width = (_randint(min(low, side), min(high, side)) for side in (image.height, image.width))
+        top, left = _randint(0, image.height - height), _randint(0, image.width - width)
+        boxes = F.crop(target["boxes"], top, left, height, width)
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        target = {**target, "boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+        return F.crop(image, top, left, height, width), target
+
+
+def _randint(low: int, high: int) -> int:
+    """A whole number from low..high, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _to_normalised_tensor() -> list[nn.Module]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

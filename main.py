@@ -1,0 +1,340 @@
+"""Train or evaluate a detector.
+
+python main.py --coco_path data/coco --output_dir output/run
+torchrun --nproc_per_node=4 main.py --batch_size 4 --smca --epochs 12 --lr_drop 10 --output_dir output/run
+python main.py --coco_path data/coco --resume output/run/checkpoint.pth --eval
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from datasets import build_dataset, collate
+from datasets.categories import COCO, Categories
+from datasets.coco_eval import CocoEvaluator
+from datasets.sampler import DistributedEvalSampler
+from engine import evaluate, train_one_epoch
+from models.backbone import RESNETS
+from models.build import (
+    build_model,
+    input_proj_norm,
+    load_backbone_weights,
+    load_checkpoint,
+    read_checkpoint,
+)
+from util.checkpoint import save_file
+from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
+from util.logger import append_json_line, log, write_json
+from util.optim import SCHEDULES, build_scheduler, parameter_groups
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    number, whole = float, int
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", default=1e-4, type=number)
+    group.add_argument("--lr_backbone", default=1e-5, type=number, help="0 freezes the backbone")
+    group.add_argument(
+        "--lr_linear_proj_names", default=[], nargs="+", help="parameters whose names contain one of these"
+    )
+    group.add_argument("--lr_linear_proj_mult", default=0.1, type=number, help="... learn at lr times this")
+    group.add_argument("--batch_size", default=2, type=whole, help="images per process")
+    group.add_argument("--weight_decay", default=1e-4, type=number)
+    group.add_argument("--epochs", default=50, type=whole)
+    group.add_argument(
+        "--lr_drop", default=40, type=whole, help="epochs after which the learning rate falls to a tenth"
+    )
+    group.add_argument("--lr_schedule", default="step", choices=SCHEDULES, help="how the learning rate falls")
+    group.add_argument("--warmup_iters", default=0, type=whole, help="iterations of linear warm-up")
+    group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
+
+    group = parser.add_argument_group("network (with --resume, what is not given comes from the checkpoint)")
+    group.add_argument("--multiscale", action="store_true", help="three feature levels and deformable attention")
+    group.add_argument("--backbone", default="resnet50", help=", ".join(RESNETS))
+    group.add_argument(
+        "--backbone_level", default=5, type=whole, choices=(3, 4, 5), help="stage used: 4 is C4, stride 16"
+    )
+    group.add_argument("--backbone_norm", default="frozen", choices=("frozen", "learned"), help="BatchNorm; learned: to train from scratch")  # fmt: skip
+    group.add_argument("--backbone_weights", default="imagenet", metavar="{imagenet,none,FILE}", help="where training starts; not used with --resume")  # fmt: skip
+    group.add_argument("--dilation", action="store_true", help="C5 at stride 16 (DC5)")
+    group.add_argument("--position_embedding", default="sine", choices=("sine",))
+    group.add_argument("--input_proj_norm", default="auto", choices=("auto", "group", "none"), help="GroupNorm after the input projection; auto: multi-scale, or epochs < 25")  # fmt: skip
+    group.add_argument("--enc_layers", default=6, type=whole)
+    group.add_argument("--dec_layers", default=6, type=whole)
+    group.add_argument("--dim_feedforward", default=2048, type=whole)
+    group.add_argument("--hidden_dim", default=256, type=whole)
+    group.add_argument("--dropout", default=0.1, type=number)
+    group.add_argument("--nheads", default=8, type=whole)
+    group.add_argument("--num_queries", default=300, type=whole)
+    group.add_argument("--smca", action="store_true", help="spatial prior around the salient points")
+    group.add_argument("--sam_resample", default="points", choices=("points", "average", "maximum", "off"), help="what queries are resampled from; off: no Semantics Aligner")  # fmt: skip
+    group.add_argument("--sam_points", default=None, type=whole, help="salient points a query: 1, or nheads (default)")
+    group.add_argument("--sam_range", default="box", choices=("box", "image"), help="where salient points may lie")
+    group.add_argument("--no_sam_reweight", dest="sam_reweight", action="store_false", help="do not gate new queries by old ones")  # fmt: skip
+    parser.set_defaults(num_classes=91)  # COCO's, until the data set or the checkpoint tells
+
+    group = parser.add_argument_group("loss")
+    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="loss at the last layer only")
+    group.add_argument("--set_cost_class", default=2.0, type=number)
+    group.add_argument("--set_cost_bbox", default=5.0, type=number)
+    group.add_argument("--set_cost_giou", default=2.0, type=number)
+    group.add_argument("--cls_loss_coef", default=2.0, type=number)
+    group.add_argument("--bbox_loss_coef", default=5.0, type=number)
+    group.add_argument("--giou_loss_coef", default=2.0, type=number)
+    group.add_argument("--focal_alpha", default=0.25, type=number)
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_file", default="coco", help="format of the data set; coco is the only one")
+    group.add_argument("--coco_path", default="data/coco", help="folder with train2017/, val2017/ and annotations/")
+    group.add_argument("--train_sizes", default=list(range(480, 801, 32)), nargs="+", type=whole, help="short sides drawn from in training")  # fmt: skip
+    group.add_argument("--eval_size", default=800, type=whole, help="short side in evaluation")
+    group.add_argument("--max_size", default=1333, type=whole, help="longest side")
+    group.add_argument("--no_crop", dest="crop_augmentation", action="store_false", help="no random crops in training")
+    group.add_argument("--num_workers", default=2, type=whole)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="", help="where to save; empty: nowhere")
+    group.add_argument("--device", default="auto", help="auto: a GPU where there is one")
+    group.add_argument("--seed", default=42, type=whole)
+    group.add_argument("--resume", default="", help="checkpoint to go on from: a file or URL, ours or an official one")
+    group.add_argument("--start_epoch", default=0, type=whole)
+    group.add_argument("--eval", action="store_true", help="evaluate, do not train")
+    group.add_argument("--eval_every_epoch", default=1, type=whole)
+    group.add_argument("--save_every_epoch", default=1, type=whole)
+    group.add_argument("--print_every", default=50, type=whole, help="iterations between lines where output is no terminal")  # fmt: skip
+    group.add_argument(
+        "--world_size", default=1, type=whole, help="number of processes, where the launcher does not tell"
+    )
+    group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    return parser
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
+    at_least = {1: ("batch_size", "epochs", "lr_drop", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
+                    "num_queries", "eval_size", "max_size", "eval_every_epoch", "save_every_epoch", "print_every"),
+                0: ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "warmup_iters", "num_workers",
+                    "start_epoch", "focal_alpha", "dropout", "set_cost_class", "set_cost_bbox", "set_cost_giou",
+                    "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")}  # fmt: skip
+    for least, names in at_least.items():
+        for name in names:
+            if not getattr(args, name) >= least:  # so that NaN is refused too
+                raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    for name in ("dropout", "focal_alpha"):
+        if getattr(args, name) > 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
+    if min(args.train_sizes) < 1:
+        raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
+    if args.eval and not args.resume:
+        raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
+    if args.output_dir and not os.access(_nearest_folder(Path(args.output_dir)), os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
+
+
+def _nearest_folder(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path if path.is_dir() else path / "not a folder"
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); leave it out or pass cpu") from None
+    return device
+
+
+def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint: dict[str, Any]) -> None:
+    """Let the checkpoint decide what shapes the network, but for flags that the user gave: if these do not fit, loading
+    the weights says so. The norm of the input projection always follows the weights."""
+    for name, value in checkpoint["settings"].items():
+        if name not in given or name in ("input_proj_norm", "num_classes"):
+            setattr(args, name, value)
+
+
+def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
+    """The classes that a checkpoint was trained for; official files have none, but those of COCO are known."""
+    num_classes = checkpoint["settings"].get("num_classes")
+    if "categories" in checkpoint:
+        return Categories.from_list(checkpoint["categories"], num_classes=num_classes)
+    return COCO if checkpoint["official"] and num_classes == COCO.num_classes else None
+
+
+def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoader | None, DataLoader]:
+    """Batches for training (None without a training set; incomplete last ones dropped, as published) and evaluation."""
+    options = {"collate_fn": collate, "num_workers": args.num_workers, "pin_memory": torch.cuda.is_available()}
+    order = DistributedEvalSampler(length=len(val_set), rank=get_rank(), world_size=get_world_size())
+    val_loader = DataLoader(val_set, args.batch_size, sampler=order, **options)
+    if train_set is None:
+        return None, val_loader
+    if len(train_set) < args.batch_size * get_world_size():
+        raise ValueError(
+            f"--batch_size {args.batch_size} in {get_world_size()} process(es) is more than the {len(train_set)} training "
+            "images; make it smaller"
+        )
+    order = DistributedSampler(train_set, num_replicas=get_world_size(), rank=get_rank(), seed=args.seed)
+    return DataLoader(train_set, args.batch_size, sampler=order, drop_last=True, **options), val_loader
+
+
+def run(args: argparse.Namespace, given: set[str]) -> None:
+    """Everything after the command line. `given` are the names of the flags that the user passed. Raises ValueError."""
+    check_settings(args)
+    device = choose_device(args.device)
+    ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=device.type)
+    random.seed(args.seed + ranks.rank)
+    np.random.seed(args.seed + ranks.rank)
+    torch.manual_seed(args.seed + ranks.rank)
+
+    # Data, and the classes that it has.
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    categories = None
+    if checkpoint:
+        take_network_settings(args, given, checkpoint)
+        categories = checkpoint_categories(checkpoint)
+    train_set = None if args.eval else build_dataset("train", args, categories)
+    categories = categories or (train_set.categories if train_set else None)
+    val_set = build_dataset("val", args, categories)
+    categories = categories or val_set.categories
+    if not checkpoint:
+        args.num_classes = categories.num_classes
+    elif categories.num_classes > args.num_classes:
+        raise ValueError(
+            f"{args.resume} has {args.num_classes} classes, but labels at {args.coco_path} go up to "
+            f"{categories.num_classes - 1}; use the data set that it was trained for"
+        )
+    train_loader, val_loader = build_loaders(args, train_set, val_set)
+
+    # Network, losses, optimiser.
+    args.input_proj_norm = input_proj_norm(args)
+    network, criterion, postprocess = build_model(args)
+    if checkpoint:
+        load_checkpoint(network, checkpoint, source=args.resume)
+    else:
+        with main_process_first():
+            load_backbone_weights(network, args.backbone_weights)
+    network.to(device)
+    n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    log(f"{n_parameters:,} trainable parameters; {get_world_size()} process(es) on {device.type}")
+    model: nn.Module = network
+    if get_world_size() > 1:
+        # Without auxiliary losses the heads of the earlier layers get no gradient.
+        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not args.aux_loss)
+
+    def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
+        evaluator = CocoEvaluator(val_set.coco, categories)
+        stats = evaluate(
+            model=model, criterion=criterion, postprocess=postprocess, loader=val_loader, evaluator=evaluator,
+            device=device, print_every=args.print_every,
+        )  # fmt: skip
+        log(evaluator.table())
+        return stats, evaluator
+
+    output = Path(args.output_dir) if args.output_dir else None
+    settings = {**vars(args), "world_size": get_world_size()}
+    if args.eval:
+        stats, evaluator = evaluate_now()
+        if output and is_main():
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "detections.json", evaluator.results)
+            write_json(output / "eval.json", {**stats, "resume": args.resume, "settings": settings})
+            log(f"detections and figures are in {output}")
+        return
+
+    groups = parameter_groups(
+        network,
+        lr=args.lr,
+        lr_backbone=args.lr_backbone,
+        lr_linear_proj_names=args.lr_linear_proj_names,
+        lr_linear_proj_mult=args.lr_linear_proj_mult,
+    )
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = build_scheduler(
+        optimizer,
+        schedule=args.lr_schedule,
+        total_steps=args.epochs * len(train_loader),
+        drop_step=args.lr_drop * len(train_loader),
+        warmup_steps=args.warmup_iters,
+    )
+    if checkpoint and not checkpoint["official"]:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        args.start_epoch = checkpoint["epoch"] + 1
+        log(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
+
+    start = time.time()
+    for epoch in range(args.start_epoch, args.epochs):
+        train_loader.sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            model=model, criterion=criterion, loader=train_loader, optimizer=optimizer, scheduler=scheduler,
+            device=device, epoch=epoch, clip_max_norm=args.clip_max_norm, print_every=args.print_every,
+        )  # fmt: skip
+        if output and is_main():
+            # The first things written: by now every training image was read and no loss was odd.
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "settings.json", settings)
+            content = {
+                "model": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "lr_scheduler": scheduler.state_dict(),
+                "epoch": epoch,
+                "settings": settings,
+                "categories": categories.to_list(),
+            }
+            save_file(content, output / "checkpoint.pth")
+            if (epoch + 1) % args.save_every_epoch == 0:
+                save_file(content, output / f"checkpoint{epoch:04}.pth")
+        line = {f"train_{name}": value for name, value in train_stats.items()}
+        if (epoch + 1) % args.eval_every_epoch == 0 or epoch + 1 == args.epochs:
+            line |= {f"test_{name}": value for name, value in evaluate_now()[0].items()}
+        if output and is_main():
+            append_json_line(output / "log.txt", {**line, "epoch": epoch, "n_parameters": n_parameters})
+    log(f"training took {timedelta(seconds=round(time.time() - start))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one line about what is wrong with the input."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    try:
+        run(args, given)
+    except ValueError as error:
+        print(f"main.py: error: {user_message(error)}", file=sys.stderr)
+        return 2
+    finally:
+        shutdown()
+    return 0
+
+
+def user_message(error: ValueError) -> str:
+    """One line. A DataLoader wraps what its workers raise into the text of their traceback."""
+    text = str(error)
+    if "DataLoader worker process" in text:
+        text = text.rsplit("ValueError: ", 1)[-1]
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

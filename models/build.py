@@ -1,0 +1,202 @@
+"""From settings to networks: the only file of this package that reads args. Every implicit rule becomes a value here."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torchvision
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
+from models.detector import Detector
+from models.encoder import DenseEncoder
+from models.layers import InputProjection
+from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from models.postprocess import postprocess
+from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
+from models.sam_detr.official_weights import convert_official, is_official
+from models.sam_detr.semantics_aligner import SemanticsAligner
+from util.checkpoint import load_weights, read_file
+
+# Settings that shape the network: a checkpoint brings its own, so that it is rebuilt whatever the command line says.
+NETWORK_SETTINGS = (
+    "num_classes",
+    "multiscale",
+    "backbone",
+    "backbone_level",
+    "backbone_norm",
+    "dilation",
+    "position_embedding",
+    "input_proj_norm",
+    "enc_layers",
+    "dec_layers",
+    "dim_feedforward",
+    "hidden_dim",
+    "nheads",
+    "num_queries",
+    "smca",
+    "sam_resample",
+    "sam_points",
+    "sam_reweight",
+    "sam_range",
+)
+
+
+def build_sam_detr(args: Namespace) -> Detector:
+    """SAM-DETR (CVPR 2022): a dense encoder and the decoder with Semantics Aligners."""
+    if args.multiscale:
+        raise ValueError("--multiscale is not available yet; leave the flag out for the single-scale model")
+    _check_widths(args)
+    backbone = Backbone(
+        name=args.backbone,
+        levels=(args.backbone_level,),
+        dilation=args.dilation,
+        norm=args.backbone_norm,
+        # What is pretrained keeps its first stage; a backbone whose norms learn is trained from scratch.
+        freeze_stem=args.backbone_norm == "frozen",
+        trainable=args.lr_backbone > 0,
+    )
+    projection = InputProjection(
+        in_channels=backbone.num_channels, hidden_dim=args.hidden_dim, norm=args.input_proj_norm == "group"
+    )
+    sizes = {
+        "hidden_dim": args.hidden_dim,
+        "num_heads": args.nheads,
+        "feedforward_dim": args.dim_feedforward,
+        "dropout": args.dropout,
+    }
+    decoder = SAMDecoder(
+        layer=SAMDecoderLayer(**sizes, aligner=_build_aligner(args)),
+        num_queries=args.num_queries,
+        num_classes=args.num_classes,
+        levels=(0,) * args.dec_layers,
+    )
+    encoder = DenseEncoder(num_layers=args.enc_layers, **sizes)
+    return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
+
+
+def _build_aligner(args: Namespace) -> SemanticsAligner | None:
+    if args.sam_resample == "off":
+        if args.smca:
+            raise ValueError("--smca needs salient points, which --sam_resample off takes away; leave one of them out")
+        return None
+    return SemanticsAligner(
+        hidden_dim=args.hidden_dim,
+        num_heads=args.nheads,
+        resample=args.sam_resample,
+        num_points=args.sam_points,
+        reweight=args.sam_reweight,
+        search_range=args.sam_range,
+        predict_scales=args.smca,
+    )
+
+
+def _check_widths(args: Namespace) -> None:
+    if args.hidden_dim % 4:
+        raise ValueError(f"--hidden_dim {args.hidden_dim} is not a multiple of 4, which the position encoding needs")
+    if args.hidden_dim % args.nheads:
+        raise ValueError(
+            f"--hidden_dim {args.hidden_dim} cannot be divided by --nheads {args.nheads}; change one of them"
+        )
+
+
+BUILDERS: dict[str, Callable[[Namespace], Detector]] = {"sam_detr": build_sam_detr}
+
+
+def build_model(args: Namespace) -> tuple[Detector, SetCriterion, Callable[..., list[dict[str, Tensor]]]]:
+    """The network (no weights are fetched), its criterion, and the function that makes detections of its output.
+
+    Raises:
+        ValueError: settings that cannot be built; the message names the flag and its value.
+    """
+    detector = BUILDERS["sam_detr"](Namespace(**{**vars(args), "input_proj_norm": input_proj_norm(args)}))
+    return detector, build_criterion(args), partial(postprocess, top_k=100)
+
+
+def build_criterion(args: Namespace) -> SetCriterion:
+    matcher = HungarianMatcher(
+        costs=[
+            (args.set_cost_class, focal_class_cost(alpha=args.focal_alpha)),
+            (args.set_cost_bbox, l1_cost),
+            (args.set_cost_giou, giou_cost),
+        ]
+    )
+    return SetCriterion(
+        matcher=matcher,
+        losses=[focal_loss(alpha=args.focal_alpha), box_losses, cardinality_error],
+        final_losses=[class_error],
+        weights={"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef},
+        auxiliary=args.aux_loss,
+    )
+
+
+def input_proj_norm(args: Namespace) -> str:
+    """ "group" or "none". The reference has a GroupNorm in multi-scale models and where the schedule is shorter than 25
+    epochs ("by accident", it says); "auto" keeps this rule."""
+    if args.input_proj_norm != "auto":
+        return args.input_proj_norm
+    return "group" if args.multiscale or args.epochs < 25 else "none"
+
+
+def load_backbone_weights(detector: Detector, source: str) -> None:
+    """Pretrained weights: "imagenet" - torchvision's IMAGENET1K_V1, fetched if need be - or a file; "none" does nothing.
+
+    Raises:
+        ValueError: weights that cannot be fetched or do not fit; says how to get and pass a file.
+    """
+    if source == "none":
+        return
+    name = detector.backbone.name
+    if source == "imagenet":
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:  # no network, no space, a proxy's refusal
+            raise ValueError(
+                f"cannot fetch the ImageNet weights of {name} ({error}); download {weights.url} elsewhere and pass it "
+                "with --backbone_weights FILE, or train from scratch with --backbone_weights none"
+            ) from None
+    else:
+        state = read_file(source, flag="--backbone_weights")
+    try:
+        detector.backbone.load_classifier_weights(state)
+    except ValueError as error:
+        raise ValueError(f"--backbone_weights {source} does not fit --backbone {name}: {error}") from None
+
+
+def read_checkpoint(source: str) -> dict[str, Any]:
+    """A checkpoint of ours, or an official one under our names, from a file or an http(s) URL.
+
+    Returns:
+        A dict with at least `model` (weights), `settings` (those of NETWORK_SETTINGS that the file tells; the norm of
+        the input projection and the number of classes are read off the weights) and `official`.
+
+    Raises:
+        ValueError: no checkpoint, or one that is damaged or holds code.
+    """
+    checkpoint = read_file(source, flag="--resume")
+    state = checkpoint.get("model")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"--resume {source} holds no weights under 'model' (it has {sorted(map(str, checkpoint))[:8]}); "
+                         "pass a checkpoint of this project or an official one")  # fmt: skip
+    official = is_official(state)
+    told = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), Namespace) else checkpoint.get("settings", {})
+    state = convert_official(state) if official else state
+    settings = {name: told[name] for name in NETWORK_SETTINGS if name in told}
+    settings["input_proj_norm"] = "group" if "projection.levels.0.1.weight" in state else "none"
+    if "decoder.class_heads.0.bias" in state:
+        settings["num_classes"] = len(state["decoder.class_heads.0.bias"])
+    return {**checkpoint, "model": state, "settings": settings, "official": official}
+
+
+def load_checkpoint(detector: nn.Module, checkpoint: dict[str, Any], *, source: str) -> None:
+    """Put a checkpoint's weights into a network; all must fit.
+
+    Raises:
+        ValueError: lists missing, unexpected and differently shaped names.
+    """
+    load_weights(detector, checkpoint["model"], source=source)

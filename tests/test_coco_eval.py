@@ -1,0 +1,195 @@
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import distributed, multiprocessing
+
+from datasets.categories import Categories
+from datasets.coco_eval import CocoEvaluator
+from datasets.sampler import DistributedEvalSampler
+
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+CATEGORIES = [{"id": i, "name": str(i)} for i in (1, 2, 3, 5)]
+
+
+def ground_truth():
+    """13 images of 400 x 300; every fourth is empty, every third has a crowd; objects of all three size classes."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for image_id in range(1, 14):
+        for k in range(0 if image_id % 4 == 0 else rng.integers(2, 7)):
+            w, h = rng.integers(8, (30, 90, 200)[k % 3], 2).tolist()
+            x, y = rng.integers(0, (400 - w, 300 - h)).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": int(rng.choice([1, 2, 3, 5])),
+                    "bbox": [x, y, w, h],
+                    "area": w * h * 0.8,
+                    "iscrowd": int(k == 1 and image_id % 3 == 0),
+                }
+            )
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 400, "height": 300} for i in range(1, 14)]
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+def random_results(content):
+    """Shifted ground truth, some of it under another category or twice, and false detections, empty images included.
+    Quarters of a pixel, so that no number is rounded on its way through float32."""
+    rng = np.random.default_rng(1)
+    results = []
+    for a in content["annotations"] * 2:
+        box = np.array(a["bbox"]) + rng.integers(-12, 13, 4) / 4 * (1 + a["bbox"][2] / 40) // 0.25 * 0.25
+        category = a["category_id"] if rng.random() < 0.85 else 1
+        results.append({"image_id": a["image_id"], "category_id": category, "bbox": box.clip(1).tolist()})
+    for _ in range(200):
+        box = (rng.integers(4, 400, 4) / 4).tolist()
+        results.append({"image_id": int(rng.integers(1, 14)), "category_id": int(rng.choice([1, 5])), "bbox": box})
+    return [{**r, "score": float(np.float32(rng.random()))} for r in results]
+
+
+def silent_coco(content):
+    coco = COCO()
+    coco.dataset = json.loads(json.dumps(content))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def plain_pycocotools(content, results):
+    coco = silent_coco(content)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(coco, coco.loadRes(json.loads(json.dumps(results))), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(NAMES, evaluation.stats.tolist()))
+
+
+def as_predictions(content, results):
+    """What a post-processor gives: image id -> tensors, also for images without detections."""
+    predictions = {}
+    for image in content["images"]:
+        rows = [r for r in results if r["image_id"] == image["id"]]
+        boxes = torch.tensor([r["bbox"] for r in rows], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        predictions[image["id"]] = {
+            "scores": torch.tensor([r["score"] for r in rows]),
+            "labels": torch.tensor([r["category_id"] for r in rows], dtype=torch.int64),
+            "boxes": boxes,
+        }
+    return predictions
+
+
+def evaluator(content):
+    return CocoEvaluator(silent_coco(content), Categories.from_annotations(content["categories"]))
+
+
+def test_equals_pycocotools_on_all_twelve(capsys):
+    content = ground_truth()
+    results = random_results(content)
+    expected = plain_pycocotools(content, results)
+    assert all(0.01 < value < 0.99 for value in expected.values()), f"the test tells nothing: {expected}"
+    ours = evaluator(content)
+    ours.update(as_predictions(content, results))
+    assert ours.summarize() == expected
+    assert plain_pycocotools(content, ours.results) == expected
+    assert capsys.readouterr().out == ""
+    lines = ours.table().splitlines()
+    assert len(lines) == 12
+    assert lines[1].endswith(f"{expected['AP50']:.3f}")
+
+
+def test_huge_category_ids_are_mapped_back():
+    content = ground_truth()
+    results = random_results(content)
+    expected = plain_pycocotools(content, results)
+    far = {1: 10_000, 2: 20_000, 3: 30_000, 5: 50_000}
+    moved = json.loads(json.dumps(content))
+    for entry in moved["annotations"]:
+        entry["category_id"] = far[entry["category_id"]]
+    for entry in moved["categories"]:
+        entry["id"] = far[entry["id"]]
+    labels = {1: 0, 2: 1, 3: 2, 5: 3}
+    ours = evaluator(moved)
+    ours.update(as_predictions(moved, [{**r, "category_id": labels[r["category_id"]]} for r in results]))
+    assert ours.summarize() == expected
+    assert {r["category_id"] for r in ours.results} <= set(far.values())
+
+
+def test_no_detection_at_all_and_labels_in_gaps():
+    content = ground_truth()
+    ours = evaluator(content)
+    ours.update(as_predictions(content, []))
+    nothing = ours.summarize()
+    assert list(nothing) == NAMES
+    assert set(nothing.values()) == {0.0}
+    assert ours.results == []
+
+    results = random_results(content)
+    ours = evaluator(content)
+    noise = [{**r, "category_id": gap} for r, gap in zip(results, [0, 4, 6] * 9)]
+    ours.update(as_predictions(content, results + noise))
+    assert ours.summarize() == plain_pycocotools(content, results)
+
+
+def test_only_updated_images_count():
+    content = ground_truth()
+    results = random_results(content)
+    some = {1, 2, 3, 4}
+    part = {
+        "images": [i for i in content["images"] if i["id"] in some],
+        "annotations": [a for a in content["annotations"] if a["image_id"] in some],
+        "categories": CATEGORIES,
+    }
+    ours = evaluator(content)
+    ours.update({i: p for i, p in as_predictions(content, results).items() if i in some})
+    assert ours.summarize() == plain_pycocotools(part, [r for r in results if r["image_id"] in some])
+
+
+def test_sampler_gives_each_image_to_one_process():
+    for length, world in [(13, 2), (7, 3), (1, 2), (6, 3)]:
+        parts = [DistributedEvalSampler(length=length, rank=r, world_size=world) for r in range(world)]
+        assert sorted(i for part in parts for i in part) == list(range(length))
+        assert [len(list(part)) for part in parts] == [len(part) for part in parts]
+
+
+def evaluate_one_share(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    content = ground_truth()
+    predictions = as_predictions(content, random_results(content))
+    ours = evaluator(content)
+    ids = [image["id"] for image in content["images"]]
+    share = [ids[i] for i in DistributedEvalSampler(length=len(ids), rank=rank, world_size=2)]
+    for image_id in [*share, ids[0]]:  # the first image in both processes
+        ours.update({image_id: predictions[image_id]})
+    figures = ours.summarize()
+    (folder / f"{rank}.json").write_text(json.dumps([figures, len(share), len(ours.results)]))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path):
+    multiprocessing.spawn(evaluate_one_share, args=(tmp_path,), nprocs=2)
+    content = ground_truth()
+    results = random_results(content)
+    expected = plain_pycocotools(content, results)
+    assert json.loads((tmp_path / "0.json").read_text()) == [expected, 7, len(results)]
+    assert json.loads((tmp_path / "1.json").read_text()) == [expected, 6, len(results)]
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data with real COCO annotations is not here")
+def test_real_ground_truth_given_back_is_perfect():
+    content = json.loads((SHARED_DATA / "coco_tiny" / "annotations" / "instances_val2017.json").read_text())
+    ours = evaluator(content)
+    ours.update(as_predictions(content, [{**a, "score": 1.0} for a in content["annotations"] if not a["iscrowd"]]))
+    figures = ours.summarize()
+    assert [figures[name] for name in ("AP", "AP50", "AP75")] == pytest.approx([1, 1, 1], abs=1e-6)

@@ -1,0 +1,149 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from datasets.transforms import EvalTransforms, RandomCrop, TrainTransforms, resized_size
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def scene(width, height, *boxes):
+    """A grey image with one red rectangle for each xyxy box, and its target."""
+    pixels = np.full((height, width, 3), 90, dtype=np.uint8)
+    for left, top, right, bottom in boxes:
+        pixels[top:bottom, left:right] = (250, 10, 10)
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), format="XYXY", canvas_size=(height, width)
+        ),
+        "labels": torch.arange(len(boxes)) + 7,
+    }
+    return Image.fromarray(pixels), target
+
+
+def red_box(tensor):
+    """xyxy of the red pixels in a normalised tensor (3, H, W), or None."""
+    pixels = tensor.numpy().transpose(1, 2, 0) * STD + MEAN
+    red = pixels[..., 0] - pixels[..., 1] > 0.47  # half of (250 - 10) / 255
+    if not red.any():
+        return None
+    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected", "torchvisions"),
+    [
+        (480, 640, (800, 1066), (800, 1066)),  # 800 * 640 / 480 = 1066.67
+        (640, 427, (1199, 800), (1199, 800)),  # 800 * 640 / 427 = 1199.06
+        (360, 640, (750, 1333), (749, 1333)),  # limited: 1333 * 360 / 640 = 749.81
+        (1000, 100, (1330, 133), (1333, 133)),  # limited: 133.3 -> 133, then 133 * 10
+        (500, 500, (800, 800), (800, 800)),
+    ],
+)
+def test_size_rule_by_hand_and_where_torchvision_has_another(height, width, expected, torchvisions):
+    assert resized_size(height, width, 800, 1333) == expected
+    image, target = scene(width, height, (10, 10, 50, 40))
+    tensor, target = EvalTransforms()(image, target)
+    assert tensor.shape == (3, *expected)
+    ratio = np.array([expected[1] / width, expected[0] / height] * 2)
+    np.testing.assert_allclose(target["boxes"].numpy()[0], ratio * [10, 10, 50, 40], rtol=1e-6)
+    assert v2.Resize(800, max_size=1333)(image).size[::-1] == torchvisions
+
+
+def test_a_side_never_vanishes():
+    assert resized_size(1, 5000, 800, 1333) == (1, 5000)
+
+
+def test_pixels_are_pils_bilinear_and_imagenets_normalisation():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    tensor = EvalTransforms(short_side=40, max_size=None)(noise)  # shrinking shows whether it is antialiased
+    expected = np.asarray(noise.resize((53, 40), Image.Resampling.BILINEAR)) / 255
+    np.testing.assert_allclose(tensor.numpy().transpose(1, 2, 0), (expected - MEAN) / STD, atol=1e-5)
+    assert tensor.dtype == torch.float32
+
+
+def test_boxes_follow_the_pixels_through_flips_crops_and_sizes():
+    transforms = TrainTransforms(short_sides=[200, 260], max_size=400)
+    shapes, lost = set(), 0
+    for _ in range(40):
+        tensor, target = transforms(*scene(300, 200, (30, 40, 90, 150)))
+        found = red_box(tensor)
+        shapes.add(tuple(tensor.shape))
+        if found is None:
+            lost += 1
+            assert target["boxes"].shape == (0, 4)
+            assert target["labels"].shape == (0,)
+            continue
+        assert target["labels"].tolist() == [7]
+        np.testing.assert_allclose(target["boxes"].numpy()[0], found, atol=1.5)
+    assert len(shapes) > 10, "crops differ"
+    assert lost < 20
+
+
+def test_half_is_flipped_and_half_is_cropped():
+    transforms = TrainTransforms(short_sides=[30], max_size=None)
+    cropped = flipped = 0
+    for _ in range(120):
+        tensor, target = transforms(*scene(80, 60, (0, 0, 20, 60), (5, 5, 6, 6)))
+        cropped += tensor.shape[-2:] != (30, 40)
+        if tensor.shape[-2:] == (30, 40):
+            flipped += bool(target["boxes"][0, 0] > 20)
+    assert 40 < cropped < 80
+    assert 0.3 < flipped / (120 - cropped) < 0.7
+
+
+def test_without_crop_only_flip_and_size_vary():
+    transforms = TrainTransforms(short_sides=[48, 96], crop=False, flip=0.0)
+    seen = {tuple(transforms(*scene(96, 48, (0, 0, 10, 10)))[0].shape) for _ in range(20)}
+    assert seen == {(3, 48, 96), (3, 96, 192)}
+    _, target = TrainTransforms(short_sides=[48], crop=False, flip=1.0)(*scene(96, 48, (0, 0, 10, 20)))
+    assert target["boxes"].tolist() == [[86, 0, 96, 20]]
+
+
+def test_crop_sides_clipped_boxes_and_dropped_labels():
+    crop = RandomCrop(sides=(384, 600))
+    sizes = []
+    emptied = False
+    for _ in range(200):
+        image, target = crop(*scene(900, 400, (0, 0, 30, 30), (100, 0, 700, 400)))
+        sizes.append(image.size)
+        boxes = target["boxes"]
+        assert ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, :2] >= 0)).all()
+        assert (boxes[:, 2:] <= torch.tensor(image.size)).all()
+        assert boxes.canvas_size == image.size[::-1]
+        assert target["labels"].tolist() in ([7, 8], [8])
+        image, target = crop(*scene(900, 400, (0, 0, 30, 30)))
+        emptied |= target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+    widths, heights = zip(*sizes)
+    assert (min(heights), max(heights)) == (384, 400)  # of 17 values in 200 draws
+    assert 384 <= min(widths) < 400
+    assert 580 < max(widths) <= 600
+    assert emptied
+    assert crop(*scene(90, 50))[0].size == (90, 50)  # an image below 384 stays whole
+
+
+def test_torch_alone_governs_the_randomness():
+    transforms = TrainTransforms(short_sides=[60, 70, 80])
+
+    def draw(seed, other):
+        torch.manual_seed(seed)
+        random.seed(other)
+        np.random.seed(other)
+        return [transforms(*scene(120, 100, (10, 10, 60, 60))) for _ in range(4)]
+
+    for (a, target_a), (b, target_b) in zip(draw(1, 1), draw(1, 2)):
+        assert torch.equal(a, b)
+        assert torch.equal(target_a["boxes"], target_b["boxes"])
+    assert any(a.shape != b.shape or not torch.equal(a, b) for (a, _), (b, _) in zip(draw(1, 1), draw(2, 1)))

@@ -1,0 +1,98 @@
+"""Files of weights: written whole or not at all, read without running code from them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from util.distributed import main_process_first
+from util.logger import whole_file
+
+
+def save_file(content: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write a plain dict that `torch.load(weights_only=True)` reads. The file appears whole or not at all."""
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_file(source: str, *, flag: str) -> dict[str, Any]:
+    """Read a dict from a file or an http(s) URL, onto the CPU.
+
+    Besides tensors and plain values only argparse.Namespace may occur in it (official checkpoints keep their flags in
+    one); anything else is refused, since unpickling it would run code.
+
+    Raises:
+        ValueError: names `flag`, the source and the reason.
+    """
+    path = _download(source, flag) if source.startswith(("http://", "https://")) else Path(source)
+    if not path.is_file():
+        raise ValueError(f"{flag} {source}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
+            what = "holds code or objects that are not plain weights and is refused"
+        else:
+            what = "is damaged or no checkpoint"
+        raise ValueError(f"{flag} {source} {what}: {_first_line(error)}") from None
+    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{flag} {source} is cut, damaged or no checkpoint ({_first_line(error)}); get it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag} {source} holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Load weights that must fit entirely.
+
+    Raises:
+        ValueError: lists the missing, the unexpected and the differently shaped names; nothing is loaded then.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{source} does not fit the network: missing {_listed(missing)}; unexpected {_listed(unexpected)}; "
+            f"of another shape {_listed(shapes)}"
+        )
+    model.load_state_dict(state)
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} ({', '.join(names[:limit])}{more})" if names else "0"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].strip() or type(error).__name__
+
+
+def _download(url: str, flag: str) -> Path:
+    """Fetch once per node into torch's cache; a folder for each URL, because many files are called checkpoint.pth."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = folder / (url.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "checkpoint.pth")
+    with main_process_first():
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, str(path), progress=False)
+            except (URLError, OSError) as error:
+                raise ValueError(f"{flag} {url} cannot be fetched: {error}") from None
+    return path
