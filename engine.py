@@ -79,7 +79,12 @@ def evaluate(
     criterion.eval()
     averager = MetricAverager()
     # Without DDP's wrapper: the processes may have unlike numbers of batches here, and nothing is to be exchanged.
-    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    network = model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        network = model.module
+        # Learned norms have seen other batches in each process. All evaluate with those of rank 0, which are saved.
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
     for images, targets in progress(loader, description="evaluation", every=print_every):
         images, targets = _to_device(images, targets, device)
         outputs = network(images)
@@ -100,7 +105,7 @@ def _losses(criterion: nn.Module, outputs: dict[str, Any], targets: list) -> tup
     terms = criterion(outputs, targets)
     weighted = criterion.weighted(terms)
     loss = sum(weighted.values())
-    unscaled = {f"{name}_unscaled": value for name, value in terms.items() if name != "class_error"}
+    unscaled = {f"{name}_unscaled": value for name, value in terms.items()}
     return loss, {"loss": loss, **weighted, **unscaled, "class_error": terms["class_error"]}
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -35,6 +33,7 @@ from models.build import (
     read_checkpoint,
 )
 from util.checkpoint import save_file
+from util.command_line import run_command
 from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
 from util.logger import append_json_line, log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
@@ -69,11 +68,26 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--backbone_level", default=5, type=whole, choices=(3, 4, 5), help="stage used: 4 is C4, stride 16"
     )
-    group.add_argument("--backbone_norm", default="frozen", choices=("frozen", "learned"), help="BatchNorm; learned: to train from scratch")  # fmt: skip
-    group.add_argument("--backbone_weights", default="imagenet", metavar="{imagenet,none,FILE}", help="where training starts; not used with --resume")  # fmt: skip
+    group.add_argument(
+        "--backbone_norm",
+        default="frozen",
+        choices=("frozen", "learned"),
+        help="BatchNorm; learned: to train from scratch",
+    )
+    group.add_argument(
+        "--backbone_weights",
+        default="imagenet",
+        metavar="{imagenet,none,FILE}",
+        help="where training starts; not used with --resume",
+    )
     group.add_argument("--dilation", action="store_true", help="C5 at stride 16 (DC5)")
     group.add_argument("--position_embedding", default="sine", choices=("sine",))
-    group.add_argument("--input_proj_norm", default="auto", choices=("auto", "group", "none"), help="GroupNorm after the input projection; auto: multi-scale, or epochs < 25")  # fmt: skip
+    group.add_argument(
+        "--input_proj_norm",
+        default="auto",
+        choices=("auto", "group", "none"),
+        help="GroupNorm after the input projection; auto: multi-scale, or epochs < 25",
+    )
     group.add_argument("--enc_layers", default=6, type=whole)
     group.add_argument("--dec_layers", default=6, type=whole)
     group.add_argument("--dim_feedforward", default=2048, type=whole)
@@ -82,10 +96,17 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--nheads", default=8, type=whole)
     group.add_argument("--num_queries", default=300, type=whole)
     group.add_argument("--smca", action="store_true", help="spatial prior around the salient points")
-    group.add_argument("--sam_resample", default="points", choices=("points", "average", "maximum", "off"), help="what queries are resampled from; off: no Semantics Aligner")  # fmt: skip
+    group.add_argument(
+        "--sam_resample",
+        default="points",
+        choices=("points", "average", "maximum", "off"),
+        help="what queries are resampled from; off: no Semantics Aligner",
+    )
     group.add_argument("--sam_points", default=None, type=whole, help="salient points a query: 1, or nheads (default)")
     group.add_argument("--sam_range", default="box", choices=("box", "image"), help="where salient points may lie")
-    group.add_argument("--no_sam_reweight", dest="sam_reweight", action="store_false", help="do not gate new queries by old ones")  # fmt: skip
+    group.add_argument(
+        "--no_sam_reweight", dest="sam_reweight", action="store_false", help="do not gate new queries by old ones"
+    )
     parser.set_defaults(num_classes=91)  # COCO's, until the data set or the checkpoint tells
 
     group = parser.add_argument_group("loss")
@@ -101,7 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", default="coco", help="format of the data set; coco is the only one")
     group.add_argument("--coco_path", default="data/coco", help="folder with train2017/, val2017/ and annotations/")
-    group.add_argument("--train_sizes", default=list(range(480, 801, 32)), nargs="+", type=whole, help="short sides drawn from in training")  # fmt: skip
+    group.add_argument(
+        "--train_sizes",
+        default=list(range(480, 801, 32)),
+        nargs="+",
+        type=whole,
+        help="short sides drawn from in training",
+    )
     group.add_argument("--eval_size", default=800, type=whole, help="short side in evaluation")
     group.add_argument("--max_size", default=1333, type=whole, help="longest side")
     group.add_argument("--no_crop", dest="crop_augmentation", action="store_false", help="no random crops in training")
@@ -116,7 +143,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--eval", action="store_true", help="evaluate, do not train")
     group.add_argument("--eval_every_epoch", default=1, type=whole)
     group.add_argument("--save_every_epoch", default=1, type=whole)
-    group.add_argument("--print_every", default=50, type=whole, help="iterations between lines where output is no terminal")  # fmt: skip
+    group.add_argument(
+        "--print_every", default=50, type=whole, help="iterations between lines where output is no terminal"
+    )
     group.add_argument(
         "--world_size", default=1, type=whole, help="number of processes, where the launcher does not tell"
     )
@@ -126,13 +155,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
-    at_least = {1: ("batch_size", "epochs", "lr_drop", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
-                    "num_queries", "eval_size", "max_size", "eval_every_epoch", "save_every_epoch", "print_every"),
-                0: ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "warmup_iters", "num_workers",
-                    "start_epoch", "focal_alpha", "dropout", "set_cost_class", "set_cost_bbox", "set_cost_giou",
-                    "cls_loss_coef", "bbox_loss_coef", "giou_loss_coef")}  # fmt: skip
+    at_least = {
+        1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries eval_size max_size "
+        "eval_every_epoch save_every_epoch print_every",
+        0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
+        "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef",
+    }
     for least, names in at_least.items():
-        for name in names:
+        for name in names.split():
             if not getattr(args, name) >= least:  # so that NaN is refused too
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     for name in ("dropout", "focal_alpha"):
@@ -142,27 +172,27 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
-    if args.output_dir and not os.access(_nearest_folder(Path(args.output_dir)), os.W_OK | os.X_OK):
+    if args.output_dir and not _can_be_written(Path(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
 
 
-def _nearest_folder(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path if path.is_dir() else path / "not a folder"
+def _can_be_written(folder: Path) -> bool:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); leave it out or pass cpu") from None
-    return device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+        raise ValueError(f"--device {name} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
+    # Asked without touching a GPU: every process would take memory on the first one.
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}, but {torch.cuda.device_count()} GPUs can be seen here; leave the flag out")
+    return torch.device(name)
 
 
 def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint: dict[str, Any]) -> None:
@@ -190,8 +220,8 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
         return None, val_loader
     if len(train_set) < args.batch_size * get_world_size():
         raise ValueError(
-            f"--batch_size {args.batch_size} in {get_world_size()} process(es) is more than the {len(train_set)} training "
-            "images; make it smaller"
+            f"--batch_size {args.batch_size} in {get_world_size()} process(es) is more than the {len(train_set)} "
+            "training images; make it smaller"
         )
     order = DistributedSampler(train_set, num_replicas=get_world_size(), rank=get_rank(), seed=args.seed)
     return DataLoader(train_set, args.batch_size, sampler=order, drop_last=True, **options), val_loader
@@ -202,8 +232,6 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     check_settings(args)
     device = choose_device(args.device)
     ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=device.type)
-    random.seed(args.seed + ranks.rank)
-    np.random.seed(args.seed + ranks.rank)
     torch.manual_seed(args.seed + ranks.rank)
 
     # Data, and the classes that it has.
@@ -244,9 +272,14 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
         evaluator = CocoEvaluator(val_set.coco, categories)
         stats = evaluate(
-            model=model, criterion=criterion, postprocess=postprocess, loader=val_loader, evaluator=evaluator,
-            device=device, print_every=args.print_every,
-        )  # fmt: skip
+            model=model,
+            criterion=criterion,
+            postprocess=postprocess,
+            loader=val_loader,
+            evaluator=evaluator,
+            device=device,
+            print_every=args.print_every,
+        )
         log(evaluator.table())
         return stats, evaluator
 
@@ -276,8 +309,14 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         drop_step=args.lr_drop * len(train_loader),
         warmup_steps=args.warmup_iters,
     )
-    if checkpoint and not checkpoint["official"]:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    if checkpoint and not checkpoint["official"] and "optimizer" in checkpoint:  # a published file may be weights alone
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError:
+            raise ValueError(
+                f"{args.resume} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
+                "--lr_linear_proj_names that it was trained with"
+            ) from None
         scheduler.load_state_dict(checkpoint["lr_scheduler"])
         args.start_epoch = checkpoint["epoch"] + 1
         log(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
@@ -286,9 +325,16 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     for epoch in range(args.start_epoch, args.epochs):
         train_loader.sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
-            model=model, criterion=criterion, loader=train_loader, optimizer=optimizer, scheduler=scheduler,
-            device=device, epoch=epoch, clip_max_norm=args.clip_max_norm, print_every=args.print_every,
-        )  # fmt: skip
+            model=model,
+            criterion=criterion,
+            loader=train_loader,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            device=device,
+            epoch=epoch,
+            clip_max_norm=args.clip_max_norm,
+            print_every=args.print_every,
+        )
         if output and is_main():
             # The first things written: by now every training image was read and no loss was odd.
             output.mkdir(parents=True, exist_ok=True)
@@ -319,21 +365,9 @@ def main(argv: list[str] | None = None) -> int:
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
     try:
-        run(args, given)
-    except ValueError as error:
-        print(f"main.py: error: {user_message(error)}", file=sys.stderr)
-        return 2
+        return run_command("main.py", lambda: run(args, given))
     finally:
         shutdown()
-    return 0
-
-
-def user_message(error: ValueError) -> str:
-    """One line. A DataLoader wraps what its workers raise into the text of their traceback."""
-    text = str(error)
-    if "DataLoader worker process" in text:
-        text = text.rsplit("ValueError: ", 1)[-1]
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

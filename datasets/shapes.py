@@ -25,10 +25,11 @@ VERSION = 1  # of the pictures: raise it with any change of them, so that sets d
 CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without 4: real data sets have gaps, too
 SPLITS = ("train", "val")
 
-MAX_OBJECTS = 6
-LONG_SIDE = (14 / 96, 48 / 96)  # of a shape before it is rotated, in fractions of the image's side
-SHORT_SIDE = 12 / 96  # at least; thinner ones could not be told apart
-ASPECT = 0.5  # short side / long side, at least
+MAX_OBJECTS = 5
+LONG_SIDE = (20 / 96, 52 / 96)  # of a shape before it is rotated, in fractions of the image's side
+SHORT_SIDE = 15 / 96  # at least; thinner ones could not be told apart
+ASPECT = 0.6  # short side / long side, at least
+TILT = np.pi / 8  # of a shape, at most
 MIN_VISIBLE = 0.75  # the share of a shape that later ones leave uncovered
 MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from the other shapes, RGB in 0..255
 NOISE = 6  # standard deviation at each pixel
@@ -158,12 +159,12 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size] / size - 0.5
     angles = rng.uniform(0, 2 * np.pi, 2)
     slope, across = (np.cos(a) * x + np.sin(a) * y for a in angles)
-    first, second = rng.uniform(40, 215, (2, 3))
+    first, second = rng.uniform(60, 195) + rng.uniform(-40, 40, (2, 3))
     canvas = first + (second - first) * 0.4 * (slope[..., None] + 0.5)
 
     coarse = rng.uniform(0, 255, (6, 6, 3)).astype(np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
-    canvas += (smooth - 127.5) * rng.uniform(0.1, 0.4)
+    canvas += (smooth - 127.5) * rng.uniform(0.05, 0.3)
 
     wavelength = rng.uniform(5, 20) / 96
     stripes = np.sin(2 * np.pi * across / wavelength + rng.uniform(0, 2 * np.pi))
@@ -180,7 +181,7 @@ def _random_outline(rng: np.random.Generator, size: int, category: int) -> np.nd
 
 def _rotated(rng: np.random.Generator, category: int, long_side: float, short_side: float) -> np.ndarray:
     """Corners (n, 2) of a shape around the origin, turned by a random angle."""
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(-TILT, TILT)
     cos, sin = np.cos(angle), np.sin(angle)
     return _unit_outline(CATEGORIES[category]) * [long_side / 2, short_side / 2] @ np.array([[cos, sin], [-sin, cos]])
 

@@ -1,10 +1,13 @@
-"""From settings to networks: the only file of this package that reads args. Every implicit rule becomes a value here."""
+"""From settings to networks: the only file here that reads args. Every implicit rule becomes a value."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from http.client import HTTPException
 from typing import Any
 
 import torchvision
@@ -22,8 +25,11 @@ from models.sam_detr.official_weights import convert_official, is_official
 from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.checkpoint import load_weights, read_file
 
-# Settings that shape the network: a checkpoint brings its own, so that it is rebuilt whatever the command line says.
+# Settings that shape the network and its input in evaluation: a checkpoint brings its own, so that evaluation and
+# drawing need no flags.
 NETWORK_SETTINGS = (
+    "eval_size",
+    "max_size",
     "num_classes",
     "multiscale",
     "backbone",
@@ -143,7 +149,7 @@ def input_proj_norm(args: Namespace) -> str:
 
 
 def load_backbone_weights(detector: Detector, source: str) -> None:
-    """Pretrained weights: "imagenet" - torchvision's IMAGENET1K_V1, fetched if need be - or a file; "none" does nothing.
+    """Pretrained weights: "imagenet" (torchvision's IMAGENET1K_V1, fetched if need be) or a file; "none" does nothing.
 
     Raises:
         ValueError: weights that cannot be fetched or do not fit; says how to get and pass a file.
@@ -154,8 +160,9 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
     if source == "imagenet":
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except OSError as error:  # no network, no space, a proxy's refusal
+            with contextlib.redirect_stderr(sys.stdout):  # where torch says what it fetches
+                state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(
                 f"cannot fetch the ImageNet weights of {name} ({error}); download {weights.url} elsewhere and pass it "
                 "with --backbone_weights FILE, or train from scratch with --backbone_weights none"
@@ -181,8 +188,10 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     checkpoint = read_file(source, flag="--resume")
     state = checkpoint.get("model")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"--resume {source} holds no weights under 'model' (it has {sorted(map(str, checkpoint))[:8]}); "
-                         "pass a checkpoint of this project or an official one")  # fmt: skip
+        raise ValueError(
+            f"--resume {source} holds no weights under 'model' (it has {sorted(map(str, checkpoint))[:8]}); "
+            "pass a checkpoint of this project or an official one"
+        )
     official = is_official(state)
     told = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), Namespace) else checkpoint.get("settings", {})
     state = convert_official(state) if official else state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,10 @@ class InputProjection(nn.Module):
     def __init__(self, *, in_channels: Sequence[int], hidden_dim: int, norm: bool):
         super().__init__()
         if norm and hidden_dim % 32:
-            raise ValueError(f"GroupNorm(32) after the input projection needs a width that 32 divides, not {hidden_dim}; "
-                             "change --hidden_dim or pass --input_proj_norm none")  # fmt: skip
+            raise ValueError(
+                f"GroupNorm(32) after the input projection needs a width that 32 divides, not {hidden_dim}; "
+                "change --hidden_dim or pass --input_proj_norm none"
+            )
         self.hidden_dim = hidden_dim
         self.levels = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden_dim, 1), *([nn.GroupNorm(32, hidden_dim)] if norm else []))
@@ -91,7 +94,7 @@ class MLP(nn.Module):
 
     def __init__(self, *widths: int):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

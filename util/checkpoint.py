@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import pickle
+import re
+import warnings
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +33,26 @@ def read_file(source: str, *, flag: str) -> dict[str, Any]:
     Raises:
         ValueError: names `flag`, the source and the reason.
     """
-    path = _download(source, flag) if source.startswith(("http://", "https://")) else Path(source)
+    path, name = Path(source), f"{flag} {source}"
+    if source.startswith(("http://", "https://")):
+        path = _download(source, flag)
+        name += f" (kept as {path})"
     if not path.is_file():
-        raise ValueError(f"{flag} {source}: no such file")
+        raise ValueError(f"{name}: no such file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks about odd pickles, one of which follows as an error
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "GLOBAL" in str(error) or "weights_only" in str(error).lower():
-            what = "holds code or objects that are not plain weights and is refused"
-        else:
-            what = "is damaged or no checkpoint"
-        raise ValueError(f"{flag} {source} {what}: {_first_line(error)}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{flag} {source} is cut, damaged or no checkpoint ({_first_line(error)}); get it again"
-        ) from None
+    except PermissionError:
+        raise ValueError(f"{name} may not be read; check its permissions") from None
+    except Exception as error:  # a damaged file makes torch raise a dozen kinds, AssertionError and struct.error too
+        # torch's own messages are paragraphs, and some recommend to load the file without this protection.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ValueError(f"{name} holds {code[1]}, which may run code when it is read, and is refused") from None
+        raise ValueError(f"{name} is cut, damaged or no file of plain weights; get it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{flag} {source} holds a {type(content).__name__}, not a dict of weights")
+        raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of weights")
     return content
 
 
@@ -80,10 +83,6 @@ def _listed(names: list[str], limit: int = 20) -> str:
     return f"{len(names)} ({', '.join(names[:limit])}{more})" if names else "0"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].strip() or type(error).__name__
-
-
 def _download(url: str, flag: str) -> Path:
     """Fetch once per node into torch's cache; a folder for each URL, because many files are called checkpoint.pth."""
     folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -93,6 +92,6 @@ def _download(url: str, flag: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 torch.hub.download_url_to_file(url, str(path), progress=False)
-            except (URLError, OSError) as error:
+            except (OSError, HTTPException) as error:  # HTTPError and URLError are kinds of OSError
                 raise ValueError(f"{flag} {url} cannot be fetched: {error}") from None
     return path

@@ -69,7 +69,7 @@ def is_official(names: Iterable[str]) -> bool:
 
 
 def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under our names. Names without a counterpart stay as they are, to be reported on loading."""
+    """An official state dict under our names; names without a counterpart stay, to be reported on loading."""
     return {from_official(name) or name: tensor for name, tensor in sorted(state.items(), key=_aliases_first)}
 
 

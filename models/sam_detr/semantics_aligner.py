@@ -145,7 +145,7 @@ class SemanticsAligner(nn.Module):
 
 def _pool(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """RoIAlign: (B, C, H, W), (B, Q, 7, H), (B, Q, 7, W) -> (B, Q, C, 7, 7)."""
-    batch, channels, height, width = features.shape
+    batch, channels, _, width = features.shape
     by_row = rows.flatten(1, 2) @ features.permute(0, 2, 1, 3).flatten(2)  # (B, Q * 7, C * W)
     by_row = by_row.view(batch, rows.shape[1], -1, channels, width).transpose(2, 3).flatten(2, 3)  # (B, Q, C * 7, W)
     return (by_row @ columns.mT).unflatten(2, (channels, -1))

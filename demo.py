@@ -1,0 +1,193 @@
+"""Detect objects in images and draw them.
+
+    python demo.py --resume output/run/checkpoint.pth                        every image of ./images
+    python demo.py --resume output/run/checkpoint.pth --images photo.jpg --output drawn --salient_points
+
+Writes det_res_NAME for every image. The network, its classes and the size of its input come from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from datasets import collate
+from datasets.categories import Categories
+from datasets.coco import CocoDetection
+from datasets.images import read_image
+from datasets.transforms import EvalTransforms
+from main import build_parser, checkpoint_categories, choose_device, take_network_settings
+from models.build import build_model, load_checkpoint, read_checkpoint
+from models.sam_detr.semantics_aligner import SemanticsAligner
+from util.box_ops import cxcywh_to_xyxy
+from util.command_line import run_command
+from util.logger import log, progress, whole_file
+from util.visualize import contact_sheet, draw_detections, draw_salient_points, side_by_side, view_around
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+PREFIX = "det_res_"
+MOST_QUERIES = 6  # rows of a salient-point picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--resume", required=True, help="checkpoint: a file or URL, ours or an official one")
+    parser.add_argument("--images", default="images", help="an image, or a folder of images")
+    parser.add_argument("--output", default="", help="folder for the pictures; empty: beside the images")
+    parser.add_argument("--threshold", default=0.5, type=float, help="least score of a detection that is drawn")
+    parser.add_argument("--limit", default=None, type=int, help="draw the first so many images only")
+    parser.add_argument("--annotations", default="", help="COCO annotation file; its boxes are drawn beside")
+    parser.add_argument("--salient_points", action="store_true", help="also draw where each shown query looks")
+    parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
+    args = parser.parse_args(argv)
+    return run_command("demo.py", lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything after the command line. Raises ValueError."""
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold} is not between 0 and 1")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} must be at least 1")
+    paths = find_images(Path(args.images))[: args.limit]
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is not a folder")
+    device = choose_device(args.device)
+
+    checkpoint = read_checkpoint(args.resume)
+    settings = build_parser().parse_args([])
+    take_network_settings(settings, set(), checkpoint)
+    network, _, postprocess = build_model(settings)
+    load_checkpoint(network, checkpoint, source=args.resume)
+    network.to(device).eval()
+    if args.salient_points and not _aligners(network):
+        raise ValueError(f"--salient_points: the network of {args.resume} has no Semantics Aligner")
+    transforms = EvalTransforms(short_side=settings.eval_size, max_size=settings.max_size)
+    categories = checkpoint_categories(checkpoint)
+    truth = read_truth(args.annotations, paths, categories, transforms) if args.annotations else {}
+    if categories is None:
+        log(f"{args.resume} does not name its {settings.num_classes} classes; they are drawn as numbers")
+        categories = Categories(num_classes=settings.num_classes, category_ids={}, names={})
+
+    for path in progress(paths, description="images", every=50):
+        image = truth[path.name][0] if path.name in truth else read_image(path)
+        with watch_points(network) as layers:
+            found = detect(network, postprocess, transforms(image), image.size, device)
+        # A class head has outputs for the gaps between category ids too.
+        keep = found["scores"] >= args.threshold
+        if categories.names:
+            keep &= torch.isin(found["labels"], torch.tensor(list(categories.names)))
+        found = {name: value[keep] for name, value in found.items()}
+
+        folder = Path(args.output) if args.output else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = draw_detections(
+            image, boxes=found["boxes"], labels=found["labels"], scores=found["scores"], class_names=categories.names
+        )
+        if path.name in truth:
+            _, boxes, labels = truth[path.name]
+            right = draw_detections(image, boxes=boxes, labels=labels, scores=None, class_names=categories.names)
+            picture = side_by_side(picture, right, ("detections", "ground truth"))
+        save(picture, folder / f"{PREFIX}{path.name}")
+        if args.salient_points and len(found["scores"]):
+            save(draw_points(image, found, layers, categories.names), folder / f"{PREFIX}points_{path.stem}.png")
+    log(f"{len(paths)} picture(s) in {args.output or 'the folder of the images'}, named {PREFIX}*")
+
+
+def find_images(source: Path) -> list[Path]:
+    """The image itself, or the images of a folder, without what this program wrote there. Raises ValueError."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise ValueError(f"--images {source}: no such file or folder")
+    paths = sorted(p for p in source.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith((PREFIX, ".")))
+    if not paths:
+        raise ValueError(f"--images {source} holds no image ({', '.join(sorted(SUFFIXES))})")
+    return paths
+
+
+def read_truth(
+    file: str, paths: Sequence[Path], categories: Categories | None, transforms: EvalTransforms
+) -> dict[str, tuple[Image.Image, Tensor, Tensor]]:
+    """By file name: image, boxes (n, 4) in pixels and labels (n,) of the images that the annotation file knows."""
+    dataset = CocoDetection(
+        image_folder=paths[0].parent, annotation_file=file, transforms=transforms, train=False, categories=categories
+    )
+    wanted = {path.name for path in paths}
+    truth = {}
+    for index, record in enumerate(dataset.images):
+        if record.file_name in wanted:
+            _, target = dataset[index]
+            image = dataset.read_image(index)
+            boxes = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([image.width, image.height] * 2)
+            truth[record.file_name] = image, boxes, target["labels"]
+    return truth
+
+
+@torch.no_grad()
+def detect(
+    network: nn.Module, postprocess: Any, tensor: Tensor, size: tuple[int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """Detections in one transformed image, in pixels of a picture of `size` (width, height), on the CPU."""
+    images, _ = collate([(tensor, {})])
+    outputs = network(images.to(device))
+    (found,) = postprocess(outputs, torch.tensor([size[::-1]], device=device))
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def _aligners(network: nn.Module) -> list[SemanticsAligner]:
+    return [module for module in network.modules() if isinstance(module, SemanticsAligner)]
+
+
+@contextmanager
+def watch_points(network: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect, for each decoder layer, reference boxes (Q, 4) as cx, cy, w, h and salient points (Q, P, 2), both
+    relative to the image. Hooks that come off again: the network knows nothing of it."""
+    layers: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
+        layers.append((inputs[1][0].cpu(), output.points[0].cpu()))
+
+    handles = [aligner.register_forward_hook(keep) for aligner in _aligners(network)]
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw_points(
+    image: Image.Image, found: dict[str, Tensor], layers: list[tuple[Tensor, Tensor]], names: dict[int, str]
+) -> Image.Image:
+    """A row for each of the best detections, a column for each decoder layer."""
+    size = torch.tensor([image.width, image.height])
+    rows, captions = [], []
+    for query, label, score in zip(*(found[key][:MOST_QUERIES].tolist() for key in ("queries", "labels", "scores"))):
+        boxes = torch.stack([cxcywh_to_xyxy(box[query]) * size.repeat(2) for box, _ in layers])  # (layers, 4)
+        view = view_around(boxes, size=image.size)
+        rows.append(
+            [draw_salient_points(image, box=b, points=p[query] * size, view=view) for b, (_, p) in zip(boxes, layers)]
+        )
+        captions.append(
+            [f"{names.get(label, label)} {score:.2f}, query {query}, layer {i + 1}" for i in range(len(layers))]
+        )
+    return contact_sheet(rows, captions)
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    with whole_file(path) as temporary:
+        picture.save(temporary, **({"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""torch.hub entry points: one function for each published model.
+
+    detector = torch.hub.load("PATH/TO/THIS/REPOSITORY", "sam_detr_r50_smca", source="local", checkpoint="FILE")
+
+Each returns a models.detector.Detector in evaluation mode; `checkpoint` is a file or URL, ours or an official one.
+Without one the weights are random. `num_classes` counts the class head's outputs (largest category id + 1).
+"""
+
+from __future__ import annotations
+
+dependencies = ["torch", "torchvision", "scipy"]
+
+
+def _build(flags: str, *, checkpoint: str | None, num_classes: int):
+    # torch.hub imports this file before the repository is on the path.
+    from main import build_parser, take_network_settings
+    from models.build import build_model, load_checkpoint, read_checkpoint
+
+    parser = build_parser()
+    args = parser.parse_args(flags.split())
+    args.num_classes = num_classes
+    weights = read_checkpoint(checkpoint) if checkpoint else None
+    if weights:  # a file of another model is refused on loading: only what flags cannot tell is taken from it
+        told = {name: weights["settings"][name] for name in ("input_proj_norm", "num_classes")}
+        take_network_settings(args, set(), {**weights, "settings": told})
+    detector, _, _ = build_model(args)
+    if weights:
+        load_checkpoint(detector, weights, source=str(checkpoint))
+    return detector.eval()
+
+
+def sam_detr_r50(*, checkpoint: str | None = None, num_classes: int = 91):
+    """SAM-DETR, ResNet-50, published AP 39.8 after 50 epochs."""
+    return _build("", checkpoint=checkpoint, num_classes=num_classes)
+
+
+def sam_detr_r50_smca(*, checkpoint: str | None = None, num_classes: int = 91):
+    """SAM-DETR with SMCA, ResNet-50."""
+    return _build("--smca", checkpoint=checkpoint, num_classes=num_classes)
+
+
+def sam_detr_r50_dc5(*, checkpoint: str | None = None, num_classes: int = 91):
+    """SAM-DETR, ResNet-50 with C5 at stride 16."""
+    return _build("--dilation", checkpoint=checkpoint, num_classes=num_classes)
+
+
+def sam_detr_r50_dc5_smca(*, checkpoint: str | None = None, num_classes: int = 91):
+    """SAM-DETR with SMCA, ResNet-50 with C5 at stride 16."""
+    return _build("--dilation --smca", checkpoint=checkpoint, num_classes=num_classes)

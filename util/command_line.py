@@ -1,0 +1,41 @@
+"""What a command does with bad input: one line and exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+_PROJECT = Path(__file__).resolve().parents[1]
+
+
+def run_command(program: str, function: Callable[[], None]) -> int:
+    """Call `function` and return the exit status: 0, or 2 after one line on stderr about what is wrong with the input.
+
+    That is what a ValueError of this project means, wherever it was raised. One of another package is a fault of ours
+    and keeps its traceback.
+    """
+    try:
+        function()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_ours(error: ValueError) -> bool:
+    if "DataLoader worker process" in str(error):
+        return True
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return raised_in.is_relative_to(_PROJECT) and "site-packages" not in raised_in.parts
+
+
+def _one_line(error: ValueError) -> str:
+    # A DataLoader wraps what its workers raise into the text of their traceback.
+    text = str(error)
+    if "DataLoader worker process" in text:
+        text = text.rsplit("ValueError: ", 1)[-1]
+    return " ".join(text.split())
