@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         categories = Categories(num_classes=settings.num_classes, category_ids={}, names={})
 
     for path in progress(paths, description="images", every=50):
-        image = truth[path.name][0] if path.name in truth else read_image(path)
+        image = truth[path.name][0] if path.name in truth else open_image(path)
         with watch_points(network) as layers:
             found = detect(network, postprocess, transforms(image), image.size, device)
         # A class head has outputs for the gaps between category ids too.
@@ -114,6 +114,13 @@ def find_images(source: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"--images {source} holds no image ({', '.join(sorted(SUFFIXES))})")
     return paths
+
+
+def open_image(path: Path) -> Image.Image:
+    try:
+        return read_image(path)
+    except Exception as error:  # PIL raises many kinds for a broken file
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); replace or remove it") from error
 
 
 def read_truth(

@@ -184,15 +184,15 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
-        raise ValueError(f"--device {name} is none of auto, cpu, cuda, cuda:0, cuda:1, ...")
-    # Asked without touching a GPU: every process would take memory on the first one.
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}, but {torch.cuda.device_count()} GPUs can be seen here; leave the flag out")
-    return torch.device(name)
+    """Raises ValueError for a device that is not here. Touches no GPU: each process must choose its own first."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is no device; leave it out, or pass cpu or cuda") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise ValueError(f"--device {name} is not here ({torch.cuda.device_count()} GPUs); leave it out or pass cpu")
+    return device
 
 
 def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint: dict[str, Any]) -> None:
@@ -225,6 +225,20 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
         )
     order = DistributedSampler(train_set, num_replicas=get_world_size(), rank=get_rank(), seed=args.seed)
     return DataLoader(train_set, args.batch_size, sampler=order, drop_last=True, **options), val_loader
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
+    """Take over the optimiser's state; the learning rates follow from the schedule. Raises ValueError."""
+    scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError:
+        raise ValueError(
+            f"{source} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
+            "--lr_linear_proj_names that it was trained with"
+        ) from None
+    for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
+        group["lr"], group["initial_lr"] = lr, initial_lr
 
 
 def run(args: argparse.Namespace, given: set[str]) -> None:
@@ -302,24 +316,22 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    if checkpoint:
+        args.start_epoch = checkpoint.get("epoch", args.start_epoch - 1) + 1
     scheduler = build_scheduler(
         optimizer,
         schedule=args.lr_schedule,
         total_steps=args.epochs * len(train_loader),
         drop_step=args.lr_drop * len(train_loader),
         warmup_steps=args.warmup_iters,
+        first_step=args.start_epoch * len(train_loader),
     )
-    if checkpoint and not checkpoint["official"] and "optimizer" in checkpoint:  # a published file may be weights alone
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError:
-            raise ValueError(
-                f"{args.resume} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
-                "--lr_linear_proj_names that it was trained with"
-            ) from None
-        scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        args.start_epoch = checkpoint["epoch"] + 1
-        log(f"going on after epoch {checkpoint['epoch']} of {args.resume}")
+    if checkpoint:
+        log(f"going on from {args.resume} with epoch {args.start_epoch}")
+        if checkpoint["official"] or "optimizer" not in checkpoint:
+            log("the optimiser starts anew: this file has no state of it that fits our parameters")
+        else:
+            restore_optimizer(optimizer, checkpoint, source=args.resume)
 
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):

@@ -23,12 +23,12 @@ from PIL import Image, ImageDraw
 
 VERSION = 1  # of the pictures: raise it with any change of them, so that sets drawn before are not taken for current
 CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without 4: real data sets have gaps, too
+ASPECT = {"ellipse": (0.6, 1.0), "triangle": (0.7, 1.0), "rectangle": (0.4, 0.7), "star": (0.85, 1.0)}  # short / long
 SPLITS = ("train", "val")
 
 MAX_OBJECTS = 5
-LONG_SIDE = (20 / 96, 52 / 96)  # of a shape before it is rotated, in fractions of the image's side
+LONG_SIDE = (22 / 96, 52 / 96)  # of a shape before it is rotated, in fractions of the image's side
 SHORT_SIDE = 15 / 96  # at least; thinner ones could not be told apart
-ASPECT = 0.6  # short side / long side, at least
 TILT = np.pi / 8  # of a shape, at most
 MIN_VISIBLE = 0.75  # the share of a shape that later ones leave uncovered
 MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from the other shapes, RGB in 0..255
@@ -174,16 +174,17 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 def _random_outline(rng: np.random.Generator, size: int, category: int) -> np.ndarray:
     """Corners (n, 2) of a shape of any size and rotation somewhere inside the image."""
     long_side = rng.uniform(*LONG_SIDE) * size
-    short_side = max(long_side * rng.uniform(ASPECT, 1), SHORT_SIDE * size)
-    outline = _rotated(rng, category, long_side, short_side)
+    short_side = max(long_side * rng.uniform(*ASPECT[CATEGORIES[category]]), SHORT_SIDE * size)
+    sides = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
+    outline = _rotated(rng, category, *sides)
     return outline + rng.uniform(1 - outline.min(0), size - 1 - outline.max(0))
 
 
-def _rotated(rng: np.random.Generator, category: int, long_side: float, short_side: float) -> np.ndarray:
-    """Corners (n, 2) of a shape around the origin, turned by a random angle."""
+def _rotated(rng: np.random.Generator, category: int, width: float, height: float) -> np.ndarray:
+    """Corners (n, 2) of a shape around the origin, tilted by a random angle."""
     angle = rng.uniform(-TILT, TILT)
     cos, sin = np.cos(angle), np.sin(angle)
-    return _unit_outline(CATEGORIES[category]) * [long_side / 2, short_side / 2] @ np.array([[cos, sin], [-sin, cos]])
+    return _unit_outline(CATEGORIES[category]) * [width / 2, height / 2] @ np.array([[cos, sin], [-sin, cos]])
 
 
 def _unit_outline(name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The state that the reference figures were made in: weights from names, images and objects from numbers of two pictures.
+"""The state that the reference figures were made in: weights made from their names, and two images with objects.
 
 Nothing random is stored. Every array comes from NumPy's PCG64, seeded with the CRC-32 of a name - of the official
 parameter, or `image0`, `target0`, ... - so that any implementation can be put into the same state by itself.

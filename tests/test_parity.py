@@ -1,8 +1,8 @@
 """Equal numbers to the official implementation: its weights in, its figures out.
 
-The figures were computed with the official code in float64 (no dropout) for five models, two images and eight objects; the
-weights are those of reference_fill.py. Where the folder of the full figures is at hand they are used, else the
-part of them in tests/parity (every seventh query's logits; all else is complete).
+The figures were computed with the official code in float64 (no dropout) for five models, two images and eight objects;
+the weights are those of reference_fill.py. Where the folder of the full figures is at hand they are used, else the part
+of them in tests/parity (every seventh query's logits; all else is complete).
 """
 
 import json
@@ -23,11 +23,11 @@ from models.sam_detr.official_weights import convert_official, from_official, is
 from util.padded_images import pad_images
 
 FULL = Path(__file__).parents[1].parent / "shared" / "parity"
-needs_full_figures = pytest.mark.skipif(not FULL.is_dir(), reason="the folder of the full reference figures is not here")
+needs_full_figures = pytest.mark.skipif(not FULL.is_dir(), reason="the folder of the full figures is not here")
 
-# All is float64 but the position encodings, which are float32 as in the reference. Where this processor rounds the sine as
-# the one did that made the figures (any x86 with AVX2), we see 1e-13. Where the last place of some sines is another, logits
-# move by up to 1e-7 and gradients by 4e-6; then the tolerances are those that come with the figures.
+# All is float64 but the position encodings, which are float32 as in the reference. Where this processor rounds the sine
+# as the one did that made the figures (any x86 with AVX2), we see 1e-13. Where the last place of some sines is another,
+# logits move by up to 1e-7 and gradients by 4e-6; then the tolerances are those that come with the figures.
 _angles = torch.arange(100_000) / 2**14
 USUAL_SINE = zlib.crc32(torch.cat([_angles.sin(), _angles.cos()]).numpy().tobytes()) == 0x692622D
 OUTPUTS = {"rtol": 0, "atol": 1e-9 if USUAL_SINE else 1e-5}
@@ -67,6 +67,11 @@ def evaluate(detector, criterion, dtype: torch.dtype) -> SimpleNamespace:
         total=sum(criterion.weighted(losses).values()),
         sizes=torch.stack([t["orig_size"] for t in targets]),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # two that share a processor with other programs take five times as long as one
 
 
 @pytest.fixture(scope="module", params=extract.VARIANTS)
@@ -135,7 +140,8 @@ def test_assignment(case):
 
 def test_detections(case):
     for image, found in enumerate(case.detections):
-        wanted = {name: torch.from_numpy(case.figures[f"post_{name}_{image}"]) for name in ("scores", "labels", "boxes")}
+        names = ("scores", "labels", "boxes")
+        wanted = {name: torch.from_numpy(case.figures[f"post_{name}_{image}"]) for name in names}
         assert found["scores"].shape == (100,)
         torch.testing.assert_close(found["scores"], wanted["scores"], **OUTPUTS)
         # Nearly equal scores may swap places, so each detection has to be found somewhere in the other list.
@@ -185,7 +191,8 @@ def test_number_of_trainable_parameters(variant):
 @pytest.mark.parametrize("alias_first", [True, False])
 def test_a_box_head_overwrites_its_alias(alias_first):
     """As loading the official file does: whatever their order in the file, `bbox_embed.*` has the last word."""
-    pair = [("transformer.decoder.bbox_embed.2.layers.0.bias", torch.zeros(3)), ("bbox_embed.2.layers.0.bias", torch.ones(3))]
+    name = "bbox_embed.2.layers.0.bias"
+    pair = [(f"transformer.decoder.{name}", torch.zeros(3)), (name, torch.ones(3))]
     state = convert_official(dict(pair if alias_first else pair[::-1]) | {"foreign.weight": torch.zeros(1)})
     assert state.keys() == {"decoder.box_heads.2.layers.0.bias", "foreign.weight"}
     assert torch.equal(state["decoder.box_heads.2.layers.0.bias"], torch.ones(3))
@@ -222,7 +229,7 @@ def test_compact_figures_are_those_of_the_full_ones():
         assert set(full[0]["trainable"]) == set(compact[0]["trainable"])
         assert full[1].keys() == compact[1].keys()
         for name, values in full[1].items():
-            wanted = {"queries": kept, "pred_logits": values[:, :, kept] if values.ndim == 4 else None}.get(name, values)
+            wanted = kept if name == "queries" else values[:, :, kept] if name == "pred_logits" else values
             np.testing.assert_array_equal(compact[1][name], wanted, err_msg=name)
     initialisation = json.loads((FULL / "sam_detr_init.json").read_text())
     for variant in extract.INITIALISED:

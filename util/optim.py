@@ -78,13 +78,17 @@ def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_ste
 
 
 def build_scheduler(
-    optimizer: Optimizer, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int = 0
+    optimizer: Optimizer, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int = 0, first_step: int = 0
 ) -> LambdaLR:
-    """A scheduler to step after every iteration (not epoch), with `learning_rate_factor`."""
+    """A scheduler to step after every iteration (not epoch), with `learning_rate_factor` from `first_step` on."""
 
     def factor(step: int) -> float:
         return learning_rate_factor(
-            step, schedule=schedule, total_steps=total_steps, drop_step=drop_step, warmup_steps=warmup_steps
+            first_step + step,
+            schedule=schedule,
+            total_steps=total_steps,
+            drop_step=drop_step,
+            warmup_steps=warmup_steps,
         )
 
     return LambdaLR(optimizer, factor)

@@ -7,8 +7,6 @@ product of one row vector and one column vector. Equal to torchvision.ops.roi_al
 to rounding, deterministic in backward, and plain tensor code.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,8 @@ def roi_align_weights(low: Tensor, high: Tensor, *, length: int, num_bins: int) 
     bin_length = (high - low) / num_bins
     count = bin_length.ceil()[..., None, None]  # samples in a bin
     bins = torch.arange(num_bins, dtype=low.dtype, device=low.device)[:, None]
-    samples = torch.arange(math.ceil(length / num_bins), dtype=low.dtype, device=low.device)
+    # One more than a box as long as the map needs where num_bins divides it: its length may be rounded up.
+    samples = torch.arange(length // num_bins + 1, dtype=low.dtype, device=low.device)
     offset = bins + (samples + 0.5) / count.clamp(min=1)  # (..., bins, samples), in bins
     position = low[..., None, None] - 0.5 + offset * bin_length[..., None, None]
     counted = (samples < count) & (position >= -1) & (position <= length)

@@ -3,8 +3,8 @@
     python tests/parity/extract.py FOLDER     (the folder of the full figures; files are written beside this script)
 
 Kept, in float64 as they are: of the class logits every seventh query (8 of 50), in all six decoder layers and both
-images; all boxes, assignments, and detections; all loss terms, gradient norms, parameter names, shapes, and the statistics
-of the initialisation outside the backbone. What the models have in common is written once.
+images; all boxes, assignments and detections; all loss terms, gradient norms, parameter names and shapes; and the
+statistics of the initialisation outside the backbone. What the models have in common is written once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,31 @@
+"""A tiny data set and a tiny network that was trained on it, made once for all tests that run real command lines."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import run_main
+
+from datasets.shapes import write_dataset
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """16 images of 64 x 64 to train on, the thirteenth of them empty, and 7 for validation; do not write into it."""
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_dataset(folder, num_train=16, num_val=7, size=64, seed=0)
+    return folder
+
+
+@pytest.fixture
+def own_shapes(shapes, tmp_path) -> Path:
+    """A copy of `shapes` to spoil."""
+    return Path(shutil.copytree(shapes, tmp_path / "shapes"))
+
+
+@pytest.fixture(scope="session")
+def trained(shapes, tmp_path_factory) -> Path:
+    """Output folder of two epochs, the learning rate falling to a tenth after the first; do not write into it."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    run_main(shapes, "--epochs", "2", "--lr_drop", "1", "--lr", "1e-3", "--output_dir", str(output))
+    return output

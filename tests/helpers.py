@@ -1,0 +1,101 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import main
+from models.build import build_model
+from models.detector import Detector
+
+REPOSITORY = Path(__file__).parents[1]
+
+# No width is its default, so that a value that is fixed somewhere shows.
+TINY = shlex.split(
+    "--backbone resnet18 --backbone_level 4 --backbone_norm learned --backbone_weights none --hidden_dim 32 --nheads 4 "
+    "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 10 --smca"
+)
+TINY_DATA = shlex.split("--train_sizes 64 --eval_size 64 --no_crop --batch_size 4 --num_workers 0 --device cpu")
+
+
+def call_main(data: Path, *flags: str, network: list[str] = TINY) -> int:
+    """Run main.py in this process, on one thread; its exit status."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as `run_process`: the same operations in the same order
+    try:
+        return main.main(["--coco_path", str(data), *TINY_DATA, *network, *flags])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_main(data: Path, *flags: str, network: list[str] = TINY) -> None:
+    assert call_main(data, *flags, network=network) == 0
+
+
+def evaluate(data: Path, checkpoint: Path | str, output: Path, *flags: str) -> tuple[list[float], list[dict]]:
+    """Run `main.py --eval` without a word about the network: the twelve figures and the detections."""
+    run_main(data, "--eval", "--resume", str(checkpoint), "--output_dir", str(output), *flags, network=[])
+    return read_json(output / "eval.json")["coco_eval_bbox"], read_json(output / "detections.json")
+
+
+def command(data: Path, *flags: str, network: list[str] = TINY) -> list[str]:
+    """main.py and its flags, for another process."""
+    return [str(REPOSITORY / "main.py"), "--coco_path", str(data), *TINY_DATA, *network, *flags]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """For other processes: nothing of a launcher that may surround the tests, and one thread."""
+    launchers = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | variables
+
+
+def run_process(arguments: list[str], **variables: str) -> subprocess.CompletedProcess:
+    """Run `python arguments` until it ends, whatever its status, but not longer than two minutes."""
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment(**variables), capture_output=True, text=True, timeout=120
+    )
+
+
+def error_line(stderr: str) -> str:
+    """What a run says about its input on stderr, which must be one line."""
+    assert stderr.startswith("main.py: error: ")
+    assert stderr.count("\n") == 1
+    assert stderr.endswith("\n")
+    assert stderr[:-1].isprintable()
+    return stderr
+
+
+def damage(image: Path) -> Path:
+    """Spoil a JPEG so that only decoding it shows."""
+    content = image.read_bytes()
+    tables = content.index(b"\xff\xc4") + 4  # Huffman tables; PIL gives up where they make no sense
+    image.write_bytes(content[:tables] + bytes(len(content) - tables - 2) + content[-2:])
+    return image
+
+
+def build_tiny(*flags: str, network: list[str] = TINY, num_classes: int = 6) -> tuple[Detector, dict]:
+    """A network with random weights everywhere, and its settings. 6 classes: the largest id of the shapes is 5."""
+    args = main.build_parser().parse_args([*network, *flags])
+    args.num_classes = num_classes
+    torch.manual_seed(0)
+    detector = build_model(args)[0]
+    with torch.no_grad():
+        for parameter in detector.parameters():  # the last layers of the box heads are 0 otherwise
+            parameter += 0.02 * torch.randn_like(parameter)
+    return detector, vars(args)
+
+
+def read_log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())

@@ -1,0 +1,126 @@
+"""Drawing: from a checkpoint alone, the detections of the evaluation appear on pictures."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import REPOSITORY, evaluate
+from PIL import Image, ImageChops
+
+import demo
+from datasets.transforms import EvalTransforms
+from main import build_parser, take_network_settings
+from models.build import build_model, load_checkpoint, read_checkpoint
+
+
+@pytest.fixture
+def folder(shapes, tmp_path):
+    """Three pictures, and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted((shapes / "val2017").iterdir())[:3]:
+        shutil.copy(path, folder)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def rebuild(checkpoint):
+    content = read_checkpoint(str(checkpoint))
+    args = build_parser().parse_args([])
+    take_network_settings(args, set(), content)
+    network, _, postprocess = build_model(args)
+    load_checkpoint(network, content, source="file")
+    return network.eval(), postprocess, args
+
+
+def test_folder_is_drawn_beside_or_elsewhere(trained, folder, tmp_path):
+    checkpoint, output = str(trained / "checkpoint.pth"), tmp_path / "drawn"
+    names = sorted(path.name for path in folder.glob("*.jpg"))
+    flags = ["--resume", checkpoint, "--images", str(folder), "--threshold", "0", "--device", "cpu"]
+    assert demo.main([*flags, "--output", str(output)]) == 0
+    assert sorted(path.name for path in output.iterdir()) == [f"det_res_{name}" for name in names]
+    drawn, original = Image.open(output / f"det_res_{names[0]}"), Image.open(folder / names[0])
+    assert drawn.width % original.width == 0  # enlarged by a whole factor, to be readable
+    assert ImageChops.difference(drawn, original.resize(drawn.size)).getbbox()  # and something is on it
+
+    assert demo.main(flags) == 0
+    assert demo.main(flags) == 0  # what the first run wrote is no input of the second
+    assert sorted(path.name for path in folder.glob("det_res_*")) == [f"det_res_{name}" for name in names]
+
+
+def test_detections_are_those_of_the_evaluation(trained, shapes, tmp_path):
+    """Same boxes and scores as --eval writes, so the demo's rebuilding, scaling and class names are right."""
+    _, results = evaluate(shapes, trained / "checkpoint.pth", tmp_path / "eval")
+    network, postprocess, args = rebuild(trained / "checkpoint.pth")
+    path = sorted((shapes / "val2017").iterdir())[0]
+    image = Image.open(path).convert("RGB")
+    transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size)
+    found = demo.detect(network, postprocess, transforms(image), image.size, torch.device("cpu"))
+    expected = [r for r in results if r["image_id"] == int(path.stem)]
+    known = torch.isin(found["labels"], torch.tensor([1, 2, 3, 5]))
+    assert found["labels"][known].tolist() == [r["category_id"] for r in expected]
+    torch.testing.assert_close(found["scores"][known].double(), torch.tensor([r["score"] for r in expected]).double())
+    boxes = torch.tensor([r["bbox"] for r in expected])
+    boxes[:, 2:] += boxes[:, :2]
+    torch.testing.assert_close(found["boxes"][known], boxes, atol=1e-3, rtol=0)
+
+
+def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
+    network, postprocess, args = rebuild(trained / "checkpoint.pth")
+    tensor = EvalTransforms(short_side=args.eval_size)(Image.open(next(folder.glob("*.jpg"))).convert("RGB"))
+    with demo.watch_points(network) as layers:
+        watched = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
+    plain = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
+    assert len(layers) == args.dec_layers  # nothing was added after the hooks came off
+    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+    for boxes, points in layers:
+        assert points.shape == (args.num_queries, args.nheads, 2)
+        reach = (points - boxes[:, None, :2]).abs() / boxes[:, None, 2:]
+        assert reach.max() <= 0.5 + 1e-5  # inside the box
+    flags = ["--resume", str(trained / "checkpoint.pth"), "--images", str(folder), "--output", str(tmp_path / "drawn")]
+    assert demo.main([*flags, "--threshold", "0", "--salient_points", "--limit", "1"]) == 0
+    (picture,) = (tmp_path / "drawn").glob("det_res_points_*.png")
+    width, height = Image.open(picture).size
+    assert width > args.dec_layers * 300  # a column for each decoder layer
+    assert height > 2 * 300  # a row for each of the best detections
+
+
+def test_ground_truth_beside(trained, shapes, tmp_path):
+    output = tmp_path / "drawn"
+    flags = ["--resume", str(trained / "checkpoint.pth"), "--images", str(shapes / "val2017"), "--output", str(output)]
+    annotations = shapes / "annotations" / "instances_val2017.json"
+    assert demo.main([*flags, "--limit", "2", "--annotations", str(annotations)]) == 0
+    for path in output.iterdir():
+        width, height = Image.open(path).size
+        assert width > 1.9 * (height - 60)  # two square pictures below a title
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--images", "nowhere"], "nowhere"),
+        (["--threshold", "2"], "--threshold 2"),
+        (["--resume", "nothing.pth"], "nothing.pth"),
+        (["--limit", "0"], "--limit 0"),
+    ],
+)
+def test_bad_input(trained, folder, capsys, change, named):
+    flags = ["--resume", str(trained / "checkpoint.pth"), "--images", str(folder), *change]
+    assert demo.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert named in error
+    assert not list(folder.glob("det_res_*"))
+
+
+def test_damaged_image_is_named(trained, folder, capsys):
+    path = sorted(folder.glob("*.jpg"))[0]
+    path.write_bytes(path.read_bytes()[:300])
+    assert demo.main(["--resume", str(trained / "checkpoint.pth"), "--images", str(folder)]) == 2
+    assert path.name in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_hub_entry_point_builds_the_published_model():
+    detector = torch.hub.load(str(REPOSITORY), "sam_detr_r50_smca", source="local")
+    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == 58_122_794
+    assert not detector.training

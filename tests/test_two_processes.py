@@ -1,0 +1,157 @@
+"""Two processes (gloo, CPU) compute what one computes with both halves of the batch, and end together."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, build_tiny, command, damage, environment, evaluate, read_json, read_log, run_process
+from torch import multiprocessing
+
+import main
+from models.build import build_criterion
+from util.distributed import init_distributed, shutdown
+from util.padded_images import pad_images
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LAUNCH = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
+FILES = ["checkpoint.pth", "checkpoint0000.pth", "log.txt", "settings.json"]
+
+OBJECTS = [(3, 0, 1, 2), (1, 4, 0, 0)]  # in each of four images; in the second case the second process has none
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def batch(counts, part: slice):
+    """Some of four images, two of them padded, and their targets."""
+    torch.manual_seed(1)
+    images = [torch.randn(3, *size, dtype=torch.float64) for size in [(64, 96), (48, 96), (64, 80), (64, 96)]]
+    targets = []
+    for count in counts:
+        centres, sizes = (
+            torch.rand(count, 2, dtype=torch.float64),
+            0.1 + 0.4 * torch.rand(count, 2, dtype=torch.float64),
+        )
+        targets.append({"labels": torch.randint(6, (count,)), "boxes": torch.cat([0.3 + 0.4 * centres, sizes], 1)})
+    return pad_images(images[part]), targets[part]
+
+
+def losses_and_gradients(counts, part: slice, wrap=lambda network: network):
+    flags = ["--backbone_norm", "frozen", "--dropout", "0"]
+    network = build_tiny(*flags)[0].double().train()
+    criterion = build_criterion(main.build_parser().parse_args([*TINY, *flags])).train()
+    images, targets = batch(counts, part)
+    losses = criterion.weighted(criterion(wrap(network)(images), targets))
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+    return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+def half(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    init_distributed(device="cpu")
+    part = slice(2 * rank, 2 * rank + 2)
+    results = [losses_and_gradients(counts, part, torch.nn.parallel.DistributedDataParallel) for counts in OBJECTS]
+    torch.save(results, Path(folder) / f"{rank}.pth")
+    shutdown()
+
+
+def test_losses_and_gradients_are_those_of_the_joint_batch(tmp_path):
+    multiprocessing.spawn(half, (free_port(), str(tmp_path)), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
+    exact = {"rtol": 1e-9, "atol": 1e-12}
+    for case, counts in enumerate(OBJECTS):
+        losses, gradients = losses_and_gradients(counts, slice(4))
+        (losses0, gradients0), (losses1, gradients1) = (results[case] for results in halves)
+        means = {name: (losses0[name] + losses1[name]) / 2 for name in losses}
+        torch.testing.assert_close(means, losses, **exact)
+        torch.testing.assert_close(gradients0, gradients, **exact)
+        torch.testing.assert_close(gradients1, gradients, **exact)
+        assert losses["loss_bbox"] > 0
+        assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert halves[1][1][0]["loss_bbox"] == 0
+
+
+def test_torchrun_trains_and_launch_evaluates(shapes, tmp_path):
+    """With learned norms, whose statistics differ between the processes until they evaluate."""
+    output, again = tmp_path / "output", tmp_path / "again"
+    flags = ["--epochs", "1", "--lr", "1e-3", "--batch_size", "2", "--output_dir", str(output)]
+    run = run_process([*TORCHRUN, *command(shapes, *flags)])
+    assert run.returncode == 0, run.stderr
+    assert sorted(os.listdir(output)) == FILES
+    assert read_json(output / "settings.json")["world_size"] == 2
+    assert re.findall(r"^(\w.*\d/\d),", run.stdout, re.MULTILINE) == ["epoch 0: 4/4", "evaluation: 2/2"]
+    (line,) = read_log(output)
+
+    # 7 images: the processes have 4 and 3.
+    checkpoint = output / "checkpoint.pth"
+    flags = ["--eval", "--resume", str(checkpoint), "--output_dir", str(again)]
+    run = run_process([*LAUNCH, *command(shapes, *flags, network=[])])
+    assert run.returncode == 0, run.stderr
+    figures, detections = evaluate(shapes, checkpoint, tmp_path / "one")
+    assert figures[8] > 0
+    # Not to the last digit, since a convolution rounds by the size of its batch.
+    assert line["test_coco_eval_bbox"] == pytest.approx(figures, abs=1e-9)
+    assert read_json(again / "eval.json")["coco_eval_bbox"] == pytest.approx(figures, abs=1e-9)
+    together = read_json(again / "detections.json")
+    assert [d["image_id"] for d in together] == [d["image_id"] for d in detections]
+    for ours, theirs in zip(detections, together):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-5)
+
+
+def test_slurm_starts_training(shapes, tmp_path):
+    """Without auxiliary losses, where some parameters get no gradient."""
+    output = tmp_path / "output"
+    flags = ["--epochs", "1", "--batch_size", "2", "--no_aux_loss", "--output_dir", str(output)]
+    step = {
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command(shapes, *flags)],
+            env=environment(**step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 process(es) on cpu" in outputs[0][0]
+    assert outputs[1] == ("", "")
+    assert sorted(os.listdir(output)) == FILES
+    (line,) = read_log(output)
+    assert "train_loss_ce" in line
+    assert "train_loss_ce_0" not in line
+
+
+@pytest.mark.parametrize("fault", ["before training", "in one process"])
+def test_bad_input_ends_all_processes(fault, own_shapes, tmp_path):
+    image = own_shapes / "train2017" / "000000000001.jpg"
+    if fault == "before training":
+        image.write_bytes(image.read_bytes()[:-100])
+    else:
+        damage(image)  # seen when it is decoded, while the other process waits to exchange gradients
+    run = run_process([*TORCHRUN, *command(own_shapes, "--batch_size", "2", "--output_dir", str(tmp_path / "output"))])
+    assert run.returncode != 0
+    assert f"main.py: error: {image} (image id 1) cannot be used" in run.stderr
+    assert not (tmp_path / "output").exists()
