@@ -35,8 +35,9 @@ from models.build import (
 from util.checkpoint import save_file
 from util.command_line import run_command
 from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
-from util.logger import append_json_line, log, write_json
+from util.logger import append_json_line, log, read_json_lines, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
+from util.visualize import plot_training_curves
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -367,6 +368,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             line |= {f"test_{name}": value for name, value in evaluate_now()[0].items()}
         if output and is_main():
             append_json_line(output / "log.txt", {**line, "epoch": epoch, "n_parameters": n_parameters})
+            plot_training_curves(read_json_lines(output / "log.txt"), output / "curves.png")
     log(f"training took {timedelta(seconds=round(time.time() - start))}")
 
 

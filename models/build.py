@@ -86,9 +86,13 @@ def build_sam_detr(args: Namespace) -> Detector:
 
 
 def _build_aligner(args: Namespace) -> SemanticsAligner | None:
+    if args.smca and args.sam_resample != "points":
+        raise ValueError(
+            f"--smca needs salient points, which --sam_resample {args.sam_resample} takes away; leave one of them out"
+        )
+    if args.sam_points not in (None, 1, args.nheads):
+        raise ValueError(f"--sam_points {args.sam_points} must be 1, or as many as --nheads, {args.nheads}")
     if args.sam_resample == "off":
-        if args.smca:
-            raise ValueError("--smca needs salient points, which --sam_resample off takes away; leave one of them out")
         return None
     return SemanticsAligner(
         hidden_dim=args.hidden_dim,

@@ -292,10 +292,10 @@ def test_every_ablation_trains(flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--smca --sam_resample off", "--smca"),
-        ("--smca --sam_resample average", "average"),
-        ("--smca --sam_resample maximum", "maximum"),
-        ("--sam_points 3", "3"),
+        ("--smca --sam_resample off", "--smca.*--sam_resample off"),
+        ("--smca --sam_resample average", "--smca.*--sam_resample average"),
+        ("--smca --sam_resample maximum", "--smca.*--sam_resample maximum"),
+        ("--sam_points 3", "--sam_points 3 .*--nheads, 4"),
         ("--nheads 5", "--hidden_dim 32 cannot be divided by --nheads 5"),
         ("--hidden_dim 30 --nheads 5", "--hidden_dim 30"),
         ("--hidden_dim 48 --epochs 12", "--hidden_dim"),  # GroupNorm(32)

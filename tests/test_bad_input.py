@@ -205,7 +205,7 @@ def test_resume_with_other_groups_of_parameters(refused, shapes, trained):
         ("--dilation", ["--dilation", "resnet18"]),
         ("--multiscale", ["--multiscale"]),
         ("--sam_resample off", ["--smca", "--sam_resample off"]),
-        ("--sam_points 3", ["1 salient point", "4 heads", "not 3"]),
+        ("--sam_points 3", ["--sam_points 3", "--nheads"]),
         ("--eval", ["--eval", "--resume"]),
         ("--device nonsense", ["--device nonsense", "cuda"]),
         ("--device cuda:99", ["--device cuda:99", "GPUs"]),

@@ -7,6 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+import main
+from models.build import build_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -64,6 +68,45 @@ def test_recipe(name, tmp_path):
     assert re.search(rf"trainable parameters +{parameters}\n", text)
     assert re.search(rf"GFLOPs +published: (about )?{gflops};", text)
     assert text.count("measured by us: not yet") == 2
+
+
+# What the published results were trained with beside the flags above, and what every recipe therefore leaves alone.
+PUBLISHED_DEFAULTS = {
+    "lr": 1e-4, "lr_backbone": 1e-5, "weight_decay": 1e-4, "clip_max_norm": 0.1, "lr_schedule": "step",
+    "warmup_iters": 0, "lr_linear_proj_names": [], "backbone": "resnet50", "backbone_level": 5,
+    "backbone_norm": "frozen", "backbone_weights": "imagenet", "position_embedding": "sine", "enc_layers": 6,
+    "dec_layers": 6, "dim_feedforward": 2048, "hidden_dim": 256, "dropout": 0.1, "nheads": 8, "num_queries": 300,
+    "sam_resample": "points", "sam_points": None, "sam_range": "box", "sam_reweight": True, "aux_loss": True,
+    "set_cost_class": 2, "set_cost_bbox": 5, "set_cost_giou": 2, "cls_loss_coef": 2, "bbox_loss_coef": 5,
+    "giou_loss_coef": 2, "focal_alpha": 0.25, "train_sizes": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+    "eval_size": 800, "max_size": 1333, "crop_augmentation": True, "seed": 42, "eval": False, "resume": "",
+}  # fmt: skip
+
+# Trainable parameters: SMCA adds 8 heads x 2 scales x (512 + 1) in each of 6 layers; a schedule below 25 epochs the
+# scales and shifts of 256 channels behind the input projection.
+SIZES = {(False, 50): 58_073_546, (False, 12): 58_074_058, (True, 50): 58_122_794, (True, 12): 58_123_306}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_builds_the_published_model(name, tmp_path):
+    _, batch, epochs, drop, switches, *_ = RECIPES[name]
+    printed = run(REPOSITORY / "scripts" / f"{name}.sh", cwd=tmp_path)
+    args = main.build_parser().parse_args(shlex.split(printed.partition(" main.py ")[2]))
+    assert (args.batch_size, args.epochs, args.lr_drop) == (batch, epochs, drop)
+    for switch in ("smca", "dilation", "multiscale"):
+        assert getattr(args, switch) is (f"--{switch}" in switches), switch
+    assert {key: getattr(args, key) for key in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
+    main.check_settings(args)
+
+    with torch.device("meta"):  # the shapes alone
+        if args.multiscale:
+            with pytest.raises(ValueError, match="--multiscale is not available yet"):
+                build_model(args)
+            return
+        detector = build_model(args)[0]
+    trainable = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+    assert trainable == SIZES[args.smca, epochs]
+    assert detector.backbone.strides == [16 if args.dilation else 32]
 
 
 @pytest.mark.parametrize("name", RECIPES)

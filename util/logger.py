@@ -133,6 +133,17 @@ def append_json_line(path: str | os.PathLike, record: Mapping[str, Any]) -> None
         os.fsync(file.fileno())
 
 
+def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """What `append_json_line` wrote; a line that a killed run left unfinished is passed over."""
+    records = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as readable JSON, whole or not at all; NaN and infinity become null."""
     text = json.dumps(_without_nonfinite(value), allow_nan=False, indent=2) + "\n"
