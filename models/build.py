@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from models.detector import Detector
-from models.encoder import DenseEncoder
+from models.encoder import DeformableEncoder, DenseEncoder
 from models.layers import InputProjection
 from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from models.postprocess import postprocess
@@ -54,35 +54,41 @@ NETWORK_SETTINGS = (
 
 def build_sam_detr(args: Namespace) -> Detector:
     """SAM-DETR (CVPR 2022): a dense encoder and the decoder with Semantics Aligners."""
-    if args.multiscale:
-        raise ValueError("--multiscale is not available yet; leave the flag out for the single-scale model")
     _check_widths(args)
     backbone = Backbone(
         name=args.backbone,
-        levels=(args.backbone_level,),
+        levels=(3, 4, 5) if args.multiscale else (args.backbone_level,),
         dilation=args.dilation,
         norm=args.backbone_norm,
         # What is pretrained keeps its first stage; a backbone whose norms learn is trained from scratch.
         freeze_stem=args.backbone_norm == "frozen",
         trainable=args.lr_backbone > 0,
     )
+    num_levels = len(backbone.num_channels)
     projection = InputProjection(
         in_channels=backbone.num_channels, hidden_dim=args.hidden_dim, norm=args.input_proj_norm == "group"
     )
-    sizes = {
-        "hidden_dim": args.hidden_dim,
-        "num_heads": args.nheads,
-        "feedforward_dim": args.dim_feedforward,
-        "dropout": args.dropout,
-    }
+    sizes = {"hidden_dim": args.hidden_dim, "num_heads": args.nheads, "dropout": args.dropout}
+    if args.multiscale:
+        # Half as wide a feed-forward branch as the flag says, as published: it runs on 21 times as many positions.
+        encoder = DeformableEncoder(
+            num_layers=args.enc_layers, feedforward_dim=args.dim_feedforward // 2, num_levels=num_levels, **sizes
+        )
+    else:
+        encoder = DenseEncoder(num_layers=args.enc_layers, feedforward_dim=args.dim_feedforward, **sizes)
     decoder = SAMDecoder(
-        layer=SAMDecoderLayer(**sizes, aligner=_build_aligner(args)),
+        layer=SAMDecoderLayer(**sizes, feedforward_dim=args.dim_feedforward, aligner=_build_aligner(args)),
         num_queries=args.num_queries,
         num_classes=args.num_classes,
-        levels=(0,) * args.dec_layers,
+        levels=coarse_to_fine(args.dec_layers, num_levels),
     )
-    encoder = DenseEncoder(num_layers=args.enc_layers, **sizes)
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
+
+
+def coarse_to_fine(num_layers: int, num_levels: int) -> tuple[int, ...]:
+    """Which level each decoder layer attends, the levels being given from fine to coarse: an even split that starts with
+    the coarsest. Six layers and three levels: 2, 2, 1, 1, 0, 0 (SAM-DETR, section 3.5)."""
+    return tuple(num_levels - 1 - layer * num_levels // num_layers for layer in range(num_layers))
 
 
 def _build_aligner(args: Namespace) -> SemanticsAligner | None:

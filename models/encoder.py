@@ -1,10 +1,13 @@
-"""Encoder of one feature level: dense self-attention over all positions (DETR, Carion et al., ECCV 2020)."""
+"""Encoders: dense self-attention over one feature level (DETR, Carion et al., ECCV 2020), and deformable attention over
+any number of levels (Deformable DETR, Zhu et al., ICLR 2021)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from models.layers import FeatureLevel, FeedForward, copies, xavier_matrices
+from models.layers import FeatureLevel, FeedForward, copies, valid_ratio, xavier_matrices
+from models.ops import MSDeformAttn
 
 
 class DenseEncoderLayer(nn.Module):
@@ -44,3 +47,87 @@ class DenseEncoder(nn.Module):
         for layer in self.layers:
             tokens = layer(tokens, position, padding)
         return [level.with_tokens(tokens)]
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over all levels, then a feed-forward branch; post-norm."""
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.self_attention = MSDeformAttn(
+            hidden_dim=hidden_dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
+        )
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, padding: Tensor, reference: Tensor, shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """`tokens`, `position` (B, L, C), all levels one after the other; `padding` (B, L); `reference`
+        (B, L, levels, 2); `shapes` (H, W) of each level -> (B, L, C)."""
+        attended = self.self_attention(tokens + position, reference, tokens, shapes, padding)
+        tokens = self.norm1(tokens + self.dropout(attended))
+        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+
+
+class DeformableEncoder(nn.Module):
+    """A stack of deformable layers over several levels, each position sampling around its own place in every level."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int = 4,
+    ):
+        super().__init__()
+        layer = DeformableEncoderLayer(
+            hidden_dim=hidden_dim,
+            num_heads=num_heads,
+            feedforward_dim=feedforward_dim,
+            dropout=dropout,
+            num_levels=num_levels,
+            num_points=num_points,
+        )
+        self.layers = copies(layer, num_layers)
+        for layer in self.layers:
+            xavier_matrices(layer.feed_forward)  # the attention has its own initialisation
+
+    def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
+        tokens = torch.cat([level.tokens for level in levels], 1)  # (B, L, C)
+        position = torch.cat([level.position_tokens for level in levels], 1)
+        padding = torch.cat([level.token_padding for level in levels], 1)
+        shapes = [tuple(level.features.shape[2:]) for level in levels]
+        reference = reference_points(levels)
+        for layer in self.layers:
+            tokens = layer(tokens, position, padding, reference, shapes)
+        parts = tokens.split([height * width for height, width in shapes], 1)
+        return [level.with_tokens(part) for level, part in zip(levels, parts)]
+
+
+def reference_points(levels: list[FeatureLevel]) -> Tensor:
+    """Where each position of each level lies in every level's padded map: (B, L, levels, 2), x and y in [0, 1]."""
+    ratios = torch.stack([valid_ratio(level.padding) for level in levels], 1)  # (B, levels, 2), float32 as published
+    points = []
+    for index, level in enumerate(levels):
+        height, width = level.features.shape[2:]
+        y = (torch.arange(height, device=ratios.device) + 0.5) / (ratios[:, index, None, 1] * height)  # (B, H)
+        x = (torch.arange(width, device=ratios.device) + 0.5) / (ratios[:, index, None, 0] * width)  # (B, W)
+        grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
+        points.append(grid.flatten(1, 2))  # (B, H * W, 2), relative to the valid image
+    return (torch.cat(points, 1)[:, :, None] * ratios[:, None]).to(levels[0].features.dtype)

@@ -59,6 +59,8 @@ def valid_ratio(padding: Tensor) -> Tensor:
 class InputProjection(nn.Module):
     """1 x 1 convolution of each backbone level to the model's width, with its padding and position encoding.
 
+    Where there are several levels, a learned embedding of the level is added to its position encoding.
+
     Args:
         in_channels: channels of each level.
         hidden_dim: width of the model.
@@ -77,15 +79,20 @@ class InputProjection(nn.Module):
             nn.Sequential(nn.Conv2d(c, hidden_dim, 1), *([nn.GroupNorm(32, hidden_dim)] if norm else []))
             for c in in_channels
         )
+        several = len(in_channels) > 1
+        self.level_embedding = nn.Parameter(torch.randn(len(in_channels), hidden_dim)) if several else None
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor) -> list[FeatureLevel]:
         """`maps`: (B, C_l, H_l, W_l) each; `padding` (B, H, W) at the images' size."""
         levels = []
-        for project, features in zip(self.levels, maps):
+        for index, (project, features) in enumerate(zip(self.levels, maps)):
             features = project(features)  # (B, C, H_l, W_l)
             level_padding = F.interpolate(padding[:, None].float(), size=features.shape[2:])[:, 0].bool()
             position = sine_encoding(grid_points(level_padding), num_channels=self.hidden_dim)
-            levels.append(FeatureLevel(features, level_padding, position.permute(0, 3, 1, 2).to(features.dtype)))
+            position = position.to(features.dtype)
+            if self.level_embedding is not None:
+                position = position + self.level_embedding[index]
+            levels.append(FeatureLevel(features, level_padding, position.permute(0, 3, 1, 2)))
         return levels
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 _RULES = [
     ("backbone.0.body.", "backbone.body."),
     ("input_proj.{i}.", "projection.levels.{i}."),
+    ("transformer.level_embed", "projection.level_embedding"),
     ("transformer.encoder.layers.{i}.self_attn.", "encoder.layers.{i}.self_attention."),
     ("transformer.encoder.layers.{i}.linear", "encoder.layers.{i}.feed_forward.linear"),
     ("transformer.encoder.layers.{i}.norm", "encoder.layers.{i}.norm"),
