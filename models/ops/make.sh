@@ -6,4 +6,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=${PYTHON:-python3}
 if [[ -z "${PYTHON:-}" && -z "${VIRTUAL_ENV:-}" && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
-exec "$python" -m models.ops.build "$@"
+exec "$python" models/ops/build.py "$@" # by its path: needs PyTorch and nothing else of the project
