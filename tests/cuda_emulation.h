@@ -36,6 +36,10 @@ inline Index threadIdx, blockIdx;
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct float4 {  // the emulation is of a GPU that cannot add these at once
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 __ldg(const uint4* source) { return *source; }
 
 struct __half {

@@ -91,20 +91,25 @@ __device__ inline void store(const Wide<T> (&in)[VECTOR], T* target) {
   }
 }
 
+// 16 bytes can be added with one request from compute capability 9.0 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kAddQuads = true;
+#else
+constexpr bool kAddQuads = false;
+#endif
+
 // target += factor * g, safely among threads.
 template <typename W, int VECTOR>
 __device__ inline void add(W* target, W factor, const W (&g)[VECTOR]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (VECTOR % 4 == 0 && sizeof(W) == 4) {  // one request for 16 bytes
+  if constexpr (kAddQuads && VECTOR % 4 == 0) {
 #pragma unroll
     for (int i = 0; i < VECTOR; i += 4)
       atomicAdd(reinterpret_cast<float4*>(target + i),
                 make_float4(factor * g[i], factor * g[i + 1], factor * g[i + 2], factor * g[i + 3]));
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < VECTOR; ++i) atomicAdd(target + i, factor * g[i]);
+    for (int i = 0; i < VECTOR; ++i) atomicAdd(target + i, factor * g[i]);
+  }
 }
 
 // Cells around a point, as numbers in the whole value, -1 outside the map; top left first.
