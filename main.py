@@ -276,6 +276,8 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     else:
         with main_process_first():
             load_backbone_weights(network, args.backbone_weights)
+        if args.backbone_weights == "none" and args.backbone_norm == "frozen":
+            log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
     network.to(device)
     n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log(f"{n_parameters:,} trainable parameters; {get_world_size()} process(es) on {device.type}")

@@ -164,7 +164,7 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
     if source == "imagenet":
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         try:
-            with contextlib.redirect_stderr(sys.stdout):  # where torch says what it fetches
+            with contextlib.redirect_stderr(sys.stdout):  # on which older versions of torch say what they fetch
                 state = weights.get_state_dict(progress=False, check_hash=True)
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(
