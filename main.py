@@ -29,10 +29,9 @@ from models.build import (
     build_model,
     input_proj_norm,
     load_backbone_weights,
-    load_checkpoint,
     read_checkpoint,
 )
-from util.checkpoint import save_file
+from util.checkpoint import load_weights, save_file
 from util.command_line import run_command
 from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
 from util.logger import append_json_line, log, read_json_lines, write_json
@@ -272,7 +271,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     args.input_proj_norm = input_proj_norm(args)
     network, criterion, postprocess = build_model(args)
     if checkpoint:
-        load_checkpoint(network, checkpoint, source=args.resume)
+        load_weights(network, checkpoint["model"], source=args.resume)
     else:
         with main_process_first():
             load_backbone_weights(network, args.backbone_weights)
@@ -284,7 +283,11 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     model: nn.Module = network
     if get_world_size() > 1:
         # Without auxiliary losses the heads of the earlier layers get no gradient.
-        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not args.aux_loss)
+        model = nn.parallel.DistributedDataParallel(
+            network,
+            find_unused_parameters=not args.aux_loss,
+            broadcast_buffers=args.backbone_norm == "learned",  # frozen norms never differ
+        )
 
     def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
         evaluator = CocoEvaluator(val_set.coco, categories)
@@ -319,8 +322,8 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
-    if checkpoint:
-        args.start_epoch = checkpoint.get("epoch", args.start_epoch - 1) + 1
+    if checkpoint and "epoch" in checkpoint and "start_epoch" not in given:
+        args.start_epoch = checkpoint["epoch"] + 1
     scheduler = build_scheduler(
         optimizer,
         schedule=args.lr_schedule,
@@ -336,8 +339,12 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         else:
             restore_optimizer(optimizer, checkpoint, source=args.resume)
 
+    if args.start_epoch >= args.epochs:
+        log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
+        # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never interrupted.
+        torch.manual_seed(args.seed + ranks.rank + 1_000_003 * epoch)
         train_loader.sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
             model=model,

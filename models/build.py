@@ -11,7 +11,7 @@ from http.client import HTTPException
 from typing import Any
 
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone import Backbone
 from models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
@@ -23,7 +23,7 @@ from models.postprocess import postprocess
 from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from models.sam_detr.official_weights import convert_official, is_official
 from models.sam_detr.semantics_aligner import SemanticsAligner
-from util.checkpoint import load_weights, read_file
+from util.checkpoint import read_file
 
 # Settings that shape the network and its input in evaluation: a checkpoint brings its own, so that evaluation and
 # drawing need no flags.
@@ -204,12 +204,3 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     if "decoder.class_heads.0.bias" in state:
         settings["num_classes"] = len(state["decoder.class_heads.0.bias"])
     return {**checkpoint, "model": state, "settings": settings, "official": official}
-
-
-def load_checkpoint(detector: nn.Module, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Put a checkpoint's weights into a network; all must fit.
-
-    Raises:
-        ValueError: lists missing, unexpected and differently shaped names.
-    """
-    load_weights(detector, checkpoint["model"], source=source)

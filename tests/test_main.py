@@ -163,6 +163,16 @@ def test_resumed_training_goes_on(trained, shapes, tmp_path, start_of_training):
     assert steps == {8}  # 2 epochs of 16 images in batches of 4
 
 
+def test_resumed_run_equals_the_uninterrupted_one(trained, shapes, tmp_path):
+    """Bit by bit, dropout and augmentation included: every epoch draws random numbers of its own."""
+    flags = ["--epochs", "2", "--lr_drop", "1", "--lr", "1e-3", "--output_dir", str(tmp_path)]
+    run_main(shapes, "--resume", str(trained / "checkpoint0000.pth"), *flags)
+    resumed, straight = (torch.load(folder / "checkpoint.pth") for folder in (tmp_path, trained))
+    torch.testing.assert_close(resumed["model"], straight["model"], rtol=0, atol=0)
+    torch.testing.assert_close(resumed["optimizer"]["state"], straight["optimizer"]["state"], rtol=0, atol=0)
+    assert read_log(tmp_path)[0] == read_log(trained)[1]
+
+
 @pytest.mark.parametrize(
     ("official", "epoch", "lr"),
     [(False, 0, 1e-4), (True, 1, 1e-5)],  # an official file tells its epoch, the first, after which the rate falls
