@@ -323,7 +323,9 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         lr_linear_proj_names=args.lr_linear_proj_names,
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
     if checkpoint and "epoch" in checkpoint and "start_epoch" not in given:
         args.start_epoch = checkpoint["epoch"] + 1
     scheduler = build_scheduler(
