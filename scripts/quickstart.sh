@@ -13,7 +13,7 @@ small=(
   --backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none
   --hidden_dim 128 --nheads 4 --dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 15 --smca
   --train_sizes 80 --eval_size 80 --no_crop
-  --batch_size 16 --epochs 10 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --dropout 0
+  --batch_size 16 --epochs 9 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --dropout 0
 )
 
 $python -m datasets.shapes --output "$data" --size 80
