@@ -19,17 +19,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import collate
 from datasets.categories import Categories
 from datasets.coco import CocoDetection
 from datasets.images import read_image
 from datasets.transforms import EvalTransforms
 from main import build_parser, checkpoint_categories, choose_device, take_network_settings
-from models.build import build_model, load_checkpoint, read_checkpoint
+from models.build import build_model, read_checkpoint
 from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.box_ops import cxcywh_to_xyxy
+from util.checkpoint import load_weights
 from util.command_line import run_command
 from util.logger import log, progress, whole_file
+from util.padded_images import pad_images
 from util.visualize import contact_sheet, draw_detections, draw_salient_points, side_by_side, view_around
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     settings = build_parser().parse_args([])
     take_network_settings(settings, set(), checkpoint)
     network, _, postprocess = build_model(settings)
-    load_checkpoint(network, checkpoint, source=args.resume)
+    load_weights(network, checkpoint["model"], source=args.resume)
     network.to(device).eval()
     if args.salient_points and not _aligners(network):
         raise ValueError(f"--salient_points: the network of {args.resume} has no Semantics Aligner")
@@ -146,8 +147,7 @@ def detect(
     network: nn.Module, postprocess: Any, tensor: Tensor, size: tuple[int, int], device: torch.device
 ) -> dict[str, Tensor]:
     """Detections in one transformed image, in pixels of a picture of `size` (width, height), on the CPU."""
-    images, _ = collate([(tensor, {})])
-    outputs = network(images.to(device))
+    outputs = network(pad_images([tensor]).to(device))
     (found,) = postprocess(outputs, torch.tensor([size[::-1]], device=device))
     return {name: value.cpu() for name, value in found.items()}
 

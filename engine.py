@@ -42,7 +42,8 @@ def train_one_epoch(
     averager = MetricAverager()
     steps = progress(loader, description=f"epoch {epoch}", every=print_every)
     for iteration, (images, targets) in enumerate(steps):
-        images, targets = _to_device(images, targets, device)
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True).unpack()
         loss, metrics = _losses(criterion, model(images), targets)
         if not torch.isfinite(loss):
             raise ValueError(_not_finite(metrics, targets, epoch=epoch, iteration=iteration))
@@ -86,18 +87,14 @@ def evaluate(
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
     for images, targets in progress(loader, description="evaluation", every=print_every):
-        images, targets = _to_device(images, targets, device)
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True).unpack()
         outputs = network(images)
         averager.update(_losses(criterion, outputs, targets)[1])
         sizes = torch.stack([t["orig_size"] for t in targets])
         detections = postprocess(outputs, sizes)
         evaluator.update({int(t["image_id"]): d for t, d in zip(targets, detections)})
     return {**averager.averages(), "coco_eval_bbox": list(evaluator.summarize().values())}
-
-
-def _to_device(images, targets, device):
-    images = images.to(device, non_blocking=True)
-    return images, [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
 
 
 def _losses(criterion: nn.Module, outputs: dict[str, Any], targets: list) -> tuple[Tensor, dict[str, Tensor]]:

@@ -14,7 +14,8 @@ dependencies = ["torch", "torchvision", "scipy"]
 def _build(flags: str, *, checkpoint: str | None, num_classes: int):
     # torch.hub imports this file before the repository is on the path.
     from main import build_parser, take_network_settings
-    from models.build import build_model, load_checkpoint, read_checkpoint
+    from models.build import build_model, read_checkpoint
+    from util.checkpoint import load_weights
 
     parser = build_parser()
     args = parser.parse_args(flags.split())
@@ -25,7 +26,7 @@ def _build(flags: str, *, checkpoint: str | None, num_classes: int):
         take_network_settings(args, set(), {**weights, "settings": told})
     detector, _, _ = build_model(args)
     if weights:
-        load_checkpoint(detector, weights, source=str(checkpoint))
+        load_weights(detector, weights["model"], source=str(checkpoint))
     return detector.eval()
 
 

@@ -29,10 +29,9 @@ from models.build import (
     build_model,
     input_proj_norm,
     load_backbone_weights,
-    load_checkpoint,
     read_checkpoint,
 )
-from util.checkpoint import save_file
+from util.checkpoint import load_weights, save_file
 from util.command_line import run_command
 from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
 from util.logger import append_json_line, log, read_json_lines, write_json
@@ -272,17 +271,25 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     args.input_proj_norm = input_proj_norm(args)
     network, criterion, postprocess = build_model(args)
     if checkpoint:
-        load_checkpoint(network, checkpoint, source=args.resume)
+        load_weights(network, checkpoint["model"], source=args.resume)
     else:
         with main_process_first():
             load_backbone_weights(network, args.backbone_weights)
+        if args.backbone_weights == "none" and args.backbone_norm == "frozen":
+            log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
     network.to(device)
+    if device.type == "cpu":
+        network.to(memory_format=torch.channels_last)  # convolutions run faster so; a step of the quick start by 15 %
     n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log(f"{n_parameters:,} trainable parameters; {get_world_size()} process(es) on {device.type}")
     model: nn.Module = network
     if get_world_size() > 1:
         # Without auxiliary losses the heads of the earlier layers get no gradient.
-        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not args.aux_loss)
+        model = nn.parallel.DistributedDataParallel(
+            network,
+            find_unused_parameters=not args.aux_loss,
+            broadcast_buffers=args.backbone_norm == "learned",  # frozen norms never differ
+        )
 
     def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
         evaluator = CocoEvaluator(val_set.coco, categories)
@@ -316,9 +323,11 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         lr_linear_proj_names=args.lr_linear_proj_names,
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
-    if checkpoint:
-        args.start_epoch = checkpoint.get("epoch", args.start_epoch - 1) + 1
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
+    if checkpoint and "epoch" in checkpoint and "start_epoch" not in given:
+        args.start_epoch = checkpoint["epoch"] + 1
     scheduler = build_scheduler(
         optimizer,
         schedule=args.lr_schedule,
@@ -334,8 +343,12 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         else:
             restore_optimizer(optimizer, checkpoint, source=args.resume)
 
+    if args.start_epoch >= args.epochs:
+        log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
+        # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never interrupted.
+        torch.manual_seed(args.seed + ranks.rank + 1_000_003 * epoch)
         train_loader.sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
             model=model,

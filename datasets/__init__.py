@@ -12,6 +12,7 @@ from datasets.categories import Categories
 from datasets.coco import CocoDetection
 from datasets.transforms import EvalTransforms, TrainTransforms
 from util.padded_images import PaddedImages, pad_images
+from util.targets import TargetBatch
 
 
 def build_dataset(split: str, args: Namespace, categories: Categories | None = None) -> CocoDetection:
@@ -50,7 +51,7 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
     return dataset
 
 
-def collate(batch: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[PaddedImages, tuple[dict[str, Tensor], ...]]:
-    """Pad the images of a batch to one size; leave the targets as they are."""
+def collate(batch: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[PaddedImages, TargetBatch]:
+    """Pad the images of a batch to one size, and pack their targets."""
     images, targets = zip(*batch)
-    return pad_images(images), targets
+    return pad_images(images), TargetBatch.pack(targets)

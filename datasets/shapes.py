@@ -26,13 +26,13 @@ CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without
 ASPECT = {"ellipse": (0.6, 1.0), "triangle": (0.7, 1.0), "rectangle": (0.4, 0.7), "star": (0.85, 1.0)}  # short / long
 SPLITS = ("train", "val")
 
-MAX_OBJECTS = 5
-LONG_SIDE = (22 / 96, 52 / 96)  # of a shape before it is rotated, in fractions of the image's side
-SHORT_SIDE = 15 / 96  # at least; thinner ones could not be told apart
+MAX_OBJECTS = 4
+LONG_SIDE = (28 / 96, 56 / 96)  # of a shape before it is rotated, in fractions of the image's side
+SHORT_SIDE = 18 / 96  # at least; thinner ones could not be told apart
 TILT = np.pi / 8  # of a shape, at most
 MIN_VISIBLE = 0.75  # the share of a shape that later ones leave uncovered
 MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from the other shapes, RGB in 0..255
-NOISE = 6  # standard deviation at each pixel
+NOISE = 5  # standard deviation at each pixel
 EMPTY_EVERY, EMPTY_AT = 25, 12
 CROWD_AT = (5, 30)
 # PIL rounds corners to whole pixels and fills every pixel on an edge: drawn 8 times as large, 1/6 pixel at most.

@@ -47,6 +47,11 @@ class Backbone(nn.Module):
         basic = name in ("resnet18", "resnet34")
         if dilation and basic:
             raise ValueError(f"--dilation needs bottleneck blocks, which {name} has not; use resnet50 or deeper")
+        if dilation and 5 not in levels:
+            raise ValueError(
+                f"--dilation changes C5, but --backbone_level {levels[-1]} leaves it out; drop one of them"
+            )
+        assert list(levels) == sorted(set(levels)), f"levels go from fine to coarse, not {levels}"
         norm_layer = {"frozen": FrozenBatchNorm2d, "learned": nn.BatchNorm2d}[norm]
         kwargs = {} if basic else {"replace_stride_with_dilation": [False, False, dilation]}
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer, **kwargs)

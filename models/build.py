@@ -11,7 +11,7 @@ from http.client import HTTPException
 from typing import Any
 
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone import Backbone
 from models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
@@ -23,7 +23,7 @@ from models.postprocess import postprocess
 from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from models.sam_detr.official_weights import convert_official, is_official
 from models.sam_detr.semantics_aligner import SemanticsAligner
-from util.checkpoint import load_weights, read_file
+from util.checkpoint import read_file
 
 # Settings that shape the network and its input in evaluation: a checkpoint brings its own, so that evaluation and
 # drawing need no flags.
@@ -170,7 +170,7 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
     if source == "imagenet":
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         try:
-            with contextlib.redirect_stderr(sys.stdout):  # where torch says what it fetches
+            with contextlib.redirect_stderr(sys.stdout):  # on which older versions of torch say what they fetch
                 state = weights.get_state_dict(progress=False, check_hash=True)
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(
@@ -210,12 +210,3 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     if "decoder.class_heads.0.bias" in state:
         settings["num_classes"] = len(state["decoder.class_heads.0.bias"])
     return {**checkpoint, "model": state, "settings": settings, "official": official}
-
-
-def load_checkpoint(detector: nn.Module, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Put a checkpoint's weights into a network; all must fit.
-
-    Raises:
-        ValueError: lists missing, unexpected and differently shaped names.
-    """
-    load_weights(detector, checkpoint["model"], source=source)

@@ -78,7 +78,7 @@ class HungarianMatcher:
             outputs = {"pred_logits": logits[:, image], "pred_boxes": boxes[:, image]}
             costs.append(sum(weight * cost(outputs, target) for weight, cost in self.costs).flatten())  # (S * Q * n,)
         sizes = [len(target["labels"]) for target in targets]
-        on_host = torch.cat(costs).nan_to_num(nan=1e9, posinf=1e9, neginf=-1e9).cpu().split([len(c) for c in costs])
+        on_host = torch.cat(costs).nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).cpu().split([len(c) for c in costs])
         per_image = [c.view(len(predictions), -1, n).numpy() if n else None for c, n in zip(on_host, sizes)]
 
         starts = [sum(sizes[:image]) for image in range(len(sizes))]

@@ -16,7 +16,7 @@ def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 100
         raise ValueError(
             f"A sine position encoding needs a width that 4 divides, not {num_channels}; change --hidden_dim"
         )
-    # float32 whatever the input: as published, and what the reference figures were made with.
+    # The periods are float32 whatever the points are: as published, and what the reference figures were made with.
     pair = torch.arange(num_channels // 4, dtype=torch.float32, device=points.device)
     period = temperature ** (4 * pair / num_channels)
     angles = (2 * math.pi) * points.flip(-1)[..., None] / period  # (..., 2, C / 4), y first

@@ -4,9 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_main
 
 from datasets.shapes import write_dataset
+
+# Tests compute little at a time: a second thread costs more than it brings, and ten times as much on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def error_line(stderr: str) -> str:
     assert stderr.count("\n") == 1
     assert stderr.endswith("\n")
     assert stderr[:-1].isprintable()
+    assert "Traceback" not in stderr
     return stderr
 
 

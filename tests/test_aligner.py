@@ -179,7 +179,7 @@ def test_without_a_valid_ratio_the_whole_map_is_image():
 
 
 def test_query_positions_carry_no_gradient():
-    """Design point 1: the salient-point head learns through the sampled content and the prior, never the positions."""
+    """As in the reference: the salient-point head learns through the sampled content and the prior only."""
     aligner = SemanticsAligner(hidden_dim=8, num_heads=2, reweight=False)
     boxes = torch.rand(1, 5, 4, requires_grad=True)
     assert not aligner(torch.randn(1, 5, 8), boxes, torch.randn(1, 8, 6, 4)).position.requires_grad

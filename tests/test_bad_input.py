@@ -161,8 +161,8 @@ def test_cut_checkpoint(legacy, refused_checkpoint, tmp_path):
     file = tmp_path / "whole.pth"
     torch.save({"model": detector.state_dict(), "settings": settings}, file, _use_new_zipfile_serialization=not legacy)
     whole = file.read_bytes()
-    # In a file of the old kind these ends lie in the number that begins it, in the pickles and in the weights.
-    for length in (0, 1, 10, 100, 1000, 10_000, len(whole) // 2, len(whole) - 1):
+    # torch raises something else for nearly every one of these, depending on what is cut in the middle.
+    for length in (0, 1, 30, 5000, len(whole) // 2, len(whole) - 1):
         assert "is cut, damaged or no file of plain weights" in refused_checkpoint(whole[:length])
 
 

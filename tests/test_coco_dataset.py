@@ -370,7 +370,11 @@ def test_build_dataset_and_collate(tmp_path):
     train, val = build_dataset("train", args), build_dataset("val", args)
     assert isinstance(train.transforms, TrainTransforms)
     assert min(train[0][0].shape[1:]) in (24, 48)
-    images, targets = collate([val[0], val[1]])
+    images, packed = collate([val[0], val[1]])
+    assert all(value.dtype == val[0][1][name].dtype for name, value in packed.fields.items())
+    targets = packed.unpack()
+    for i, target in enumerate(targets):
+        torch.testing.assert_close(target, val[i][1], rtol=0, atol=0)
     assert images.images.shape == (2, 3, 60, 100)  # 60 x 80, and 60 x 120 limited to 50 x 100
     assert images.padding[0, :, 80:].all()
     assert images.padding[1, 50:].all()

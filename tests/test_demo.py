@@ -10,7 +10,8 @@ from PIL import Image, ImageChops
 import demo
 from datasets.transforms import EvalTransforms
 from main import build_parser, take_network_settings
-from models.build import build_model, load_checkpoint, read_checkpoint
+from models.build import build_model, read_checkpoint
+from util.checkpoint import load_weights
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def rebuild(checkpoint):
     args = build_parser().parse_args([])
     take_network_settings(args, set(), content)
     network, _, postprocess = build_model(args)
-    load_checkpoint(network, content, source="file")
+    load_weights(network, content["model"], source="file")
     return network.eval(), postprocess, args
 
 

@@ -25,9 +25,9 @@ from util.padded_images import pad_images
 FULL = Path(__file__).parents[1].parent / "shared" / "parity"
 needs_full_figures = pytest.mark.skipif(not FULL.is_dir(), reason="the folder of the full figures is not here")
 
-# All is float64 but the position encodings, which are float32 as in the reference. Where this processor rounds the sine
-# as the one did that made the figures (any x86 with AVX2), we see 1e-13. Where the last place of some sines is another,
-# logits move by up to 1e-7 and gradients by 4e-6; then the tolerances are those that come with the figures.
+# All is float64 but the position encoding of the map, which is float32 as in the reference. Where this processor rounds
+# the sine as the one did that made the figures (x86 with AVX2 or AVX-512), we see 1e-13. Where the last place of some
+# sines is another, logits move by up to 1e-7 and gradients by 4e-6; then those that come with the figures hold.
 _angles = torch.arange(100_000) / 2**14
 USUAL_SINE = zlib.crc32(torch.cat([_angles.sin(), _angles.cos()]).numpy().tobytes()) == 0x692622D
 OUTPUTS = {"rtol": 0, "atol": 1e-9 if USUAL_SINE else 1e-5}

@@ -47,7 +47,7 @@ def read_file(source: str, *, flag: str) -> dict[str, Any]:
         raise ValueError(f"{name} may not be read; check its permissions") from None
     except Exception as error:  # a damaged file makes torch raise a dozen kinds, AssertionError and struct.error too
         # torch's own messages are paragraphs, and some recommend to load the file without this protection.
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         if code:
             raise ValueError(f"{name} holds {code[1]}, which may run code when it is read, and is refused") from None
         raise ValueError(f"{name} is cut, damaged or no file of plain weights; get it again") from None

@@ -41,7 +41,7 @@ class MetricAverager:
     def update(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Add one step. Not every step has to bring every name."""
         for name, value in metrics.items():
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value, dtype=torch.float64).detach()  # from float, through no float32
             assert value.ndim == 0, f"metric {name} is no scalar but has shape {tuple(value.shape)}"
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1

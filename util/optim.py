@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 SCHEDULES = ("step", "cosine", "onecycle")
-OPTIONAL_LINEAR_PROJ_NAMES = ("reference_points", "sampling_offsets")  # the flag's default; only some models have them
+OPTIONAL_LINEAR_PROJ_NAMES = ("reference_points", "sampling_offsets")  # of deformable models; others have none
 
 
 def parameter_groups(

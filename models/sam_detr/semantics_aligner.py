@@ -34,6 +34,8 @@ class AlignedQueries:
 class SemanticsAligner(nn.Module):
     """Resample queries from encoded features.
 
+    Its weights start as PyTorch has them; the published xavier initialisation comes from the decoder (SAMDecoder).
+
     Args:
         hidden_dim: C, width of queries and features.
         num_heads: N, heads of the cross-attention that follows.

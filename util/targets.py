@@ -1,0 +1,46 @@
+"""The targets of a batch in a few tensors instead of a few for each image.
+
+A DataLoader's worker hands every tensor over by a file descriptor of its own, and every tensor is a transfer of its own
+to the GPU. For small images that takes longer than the work: see docs/log.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PER_OBJECT = ("labels", "boxes")
+
+
+@dataclass
+class TargetBatch:
+    """`fields` hold the images' values one after the other; `counts` the number of objects of each image."""
+
+    fields: dict[str, Tensor]
+    counts: list[int]
+
+    @classmethod
+    def pack(cls, targets: Sequence[dict[str, Tensor]]) -> TargetBatch:
+        """Targets as of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image."""
+        fields = {
+            name: (torch.cat if name in PER_OBJECT else torch.stack)([t[name] for t in targets]) for name in targets[0]
+        }
+        return cls(fields, [len(t["labels"]) for t in targets])
+
+    def unpack(self) -> list[dict[str, Tensor]]:
+        """What was packed: a dict for each image."""
+        parts = {
+            name: values.split(self.counts) if name in PER_OBJECT else values.unbind()
+            for name, values in self.fields.items()
+        }
+        return [dict(zip(parts, values)) for values in zip(*parts.values())]
+
+    def to(self, *args, **kwargs) -> TargetBatch:
+        return TargetBatch({name: value.to(*args, **kwargs) for name, value in self.fields.items()}, self.counts)
+
+    def pin_memory(self) -> TargetBatch:
+        """Called by DataLoader when it pins a batch."""
+        return TargetBatch({name: value.pin_memory() for name, value in self.fields.items()}, self.counts)
