@@ -170,6 +170,8 @@ def check_settings(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
     if min(args.train_sizes) < 1:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
+    if args.multiscale:
+        raise ValueError("--multiscale is not available yet; leave the flag out for the single-scale model")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):

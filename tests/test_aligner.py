@@ -299,7 +299,6 @@ def test_every_ablation_trains(flags):
         ("--nheads 5", "--hidden_dim 32 cannot be divided by --nheads 5"),
         ("--hidden_dim 30 --nheads 5", "--hidden_dim 30"),
         ("--hidden_dim 48 --epochs 12", "--hidden_dim"),  # GroupNorm(32)
-        ("--multiscale", "--multiscale"),
         ("--backbone resnet9", "resnet9"),
         ("--dilation", "--dilation"),
         ("--set_cost_class 0 --set_cost_bbox 0 --set_cost_giou 0", "--set_cost_class"),

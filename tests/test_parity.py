@@ -1,6 +1,6 @@
 """Equal numbers to the official implementation: its weights in, its figures out.
 
-The figures were computed with the official code in float64 (no dropout) for five models, two images and eight objects;
+The figures were computed with the official code in float64 (no dropout) for seven models, two images and eight objects;
 the weights are those of reference_fill.py. Where the folder of the full figures is at hand they are used, else the part
 of them in tests/parity (every seventh query's logits; all else is complete).
 """
@@ -43,6 +43,8 @@ TRAINABLE_PARAMETERS = {
     "r50_smca_e12": 58_123_306,
     "r50_smca_e50": 58_122_794,
     "r50_dc5_smca_e50": 58_122_794,
+    "r50_ms_e50": 54_972_298,
+    "r50_ms_smca_e50": 55_021_546,
 }
 
 

@@ -1,4 +1,4 @@
-"""Reduce the reference figures of the single-scale models to what tests/test_parity.py needs.
+"""Reduce the reference figures of SAM-DETR to what tests/test_parity.py needs.
 
     python tests/parity/extract.py FOLDER     (the folder of the full figures; files are written beside this script)
 
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-VARIANTS = ("r50_e12", "r50_e50", "r50_smca_e12", "r50_smca_e50", "r50_dc5_smca_e50")
+VARIANTS = (
+    "r50_e12", "r50_e50", "r50_smca_e12", "r50_smca_e50", "r50_dc5_smca_e50", "r50_ms_e50", "r50_ms_smca_e50",
+)  # fmt: skip
 INITIALISED = ("r50_smca_e12", "r50_e50")
 EVERY = 7  # of the queries' logits
 HERE = Path(__file__).parent
