@@ -35,7 +35,7 @@ def ms_deform_attn(
 
 
 def check(value: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
-    if value.ndim != 4:
+    if value.ndim != 4 or 0 in value.shape[2:]:
         raise ValueError(f"value: expected (B, L, heads, channels), got {tuple(value.shape)}")
     check_level_shapes(level_shapes, value.shape[1])
     if locations.ndim != 6 or locations.shape[4] < 1:
