@@ -26,10 +26,10 @@ CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without
 ASPECT = {"ellipse": (0.6, 1.0), "triangle": (0.7, 1.0), "rectangle": (0.4, 0.7), "star": (0.85, 1.0)}  # short / long
 SPLITS = ("train", "val")
 
-MAX_OBJECTS = 4
+MAX_OBJECTS = 3
 LONG_SIDE = (28 / 96, 56 / 96)  # of a shape before it is rotated, in fractions of the image's side
 SHORT_SIDE = 18 / 96  # at least; thinner ones could not be told apart
-TILT = np.pi / 8  # of a shape, at most
+TILT = np.pi / 12  # of a shape, at most
 MIN_VISIBLE = 0.75  # the share of a shape that later ones leave uncovered
 MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from the other shapes, RGB in 0..255
 NOISE = 5  # standard deviation at each pixel
@@ -164,7 +164,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
     coarse = rng.uniform(0, 255, (6, 6, 3)).astype(np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
-    canvas += (smooth - 127.5) * rng.uniform(0.05, 0.3)
+    canvas += (smooth - 127.5) * rng.uniform(0.05, 0.25)
 
     wavelength = rng.uniform(5, 20) / 96
     stripes = np.sin(2 * np.pi * across / wavelength + rng.uniform(0, 2 * np.pi))

@@ -11,15 +11,15 @@ output=output/quickstart
 # Small enough for two CPU cores: a ResNet-18 up to C3 (stride 8) from scratch, one encoder and three decoder layers.
 small=(
   --backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none
-  --hidden_dim 128 --nheads 4 --dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 15 --smca
+  --hidden_dim 128 --nheads 4 --dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 10 --smca
   --train_sizes 80 --eval_size 80 --no_crop
-  --batch_size 16 --epochs 9 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --dropout 0
+  --batch_size 16 --epochs 8 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --dropout 0
 )
 
 $python -m datasets.shapes --output "$data" --size 80
 rm -rf "$output" # of an earlier quick start, whose log would go on
 $python main.py --coco_path "$data" --output_dir "$output" "${small[@]}" \
-  --eval_every_epoch 5 --save_every_epoch 1000 --print_every 25 "$@"
+  --eval_every_epoch 4 --save_every_epoch 1000 --print_every 25 "$@"
 $python demo.py --resume "$output/checkpoint.pth" --images "$data/val2017" --limit 12 --threshold 0.4 \
   --annotations "$data/annotations/instances_val2017.json" --output "$output/pictures" --salient_points
 

@@ -87,7 +87,7 @@ def test_what_the_files_hold(folder):
     for a in val["annotations"]:
         objects[a["image_id"]] += not a["iscrowd"]
     assert min(objects.values()) == 0
-    assert max(objects.values()) == 4
+    assert max(objects.values()) == 3
     for crowd in (a for a in train["annotations"] + val["annotations"] if a["iscrowd"]):
         rle = coco_mask.frPyObjects(crowd["segmentation"], 96, 96)
         assert coco_mask.area(rle) == crowd["area"]
