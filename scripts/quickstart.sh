@@ -20,7 +20,7 @@ $python -m datasets.shapes --output "$data" --size 80
 rm -rf "$output" # of an earlier quick start, whose log would go on
 $python main.py --coco_path "$data" --output_dir "$output" "${small[@]}" \
   --eval_every_epoch 4 --save_every_epoch 1000 --print_every 25 "$@"
-$python demo.py --resume "$output/checkpoint.pth" --images "$data/val2017" --limit 12 --threshold 0.4 \
+$python demo.py --resume "$output/checkpoint.pth" --images "$data/val2017" --limit 12 --threshold 0.3 \
   --annotations "$data/annotations/instances_val2017.json" --output "$output/pictures" --salient_points
 
 echo
