@@ -129,7 +129,7 @@ def test_boxes_are_tight_around_what_is_drawn(folder):
                     frame &= ~other.mask
                 if frame.any():
                     assert np.linalg.norm(pixels[visible].mean(0) - pixels[frame].mean(0)) > 40
-    assert checked > 30
+    assert checked > 20  # of at most three shapes in each of the images above
 
 
 def test_ground_truth_given_back_is_perfect(folder):
