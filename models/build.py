@@ -87,7 +87,7 @@ def build_sam_detr(args: Namespace) -> Detector:
 
 def coarse_to_fine(num_layers: int, num_levels: int) -> tuple[int, ...]:
     """Which level each decoder layer attends, levels being given from fine to coarse: an even split that starts with
-    the coarsest. Six layers and three levels: 2, 2, 1, 1, 0, 0 (SAM-DETR, section 3.5)."""
+    the coarsest. Six layers and three levels: 2, 2, 1, 1, 0, 0."""
     return tuple(num_levels - 1 - layer * num_levels // num_layers for layer in range(num_layers))
 
 

@@ -1,4 +1,4 @@
-"""Gaussian prior on where a head looks (SMCA, Gao et al., ICCV 2021, eq. 3, in SAM-DETR's form)."""
+"""Gaussian prior on where a head looks (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
 
 import torch
 from torch import Tensor

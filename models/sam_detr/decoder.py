@@ -1,4 +1,4 @@
-"""SAM-DETR's decoder (section 3.2): a DETR decoder with a Semantics Aligner in front of each cross-attention.
+"""SAM-DETR's decoder: a DETR decoder with a Semantics Aligner in front of each cross-attention.
 
 Legend: B batch, Q queries, N heads, C channels, L positions of a level.
 """

@@ -1,4 +1,4 @@
-"""The Semantics Aligner (SAM-DETR, section 3.3): new queries, resampled from the features they will be matched with.
+"""The Semantics Aligner (SAM-DETR, CVPR 2022): new queries, resampled from the features they will be matched with.
 
 Stands in front of the cross-attention of any DETR-like decoder layer. For each query it looks at the encoded features
 inside the query's reference box, finds salient points there, and hands back the features and the sine positions at
@@ -41,7 +41,7 @@ class SemanticsAligner(nn.Module):
         num_heads: N, heads of the cross-attention that follows.
         resample: "points" - salient points, the paper's choice; "average" or "maximum" over the box (its ablations).
         num_points: salient points per query: one for each head (default), or 1 for all.
-        reweight: whether the old queries gate the new ones (section 3.3.2), per head.
+        reweight: whether the old queries gate the new ones, per head.
         search_range: "box" confines salient points to the reference box; "image" lets them go anywhere.
         predict_scales: also predict the widths of the spatial prior (SMCA).
 
