@@ -22,8 +22,8 @@ def _build(flags: str, *, checkpoint: str | None, num_classes: int):
     args.num_classes = num_classes
     weights = read_checkpoint(checkpoint) if checkpoint else None
     if weights:  # a file of another model is refused on loading: only what flags cannot tell is taken from it
-        told = {name: weights["settings"][name] for name in ("input_proj_norm", "num_classes")}
-        take_network_settings(args, set(), {**weights, "settings": told})
+        told = {name: weights["settings"][name] for name in ("model", "input_proj_norm", "num_classes")}
+        take_network_settings(args, {"model"}, {**weights, "settings": told})
     detector, _, _ = build_model(args)
     if weights:
         load_weights(detector, weights["model"], source=str(checkpoint))

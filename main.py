@@ -26,6 +26,7 @@ from datasets.sampler import DistributedEvalSampler
 from engine import evaluate, train_one_epoch
 from models.backbone import RESNETS
 from models.build import (
+    FAMILIES,
     build_model,
     input_proj_norm,
     load_backbone_weights,
@@ -39,8 +40,21 @@ from util.optim import SCHEDULES, build_scheduler, parameter_groups
 from util.visualize import plot_training_curves
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Its defaults are those published for the family that --model names; the help shows SAM-DETR's."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        chosen, _ = super().parse_known_args(args)
+        usual = {name: self.get_default(name) for name in FAMILIES[chosen.model].defaults}
+        self.set_defaults(**FAMILIES[chosen.model].defaults)
+        try:
+            return super().parse_known_args(args, namespace)
+        finally:
+            self.set_defaults(**usual)
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         "main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     number, whole = float, int
@@ -63,6 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
 
     group = parser.add_argument_group("network (with --resume, what is not given comes from the checkpoint)")
+    group.add_argument(
+        "-m", "--model", default="sam_detr", choices=FAMILIES, help="family; published defaults go with it"
+    )
     group.add_argument("--multiscale", action="store_true", help="three feature levels and deformable attention")
     group.add_argument("--backbone", default="resnet50", help=", ".join(RESNETS))
     group.add_argument(
@@ -199,8 +216,15 @@ def choose_device(name: str) -> torch.device:
 
 def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint: dict[str, Any]) -> None:
     """Let the checkpoint decide what shapes the network, but for flags that the user gave: if these do not fit, loading
-    the weights says so. The norm of the input projection always follows the weights."""
-    for name, value in checkpoint["settings"].items():
+    the weights says so. What the weights themselves tell always follows them. Raises ValueError for another family."""
+    told = checkpoint["settings"]
+    if args.model != told["model"]:
+        if "model" in given:
+            raise ValueError(f"--model {args.model} does not fit the checkpoint, a {told['model']}; leave the flag out")
+        for name, value in vars(build_parser().parse_args(["--model", told["model"]])).items():
+            if name not in given:
+                setattr(args, name, value)
+    for name, value in told.items():
         if name not in given or name in ("input_proj_norm", "num_classes"):
             setattr(args, name, value)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
 from typing import Any
@@ -20,35 +21,28 @@ from models.encoder import DeformableEncoder, DenseEncoder
 from models.layers import InputProjection
 from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from models.postprocess import postprocess
+from models.sam_detr import official_weights as sam_detr_weights
 from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
-from models.sam_detr.official_weights import convert_official, is_official
 from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.checkpoint import read_file
 
-# Settings that shape the network and its input in evaluation: a checkpoint brings its own, so that evaluation and
-# drawing need no flags.
-NETWORK_SETTINGS = (
+# Settings that shape every network and its input in evaluation: a checkpoint brings its own, so that evaluation and
+# drawing need no flags. Each family adds its own in the table below.
+TRUNK_SETTINGS = (
+    "model",
     "eval_size",
     "max_size",
     "num_classes",
-    "multiscale",
     "backbone",
-    "backbone_level",
     "backbone_norm",
     "dilation",
     "position_embedding",
-    "input_proj_norm",
     "enc_layers",
     "dec_layers",
     "dim_feedforward",
     "hidden_dim",
     "nheads",
     "num_queries",
-    "smca",
-    "sam_resample",
-    "sam_points",
-    "sam_reweight",
-    "sam_range",
 )
 
 
@@ -66,7 +60,7 @@ def build_sam_detr(args: Namespace) -> Detector:
     )
     num_levels = len(backbone.num_channels)
     projection = InputProjection(
-        in_channels=backbone.num_channels, hidden_dim=args.hidden_dim, norm=args.input_proj_norm == "group"
+        in_channels=backbone.num_channels, hidden_dim=args.hidden_dim, norm=input_proj_norm(args) == "group"
     )
     sizes = {"hidden_dim": args.hidden_dim, "num_heads": args.nheads, "dropout": args.dropout}
     if args.multiscale:
@@ -83,6 +77,14 @@ def build_sam_detr(args: Namespace) -> Detector:
         levels=coarse_to_fine(args.dec_layers, num_levels),
     )
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
+
+
+def sam_detr_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What official files do not tell."""
+    told: dict[str, Any] = {"input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none"}
+    if "decoder.class_heads.0.bias" in state:
+        told["num_classes"] = len(state["decoder.class_heads.0.bias"])
+    return told
 
 
 def coarse_to_fine(num_layers: int, num_levels: int) -> tuple[int, ...]:
@@ -120,19 +122,6 @@ def _check_widths(args: Namespace) -> None:
         )
 
 
-BUILDERS: dict[str, Callable[[Namespace], Detector]] = {"sam_detr": build_sam_detr}
-
-
-def build_model(args: Namespace) -> tuple[Detector, SetCriterion, Callable[..., list[dict[str, Tensor]]]]:
-    """The network (no weights are fetched), its criterion, and the function that makes detections of its output.
-
-    Raises:
-        ValueError: settings that cannot be built; the message names the flag and its value.
-    """
-    detector = BUILDERS["sam_detr"](Namespace(**{**vars(args), "input_proj_norm": input_proj_norm(args)}))
-    return detector, build_criterion(args), partial(postprocess, top_k=100)
-
-
 def build_criterion(args: Namespace) -> SetCriterion:
     matcher = HungarianMatcher(
         costs=[
@@ -156,6 +145,58 @@ def input_proj_norm(args: Namespace) -> str:
     if args.input_proj_norm != "auto":
         return args.input_proj_norm
     return "group" if args.multiscale or args.epochs < 25 else "none"
+
+
+Postprocess = Callable[..., list[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the programs know of a family of detectors.
+
+    Args:
+        build: settings -> network.
+        criterion: settings -> losses.
+        settings: names of the settings that shape its network, beside TRUNK_SETTINGS.
+        from_weights: settings that are read off weights under our names, because files may not tell them.
+        is_official: whether parameters have the official names of this family.
+        convert_official: an official state dict under our names.
+        defaults: its published settings, where they differ from the defaults of main.py (which are SAM-DETR's).
+        top_k: detections kept of an image.
+    """
+
+    build: Callable[[Namespace], Detector]
+    criterion: Callable[[Namespace], SetCriterion] = build_criterion
+    settings: tuple[str, ...]
+    from_weights: Callable[[dict[str, Tensor]], dict[str, Any]]
+    is_official: Callable[[Iterable[str]], bool]
+    convert_official: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    top_k: Callable[[Namespace], int] = lambda args: 100
+
+
+FAMILIES: dict[str, Family] = {
+    "sam_detr": Family(
+        build=build_sam_detr,
+        settings=(
+            "multiscale", "backbone_level", "input_proj_norm", "smca",
+            "sam_resample", "sam_points", "sam_reweight", "sam_range",
+        ),
+        from_weights=sam_detr_settings,
+        is_official=sam_detr_weights.is_official,
+        convert_official=sam_detr_weights.convert_official,
+    ),
+}  # fmt: skip
+
+
+def build_model(args: Namespace) -> tuple[Detector, SetCriterion, Postprocess]:
+    """The network (no weights are fetched), its criterion, and the function that makes detections of its output.
+
+    Raises:
+        ValueError: settings that cannot be built; the message names the flag and its value.
+    """
+    family = FAMILIES[args.model]
+    return family.build(args), family.criterion(args), partial(postprocess, top_k=family.top_k(args))
 
 
 def load_backbone_weights(detector: Detector, source: str) -> None:
@@ -189,8 +230,8 @@ def read_checkpoint(source: str) -> dict[str, Any]:
     """A checkpoint of ours, or an official one under our names, from a file or an http(s) URL.
 
     Returns:
-        A dict with at least `model` (weights), `settings` (those of NETWORK_SETTINGS that the file tells; the norm of
-        the input projection and the number of classes are read off the weights) and `official`.
+        A dict with at least `model` (weights), `settings` (those of the family that the file or its weights tell) and
+        `official`.
 
     Raises:
         ValueError: no checkpoint, or one that is damaged or holds code.
@@ -202,11 +243,13 @@ def read_checkpoint(source: str) -> dict[str, Any]:
             f"--resume {source} holds no weights under 'model' (it has {sorted(map(str, checkpoint))[:8]}); "
             "pass a checkpoint of this project or an official one"
         )
-    official = is_official(state)
     told = vars(checkpoint["args"]) if isinstance(checkpoint.get("args"), Namespace) else checkpoint.get("settings", {})
-    state = convert_official(state) if official else state
-    settings = {name: told[name] for name in NETWORK_SETTINGS if name in told}
-    settings["input_proj_norm"] = "group" if "projection.levels.0.1.weight" in state else "none"
-    if "decoder.class_heads.0.bias" in state:
-        settings["num_classes"] = len(state["decoder.class_heads.0.bias"])
-    return {**checkpoint, "model": state, "settings": settings, "official": official}
+    official = next((name for name, family in FAMILIES.items() if family.is_official(state)), None)
+    model = official or told.get("model", "sam_detr")  # our first files do not name the only family that there was
+    if model not in FAMILIES:
+        raise ValueError(f"--resume {source} holds a {model}; this version knows {', '.join(FAMILIES)}")
+    family = FAMILIES[model]
+    state = family.convert_official(state) if official else state
+    settings = {name: told[name] for name in (*TRUNK_SETTINGS, *family.settings) if name in told}
+    settings |= family.from_weights(state) | {"model": model}
+    return {**checkpoint, "model": state, "settings": settings, "official": official is not None}

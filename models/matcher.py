@@ -55,8 +55,9 @@ class HungarianMatcher:
     """Assignment under a weighted sum of costs.
 
     Args:
-        costs: (weight, cost) pairs. A cost takes the predictions of one image, `pred_logits` (S, Q, classes) and
-            `pred_boxes` (S, Q, 4), and its `labels` (n,) and `boxes` (n, 4), and returns (S, Q, n).
+        costs: (weight, cost) pairs. A cost takes the predictions of one image - `pred_logits` (S, Q, classes),
+            `pred_boxes` (S, Q, 4), and what else the decoder predicts - and its `labels` (n,) and `boxes` (n, 4), and
+            returns (S, Q, n).
     """
 
     def __init__(self, *, costs: Sequence[tuple[float, Cost]]):
@@ -71,11 +72,11 @@ class HungarianMatcher:
         All of them are computed together, only between an image's own queries and objects, and reach the host in one
         transfer. Costs that are not finite count as very large, so that the loss is computed and can be reported.
         """
-        logits = torch.stack([p["pred_logits"] for p in predictions])  # (S, B, Q, classes)
-        boxes = torch.stack([p["pred_boxes"] for p in predictions])  # (S, B, Q, 4)
+        names = [name for name in predictions[0] if name.startswith("pred_")]
+        stacked = {name: torch.stack([p[name] for p in predictions]) for name in names}  # (S, B, Q, ...)
         costs = []
         for image, target in enumerate(targets):
-            outputs = {"pred_logits": logits[:, image], "pred_boxes": boxes[:, image]}
+            outputs = {name: values[:, image] for name, values in stacked.items()}
             costs.append(sum(weight * cost(outputs, target) for weight, cost in self.costs).flatten())  # (S * Q * n,)
         sizes = [len(target["labels"]) for target in targets]
         on_host = torch.cat(costs).nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).cpu().split([len(c) for c in costs])
@@ -91,6 +92,6 @@ class HungarianMatcher:
         table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T
         matches = []
         for step in range(len(predictions)):
-            image, query, target = table[1:, table[0] == step].to(logits.device, non_blocking=True)
+            image, query, target = table[1:, table[0] == step].to(stacked["pred_logits"].device, non_blocking=True)
             matches.append(Matches(image, query, target))
         return matches

@@ -1,10 +1,10 @@
-"""Reduce the reference figures of SAM-DETR to what tests/test_parity.py needs.
+"""Reduce the reference figures to what the parity tests need.
 
     python tests/parity/extract.py FOLDER     (the folder of the full figures; files are written beside this script)
 
-Kept, in float64 as they are: of the class logits every seventh query (8 of 50), in all six decoder layers and both
-images; all boxes, assignments and detections; all loss terms, gradient norms, parameter names and shapes; and the
-statistics of the initialisation outside the backbone. What the models have in common is written once.
+Kept, in float64 as they are: of the class logits every seventh query, in all decoder layers and both images; all
+boxes, assignments and detections; all loss terms, gradient norms, parameter names and shapes; and the statistics of
+SAM-DETR's initialisation outside the backbone. What the models of a family have in common is written once.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ import numpy as np
 VARIANTS = (
     "r50_e12", "r50_e50", "r50_smca_e12", "r50_smca_e50", "r50_dc5_smca_e50", "r50_ms_e50", "r50_ms_smca_e50",
 )  # fmt: skip
+FAMILIES = {"sam_detr": VARIANTS}
 INITIALISED = ("r50_smca_e12", "r50_e50")
 EVERY = 7  # of the queries' logits
 HERE = Path(__file__).parent
 
 
-def read_full(folder: Path, variant: str) -> tuple[dict, dict[str, np.ndarray]]:
+def read_full(folder: Path, variant: str, *, family: str = "sam_detr") -> tuple[dict, dict[str, np.ndarray]]:
     """One model's facts and arrays as the folder has them, and `queries`, whose logits are there: all."""
-    facts = json.loads((folder / f"sam_detr_{variant}.json").read_text())
-    with np.load(folder / f"sam_detr_{variant}.npz") as file:
+    facts = json.loads((folder / f"{family}_{variant}.json").read_text())
+    with np.load(folder / f"{family}_{variant}.npz") as file:
         arrays = dict(file)
     return facts, arrays | {"queries": np.arange(arrays["pred_logits"].shape[2])}
 
 
-def read_compact(variant: str) -> tuple[dict, dict[str, np.ndarray]]:
+def read_compact(variant: str, *, family: str = "sam_detr") -> tuple[dict, dict[str, np.ndarray]]:
     """The same of the files beside this script: fewer logits."""
-    tables = _tables()
+    tables = _tables(family)
     facts = tables["variants"][variant]
     state = {name: shape for name, shape in tables["state_dict"].items() if name not in facts["without"]}
-    with np.load(HERE / "figures.npz") as file:
+    with np.load(HERE / f"{family}.npz") as file:
         arrays = {name.split("/")[1]: file[name] for name in file.files if name.startswith(f"{variant}/")}
     trainable = [name for name in tables["trainable"] if name not in facts["without"]]
     return facts | {"state_dict": state | facts["other_shapes"], "trainable": trainable}, arrays
@@ -45,16 +46,20 @@ def read_compact(variant: str) -> tuple[dict, dict[str, np.ndarray]]:
 
 def read_initialisation(variant: str) -> dict[str, dict]:
     """Shape, mean, standard deviation and largest absolute value of each parameter after the official constructor."""
-    return _tables()["initialisation"][variant]
+    return _tables("sam_detr")["initialisation"][variant]
 
 
-def _tables() -> dict:
-    return json.loads(gzip.decompress((HERE / "figures.json.gz").read_bytes()))
+def _tables(family: str) -> dict:
+    return json.loads(gzip.decompress((HERE / f"{family}.json.gz").read_bytes()))
 
 
-def reduce(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+# Facts of a model that are not about its state dict; not every family has all of them.
+FACTS = ("args", "losses", "total_loss", "grad_norms", "aliases", "fill_names", "loss_weights")
+
+
+def reduce(folder: Path, family: str) -> tuple[dict, dict[str, np.ndarray]]:
     """Tables and arrays to write."""
-    full = {variant: read_full(folder, variant) for variant in VARIANTS}
+    full = {variant: read_full(folder, variant, family=family) for variant in FAMILIES[family]}
     state, trainable = {}, {}
     for facts, _ in full.values():
         state = facts["state_dict"] | state
@@ -64,22 +69,26 @@ def reduce(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     arrays = {}
     for variant, (facts, values) in full.items():
         own = facts["state_dict"]
-        tables["variants"][variant] = {name: facts[name] for name in ("args", "losses", "total_loss", "grad_norms")} | {
+        tables["variants"][variant] = {name: facts[name] for name in FACTS if name in facts} | {
             "without": [name for name in state if name not in own],
             "other_shapes": {name: shape for name, shape in own.items() if shape != state[name]},
         }
+        fewer = {name: values[name][:, ::EVERY] for name in ("enc_pred_logits",) if name in values}
         values = values | {"queries": values["queries"][::EVERY], "pred_logits": values["pred_logits"][:, :, ::EVERY]}
+        values |= fewer
         arrays |= {f"{variant}/{name}": value for name, value in values.items()}
-    initialisation = json.loads((folder / "sam_detr_init.json").read_text())
-    tables["initialisation"] = {variant: initialisation[variant] for variant in INITIALISED}
+    if family == "sam_detr":
+        initialisation = json.loads((folder / "sam_detr_init.json").read_text())
+        tables["initialisation"] = {variant: initialisation[variant] for variant in INITIALISED}
     return tables, arrays
 
 
 def main(folder: Path) -> None:
-    tables, arrays = reduce(folder)
-    # A fixed time stamp, so that the same figures make the same file.
-    (HERE / "figures.json.gz").write_bytes(gzip.compress(json.dumps(tables).encode(), mtime=0))
-    np.savez_compressed(HERE / "figures.npz", **arrays)
+    for family in FAMILIES:
+        tables, arrays = reduce(folder, family)
+        # A fixed time stamp, so that the same figures make the same file.
+        (HERE / f"{family}.json.gz").write_bytes(gzip.compress(json.dumps(tables).encode(), mtime=0))
+        np.savez_compressed(HERE / f"{family}.npz", **arrays)
 
 
 if __name__ == "__main__":
