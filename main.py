@@ -149,6 +149,7 @@ def build_parser() -> Parser:
     group.add_argument("--eval_size", default=800, type=whole, help="short side in evaluation")
     group.add_argument("--max_size", default=1333, type=whole, help="longest side")
     group.add_argument("--no_crop", dest="crop_augmentation", action="store_false", help="no random crops in training")
+    group.add_argument("--cache_mode", action="store_true", help="hold the image files in memory, once a node")
     group.add_argument("--num_workers", default=2, type=whole)
 
     group = parser.add_argument_group("run")

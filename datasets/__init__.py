@@ -48,6 +48,8 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
     )
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         dataset.check_files()
+    if args.cache_mode:
+        dataset.hold_files()
     return dataset
 
 

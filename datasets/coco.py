@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from datasets.categories import Categories
+from datasets.image_cache import ImageCache, share_files
 from datasets.images import check_image, read_image
 from util.box_ops import xyxy_to_cxcywh
 
@@ -72,6 +73,7 @@ class CocoDetection(Dataset):
         if max_objects is not None:
             self._require_at_most(max_objects)
         self.coco = None if train else _ground_truth(content)
+        self._cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,12 +104,18 @@ class CocoDetection(Dataset):
     def read_image(self, index: int) -> Image.Image:
         """Image `index` in RGB, upright, before any transform."""
         try:
-            return read_image(self.image_path(index), self.images[index].size)
+            source = self._cache.read(index) if self._cache else self.image_path(index)
+            return read_image(source, self.images[index].size)
         except Exception as error:  # PIL raises many kinds for a broken file
             raise ValueError(self._unreadable(index, error)) from error
 
     def image_path(self, index: int) -> Path:
         return self.image_folder / self.images[index].file_name
+
+    def hold_files(self) -> None:
+        """Keep the image files in memory, once for all processes of a node, all of which have to come here. Raises
+        ValueError."""
+        self._cache = share_files([self.image_path(index) for index in range(len(self))])
 
     def check_files(self) -> None:
         """Look for image files that are empty, cut or no image at all, or of another size than the annotations say.

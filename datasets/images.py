@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -11,8 +12,8 @@ from PIL import ExifTags, Image, ImageOps
 COMPLETE = [(b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")]  # how JPEG, PNG begin and end
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
-    """The image at `path` in mode RGB, turned upright as its EXIF orientation says.
+def read_image(source: Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
+    """The image in a file or stream in mode RGB, turned upright as its EXIF orientation says.
 
     `size` (width, height) is the frame in which boxes of the image are given. Where only the stored pixels have that
     size, the boxes were drawn on the stored pixels, and so the image is not turned.
@@ -21,7 +22,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
         ValueError: neither the stored nor the upright image has `size`.
         Exception: whatever PIL raises for a file that it cannot decode.
     """
-    with Image.open(path) as image:
+    with Image.open(source) as image:
         turn = _turns(image, size)
         image.load()
         return to_rgb(ImageOps.exif_transpose(image) if turn else image)

@@ -361,6 +361,7 @@ def layout(folder, **changes):
         "eval_size": 60,
         "max_size": 100,
         "crop_augmentation": False,
+        "cache_mode": False,
     }
     return Namespace(**{**settings, **changes})
 
@@ -402,6 +403,7 @@ def test_real_images(name, num_classes, objects):
         train_sizes=[480],
         eval_size=200,
         max_size=1333,
+        cache_mode=False,
         crop_augmentation=True,
     )
     val = build_dataset("val", args)

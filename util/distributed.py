@@ -166,6 +166,11 @@ def is_main() -> bool:
     return get_rank() == 0
 
 
+def is_first_on_node() -> bool:
+    """Whether this process does what is to be done once on each node."""
+    return _ranks.local_rank == 0
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if _joined():
@@ -198,7 +203,7 @@ def main_process_first() -> Iterator[None]:
 
     Every process of the run has to come here.
     """
-    first = _ranks.local_rank == 0
+    first = is_first_on_node()
     if not first:
         barrier()
     try:
