@@ -2,6 +2,7 @@
 
     python demo.py --resume output/run/checkpoint.pth                        every image of ./images
     python demo.py --resume output/run/checkpoint.pth --images photo.jpg --output drawn --salient_points
+    python demo.py --resume output/multiscale/checkpoint.pth --sampling_points 0.5,0.5
 
 Writes det_res_NAME for every image. The network, its classes and the size of its input come from the checkpoint.
 """
@@ -10,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from datasets.images import read_image
 from datasets.transforms import EvalTransforms
 from main import build_parser, checkpoint_categories, choose_device, take_network_settings
 from models.build import build_model, read_checkpoint
+from models.inspection import Sampling, cell_of, watch, watch_sampling
+from models.ops import MSDeformAttn
 from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.box_ops import cxcywh_to_xyxy
 from util.checkpoint import load_weights
 from util.command_line import run_command
 from util.logger import log, progress, whole_file
 from util.padded_images import pad_images
-from util.visualize import contact_sheet, draw_detections, draw_salient_points, side_by_side, view_around
+from util.visualize import contact_sheet, draw_detections, side_by_side
+from util.visualize_points import draw_salient_points, sampling_sheet, view_around
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 PREFIX = "det_res_"
@@ -49,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", default=None, type=int, help="draw the first so many images only")
     parser.add_argument("--annotations", default="", help="COCO annotation file; its boxes are drawn beside")
     parser.add_argument("--salient_points", action="store_true", help="also draw where each shown query looks")
+    parser.add_argument(
+        "--sampling_points",
+        default="",
+        metavar="{X,Y,best}",
+        help="also draw where the encoder's deformable attention looks from this place, in fractions of width and "
+        "height (0.5,0.5: the middle), or from the centre of the best detection",
+    )
     parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     args = parser.parse_args(argv)
     return run_command("demo.py", lambda: run(args))
@@ -60,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold {args.threshold} is not between 0 and 1")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")
+    position = parse_position(args.sampling_points) if args.sampling_points else None
     paths = find_images(Path(args.images))[: args.limit]
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is not a folder")
@@ -71,8 +82,12 @@ def run(args: argparse.Namespace) -> None:
     network, _, postprocess = build_model(settings)
     load_weights(network, checkpoint["model"], source=args.resume)
     network.to(device).eval()
-    if args.salient_points and not _aligners(network):
+    if args.salient_points and not _has(network, SemanticsAligner):
         raise ValueError(f"--salient_points: the network of {args.resume} has no Semantics Aligner")
+    if args.sampling_points and not _has(network.encoder, MSDeformAttn):
+        raise ValueError(
+            f"--sampling_points: the encoder of {args.resume} has no deformable attention; pass a multi-scale model"
+        )
     transforms = EvalTransforms(short_side=settings.eval_size, max_size=settings.max_size)
     categories = checkpoint_categories(checkpoint)
     truth = read_truth(args.annotations, paths, categories, transforms) if args.annotations else {}
@@ -82,8 +97,9 @@ def run(args: argparse.Namespace) -> None:
 
     for path in progress(paths, description="images", every=50):
         image = truth[path.name][0] if path.name in truth else open_image(path)
-        with watch_points(network) as layers:
-            found = detect(network, postprocess, transforms(image), image.size, device)
+        tensor = transforms(image)
+        with watch(network, SemanticsAligner, see_salient_points) as layers:
+            found = detect(network, postprocess, tensor, image.size, device)
         # A class head has outputs for the gaps between category ids too.
         keep = found["scores"] >= args.threshold
         if categories.names:
@@ -102,7 +118,26 @@ def run(args: argparse.Namespace) -> None:
         save(picture, folder / f"{PREFIX}{path.name}")
         if args.salient_points and len(found["scores"]):
             save(draw_points(image, found, layers, categories.names), folder / f"{PREFIX}points_{path.stem}.png")
+        if args.sampling_points and (position or len(found["scores"])):
+            where = position or (found["boxes"][0].view(2, 2).mean(0) / torch.tensor(image.size)).tolist()
+            # Once more: of which position to keep the points is known only now, and all positions' are too many.
+            with watch_sampling(network.encoder, cell_of(where)) as encoder_layers:
+                detect(network, postprocess, tensor, image.size, device)
+            save(draw_sampling(image, encoder_layers), folder / f"{PREFIX}sampling_{path.stem}.png")
     log(f"{len(paths)} picture(s) in {args.output or 'the folder of the images'}, named {PREFIX}*")
+
+
+def parse_position(text: str) -> tuple[float, float] | None:
+    """The value of --sampling_points: x and y in [0, 1], or None for the best detection. Raises ValueError."""
+    if text == "best":
+        return None
+    try:
+        x, y = (float(number) for number in text.split(","))
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            return x, y
+    except ValueError:
+        pass
+    raise ValueError(f"--sampling_points {text} is neither X,Y, two numbers between 0 and 1 like 0.5,0.5, nor best")
 
 
 def find_images(source: Path) -> list[Path]:
@@ -152,25 +187,13 @@ def detect(
     return {name: value.cpu() for name, value in found.items()}
 
 
-def _aligners(network: nn.Module) -> list[SemanticsAligner]:
-    return [module for module in network.modules() if isinstance(module, SemanticsAligner)]
+def _has(part: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in part.modules())
 
 
-@contextmanager
-def watch_points(network: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect, for each decoder layer, reference boxes (Q, 4) as cx, cy, w, h and salient points (Q, P, 2), both
-    relative to the image. Hooks that come off again: the network knows nothing of it."""
-    layers: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
-        layers.append((inputs[1][0].cpu(), output.points[0].cpu()))
-
-    handles = [aligner.register_forward_hook(keep) for aligner in _aligners(network)]
-    try:
-        yield layers
-    finally:
-        for handle in handles:
-            handle.remove()
+def see_salient_points(aligner: SemanticsAligner, arguments: dict[str, Any], aligned: Any) -> tuple[Tensor, Tensor]:
+    """Reference boxes (Q, 4) as cx, cy, w, h and salient points (Q, P, 2), both relative to the image."""
+    return arguments["boxes"][0].cpu(), aligned.points[0].cpu()
 
 
 def draw_points(
@@ -189,6 +212,17 @@ def draw_points(
             [f"{names.get(label, label)} {score:.2f}, query {query}, layer {i + 1}" for i in range(len(layers))]
         )
     return contact_sheet(rows, captions)
+
+
+def draw_sampling(image: Image.Image, layers: list[Sampling]) -> Image.Image:
+    """A column for each layer, of the one query that was watched."""
+    size = torch.tensor(image.size)
+    return sampling_sheet(
+        image,
+        references=torch.stack([layer.reference[0, 0, :2] for layer in layers]) * size,
+        points=torch.stack([layer.points[0] for layer in layers]) * size,
+        weights=torch.stack([layer.weights[0] for layer in layers]),
+    )
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -4,14 +4,16 @@ import shutil
 
 import pytest
 import torch
-from helpers import REPOSITORY, evaluate
+from helpers import REPOSITORY, build_tiny, evaluate
 from PIL import Image, ImageChops
 
 import demo
 from datasets.transforms import EvalTransforms
 from main import build_parser, take_network_settings
 from models.build import build_model, read_checkpoint
-from util.checkpoint import load_weights
+from models.inspection import watch
+from models.sam_detr.semantics_aligner import SemanticsAligner
+from util.checkpoint import load_weights, save_file
 
 
 @pytest.fixture
@@ -23,6 +25,15 @@ def folder(shapes, tmp_path):
         shutil.copy(path, folder)
     (folder / "notes.txt").write_text("no picture")
     return folder
+
+
+@pytest.fixture(scope="session")
+def multiscale(tmp_path_factory):
+    """A checkpoint of a multi-scale network with random weights."""
+    network, settings = build_tiny("--multiscale", "--enc_layers", "2", "--eval_size", "64", "--dec_layers", "3")
+    path = tmp_path_factory.mktemp("multiscale") / "checkpoint.pth"
+    save_file({"model": network.state_dict(), "settings": settings}, path)
+    return path
 
 
 def rebuild(checkpoint):
@@ -69,7 +80,7 @@ def test_detections_are_those_of_the_evaluation(trained, shapes, tmp_path):
 def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
     network, postprocess, args = rebuild(trained / "checkpoint.pth")
     tensor = EvalTransforms(short_side=args.eval_size)(Image.open(next(folder.glob("*.jpg"))).convert("RGB"))
-    with demo.watch_points(network) as layers:
+    with watch(network, SemanticsAligner, demo.see_salient_points) as layers:
         watched = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
     plain = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
     assert len(layers) == args.dec_layers  # nothing was added after the hooks came off
@@ -84,6 +95,38 @@ def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
     width, height = Image.open(picture).size
     assert width > args.dec_layers * 300  # a column for each decoder layer
     assert height > 2 * 300  # a row for each of the best detections
+
+
+def test_points_of_a_multiscale_network(multiscale, folder, tmp_path, monkeypatch):
+    drawn = []
+    draw = demo.draw_sampling
+    monkeypatch.setattr(demo, "draw_sampling", lambda image, layers: drawn.append(layers) or draw(image, layers))
+    flags = ["--resume", str(multiscale), "--images", str(folder), "--output", str(tmp_path), "--device", "cpu"]
+    paths = sorted(folder.glob("*.jpg"))
+    assert demo.main([*flags, "--threshold", "0", "--salient_points", "--sampling_points", "0.3,0.8"]) == 0
+    written = {path.name for path in tmp_path.glob("det_res_*.png")}
+    assert written == {f"det_res_{kind}_{path.stem}.png" for kind in ("points", "sampling") for path in paths}
+    for path in paths:
+        assert Image.open(tmp_path / f"det_res_points_{path.stem}.png").width > 3 * 400  # 3 decoder layers
+        width, height = Image.open(tmp_path / f"det_res_sampling_{path.stem}.png").size
+        assert 2 * 400 < width < 3 * 400  # 2 encoder layers
+        assert height > 4 * 200  # all levels, and each of three
+    # The finest level has 8 x 8 cells; 0.3 lies in column 2, 0.8 in row 6.
+    assert [layer.reference[0, 0].tolist() for layers in drawn for layer in layers] == 6 * [[2.5 / 8, 6.5 / 8]]
+
+    drawn.clear()
+    assert demo.main([*flags, "--threshold", "0", "--sampling_points", "best", "--limit", "1"]) == 0
+    network, postprocess, args = rebuild(multiscale)
+    tensor = EvalTransforms(short_side=args.eval_size)(Image.open(paths[0]).convert("RGB"))
+    x0, y0, x1, y1 = demo.detect(network, postprocess, tensor, (8, 8), torch.device("cpu"))["boxes"][0].tolist()
+    cell = [(int((x0 + x1) / 2) + 0.5) / 8, (int((y0 + y1) / 2) + 0.5) / 8]
+    assert [layer.reference[0, 0].tolist() for layer in drawn[0]] == 2 * [cell]
+
+
+def test_no_detection_no_place_to_look_from(multiscale, folder, tmp_path):
+    flags = ["--resume", str(multiscale), "--images", str(folder), "--output", str(tmp_path), "--device", "cpu"]
+    assert demo.main([*flags, "--threshold", "1", "--sampling_points", "best", "--limit", "1"]) == 0
+    assert [path.suffix for path in tmp_path.glob("det_res_*")] == [".jpg"]
 
 
 def test_ground_truth_beside(trained, shapes, tmp_path):
@@ -103,6 +146,7 @@ def test_ground_truth_beside(trained, shapes, tmp_path):
         (["--threshold", "2"], "--threshold 2"),
         (["--resume", "nothing.pth"], "nothing.pth"),
         (["--limit", "0"], "--limit 0"),
+        (["--sampling_points", "0.5,0.5"], "multi-scale"),
     ],
 )
 def test_bad_input(trained, folder, capsys, change, named):
@@ -111,6 +155,16 @@ def test_bad_input(trained, folder, capsys, change, named):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert named in error
+    assert not list(folder.glob("det_res_*"))
+
+
+@pytest.mark.parametrize("value", ["0.5", "0.5,1.01", "0.5,-0.1", "0.5,0.5,0.5", "nan,0.5", "0.5;0.5", "Best", ","])
+def test_bad_sampling_points(multiscale, folder, capsys, value):
+    assert demo.main(["--resume", str(multiscale), "--images", str(folder), "--sampling_points", value]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--sampling_points {value} " in error
+    assert "0.5,0.5" in error  # the remedy
     assert not list(folder.glob("det_res_*"))
 
 

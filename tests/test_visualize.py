@@ -10,11 +10,10 @@ from util.visualize import (
     class_colour,
     contact_sheet,
     draw_detections,
-    draw_salient_points,
     plot_training_curves,
     side_by_side,
-    view_around,
 )
+from util.visualize_points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
 
 GREY = (128, 128, 128)
 NAMES = {1: "person", 2: "bicycle", 3: "traffic light"}
@@ -123,6 +122,38 @@ def test_salient_points_and_reference_box():
     assert part.getpixel((300, 60)) == class_colour(1)
     assert part.getpixel((40, 140)) == (255, 255, 255)
     assert count(part, class_colour(2)) == 0
+
+
+def test_sampling_points_and_reference():
+    image = grey(400, 300)
+    points = torch.tensor([[[150.0, 150.0], [350.0, 60.0]], [[250.0, 130.0], [-9.0, 130.0]]])  # two heads
+    areas = torch.tensor([[4.0, 1.0], [1.0, 0.0]])
+    drawn = draw_sampling_points(image, reference=torch.tensor([200.0, 200.0]), points=points, areas=areas)
+    for head, (x, y), radius in ((0, (150, 150), 10), (0, (350, 60), 5), (1, (250, 130), 5)):
+        assert drawn.getpixel((x + radius - 2, y)) == class_colour(head)  # four times the area is twice the radius
+        assert drawn.getpixel((x - radius - 5, y)) == GREY
+    assert drawn.getpixel((200, 200)) == drawn.getpixel((192, 200)) == drawn.getpixel((200, 208)) == (255, 255, 255)
+    assert drawn.getpixel((206, 206)) == GREY  # a cross, not a disc
+    assert min(drawn.getpixel((0, y)) for y in range(300)) == GREY  # what lies outside is not pulled in
+
+
+def test_sampling_sheet_enlarges_each_level_and_counts_what_is_outside(monkeypatch):
+    """Two layers, one head, two levels of two points; the second layer's coarse points are out of the picture."""
+    captions = []
+    monkeypatch.setattr("util.visualize_points.contact_sheet", lambda r, c: captions.extend(c) or contact_sheet(r, c))
+    first = [[[90.0, 50.0], [110.0, 50.0]], [[50.0, 50.0], [150.0, 60.0]]]
+    second = [[[99.0, 50.0], [101.0, 50.0]], [[-1.0, 50.0], [100.0, 101.0]]]
+    points = torch.tensor([[first], [second]])
+    weights = torch.tensor([[[[0.25, 0.25], [0.25, 0.25]]], [[[0.6, 0.1], [0.3, 0.0]]]])
+    sheet = sampling_sheet(grey(200, 100), references=torch.full((2, 2), 50.0), points=points, weights=weights)
+    assert captions == [
+        ["layer 1, all levels, 0 of 4 outside", "layer 2, all levels, 2 of 4 outside"],
+        ["layer 1, level 1: 50% of weight, 0 of 2 outside", "layer 2, level 1: 70% of weight, 0 of 2 outside"],
+        ["layer 1, level 2: 50% of weight, 0 of 2 outside", "layer 2, level 2: 30% of weight, 2 of 2 outside"],
+    ]
+    # 400 pixels wide: the whole picture, 34..126 x 34..66 around level 1's points and the reference, 0..166 x 34..100.
+    greys = 400 * (200 + round(400 * 32 / 92) + round(400 * 66 / 166))
+    assert 0.97 * 2 * greys < count(sheet, GREY) < 2 * greys  # markers cover the rest
 
 
 def test_view_holds_all_boxes_and_stays_in_the_picture():

@@ -1,6 +1,6 @@
-"""Pictures: detections and ground truth, where the salient points of a query lie, and how a training went.
+"""Pictures: detections and ground truth, sheets of several pictures, and how a training went.
 
-Boxes are (left, top, right, bottom) and points (x, y), in pixels of the picture that is passed in.
+Boxes are (left, top, right, bottom), in pixels of the picture that is passed in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rectangle = tuple[int, int, int, int]  # first and last pixel that belong to it
 
 _LEGIBLE_SIDE = 384  # pixels; a picture whose shorter side is below is enlarged ...
 _LONGEST_SIDE = 1400  # ... unless its longer side would exceed this
-_INK, _PAPER = (24, 24, 27), (255, 255, 255)
+INK, PAPER = (24, 24, 27), (255, 255, 255)
 
 
 def class_colour(label: int) -> Colour:
@@ -51,9 +51,9 @@ def draw_detections(
     if factor > 1:
         canvas = canvas.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     drawing = ImageDraw.Draw(canvas)
-    line, font = _line_width(canvas.size), _font(canvas.size)
+    line, font = line_width(canvas.size), _font(canvas.size)
 
-    rectangles = [_pixels(box, factor=factor, size=canvas.size) for box in torch.as_tensor(boxes).tolist()]
+    rectangles = [pixel_box(box, factor=factor, size=canvas.size) for box in torch.as_tensor(boxes).tolist()]
     names = [class_names.get(label, str(label)) for label in torch.as_tensor(labels).tolist()]
     colours = [class_colour(label) for label in torch.as_tensor(labels).tolist()]
     if scores is None:
@@ -65,7 +65,7 @@ def draw_detections(
     from_worst = sorted(range(len(rectangles)), key=lambda i: merit[i])
 
     for i in from_worst:
-        _outline(drawing, rectangles[i], colours[i], line)
+        outline(drawing, rectangles[i], colours[i], line)
     tags: dict[int, Rectangle] = {}
     for i in reversed(from_worst):  # the best choose their place first
         texts[i] = _shorten(texts[i], font=font, width=canvas.width - 2 * _tag_margin(font))
@@ -92,50 +92,18 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequ
     gap = round(font.size * 0.6)
     strip = round(font.size * 1.9)
 
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + (strip + gap) * len(rows)), _PAPER)
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + (strip + gap) * len(rows)), PAPER)
     drawing = ImageDraw.Draw(sheet)
     top = 0
     for row, texts, height in zip(rows, captions, heights):
         left = gap
         for picture, text, width in zip(row, texts, widths):
             text = _shorten(text, font=font, width=width)
-            drawing.text((left + width / 2, top + strip / 2), text, fill=_INK, font=font, anchor="mm")
+            drawing.text((left + width / 2, top + strip / 2), text, fill=INK, font=font, anchor="mm")
             sheet.paste(picture, (left + (width - picture.width) // 2, top + strip))
             left += width + gap
         top += strip + height + gap
     return sheet
-
-
-def view_around(boxes: Tensor, *, size: tuple[int, int]) -> Tensor:
-    """The part (4,) of a picture (width, height) worth showing for `boxes` (n, 4): them and some surroundings."""
-    boxes = torch.as_tensor(boxes, dtype=torch.float32)
-    low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
-    limit = torch.tensor(size, dtype=torch.float32)
-    margin = ((high - low).max() * 0.5).clamp(min=16)
-    return torch.cat([(low - margin).clamp(min=0).minimum(limit - 1), (high + margin).minimum(limit).clamp(min=1)])
-
-
-def draw_salient_points(
-    image: Image.Image, *, box: Tensor, points: Tensor, view: Tensor | None = None, longer_side: int = 400
-) -> Image.Image:
-    """A query's reference `box` (4,) in white and its salient `points` (N, 2), one colour for each attention head.
-
-    Shows the part `view` (4,) of the picture, or all, at `longer_side` pixels. Points outside are not seen.
-    """
-    x0, y0, x1, y1 = (0, 0, *image.size) if view is None else torch.as_tensor(view).round().int().tolist()
-    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
-    scale = longer_side / max(x1 - x0, y1 - y0)
-    size = (max(round((x1 - x0) * scale), 1), max(round((y1 - y0) * scale), 1))
-    canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
-
-    origin = torch.tensor([x0, y0])
-    corners = (torch.as_tensor(box).float().cpu().view(2, 2) - origin).flatten().tolist()
-    _outline(ImageDraw.Draw(canvas), _pixels(corners, factor=scale, size=size), _PAPER, _line_width(size))
-    radius = max(longer_side // 75, 3)
-    for head, centre in enumerate(((torch.as_tensor(points).float().cpu() - origin) * scale).tolist()):
-        for grown, colour in ((2, _INK), (1, _PAPER), (-1, class_colour(head))):
-            _disc(canvas, centre, radius + grown, colour)
-    return canvas
 
 
 def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
@@ -203,7 +171,7 @@ def _enlargement(size: tuple[int, int]) -> int:
     return max(min(wanted, _LONGEST_SIDE // max(size)), 1)
 
 
-def _line_width(size: tuple[int, int]) -> int:
+def line_width(size: tuple[int, int]) -> int:
     return max(round(min(max(size), 2 * min(size)) / 350), 3)
 
 
@@ -211,12 +179,12 @@ def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=max(round(min(max(size), 2 * min(size)) / 62), 13))
 
 
-def _pixels(box: Sequence[float], *, factor: float, size: tuple[int, int]) -> Rectangle:
+def pixel_box(box: Sequence[float], *, factor: float, size: tuple[int, int]) -> Rectangle:
     """First and last pixel of a box in a picture enlarged by `factor`: inside it, and not thinner than a line."""
     ends = []
     for low, high, side in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
         first, last = round(low * factor), round(high * factor) - 1
-        short = 2 * _line_width(size) + 1 - (last - first)
+        short = 2 * line_width(size) + 1 - (last - first)
         if short > 0:
             first, last = first - short // 2, last + (short + 1) // 2
         ends.append((min(max(first, 0), side - 1), min(max(last, 0), side - 1)))
@@ -224,21 +192,13 @@ def _pixels(box: Sequence[float], *, factor: float, size: tuple[int, int]) -> Re
     return x0, y0, x1, y1
 
 
-def _outline(drawing: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int) -> None:
+def outline(drawing: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int) -> None:
     """A frame just inside the box, with a dark hairline on both sides to set it off from any background."""
     x0, y0, x1, y1 = box
-    drawing.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_INK)
+    drawing.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=INK)
     if min(x1 - x0, y1 - y0) > 2 * width + 2:
-        drawing.rectangle((x0 + width, y0 + width, x1 - width, y1 - width), outline=_INK)
+        drawing.rectangle((x0 + width, y0 + width, x1 - width, y1 - width), outline=INK)
     drawing.rectangle(box, outline=colour, width=width)
-
-
-def _disc(canvas: Image.Image, centre: Sequence[float], radius: int, colour: Colour) -> None:
-    side = 2 * radius + 1
-    mask = Image.new("L", (4 * side, 4 * side))
-    ImageDraw.Draw(mask).ellipse((0, 0, 4 * side - 1, 4 * side - 1), fill=255)
-    corner = round(centre[0] - side / 2), round(centre[1] - side / 2)
-    canvas.paste(colour, (*corner, corner[0] + side, corner[1] + side), mask.reduce(4))  # reduced: smooth at the rim
 
 
 def _tag_margin(font: ImageFont.FreeTypeFont) -> int:
@@ -288,4 +248,4 @@ def _draw_tag(
     red, green, blue = colour
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
     middle = (tag[1] + tag[3] + 1) / 2
-    drawing.text((tag[0] + _tag_margin(font), middle), text, fill=_INK if bright else _PAPER, font=font, anchor="lm")
+    drawing.text((tag[0] + _tag_margin(font), middle), text, fill=INK if bright else PAPER, font=font, anchor="lm")

@@ -78,11 +78,8 @@ class MSDeformAttn(nn.Module):
             if padding.shape != value.shape[:2]:
                 raise ValueError(f"padding: expected {tuple(value.shape[:2])}, got {tuple(padding.shape)}")
             value = value.masked_fill(padding[..., None], 0)
-        weights = self.attention_weights(query).to(locations.dtype)
-        weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        weights = weights.unflatten(-1, (self.num_levels, self.num_points))  # (B, Q, heads, levels, points)
-        attended = ms_deform_attn(value.unflatten(-1, (self.num_heads, -1)), level_shapes, locations, weights)
-        return self.output_proj(attended)
+        value = value.unflatten(-1, (self.num_heads, -1))
+        return self.output_proj(ms_deform_attn(value, level_shapes, locations, self.weigh(query)))
 
     def locate(self, query: Tensor, reference: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Where the heads look -> (B, Q, heads, levels, points, 2), as fractions of each level's padded map."""
@@ -103,3 +100,9 @@ class MSDeformAttn(nn.Module):
             # From ordinary memory a non_blocking copy waits for nothing on the device, a plain one does.
             return reference + offsets / sizes.to(query.device, non_blocking=True)[:, None]
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
+
+    def weigh(self, query: Tensor) -> Tensor:
+        """How much each point counts -> (B, Q, heads, levels, points), each head's summing to 1."""
+        weights = self.attention_weights(query)
+        weights = weights.to(coordinate_dtype(weights)).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        return weights.unflatten(-1, (self.num_levels, self.num_points))

@@ -1,0 +1,89 @@
+"""Looking into a network from outside: hooks that come off again, so that no module knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import valid_ratio
+from models.ops import MSDeformAttn
+
+T = TypeVar("T")
+
+
+@contextmanager
+def watch(
+    part: nn.Module, kind: type[nn.Module], look: Callable[[nn.Module, dict[str, Any], Any], T]
+) -> Iterator[list[T]]:
+    """Collect what `look(module, arguments, output)` makes of each call of a module of this kind in `part`, in order.
+    `arguments` are those of its forward, by name."""
+    seen: list[T] = []
+
+    @torch.no_grad()
+    def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> None:
+        arguments = signature(module.forward).bind(*inputs, **named)
+        arguments.apply_defaults()
+        seen.append(look(module, arguments.arguments, output))
+
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in part.modules() if isinstance(m, kind)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Sampling:
+    """Where some queries of one deformable attention looked, relative to the image without its padding; on the CPU.
+
+    `reference` (Q, levels, 2 or 4); `points` (Q, heads, levels, points, 2), x, y; `weights` (Q, heads, levels, points),
+    those of a head summing to 1.
+    """
+
+    reference: Tensor
+    points: Tensor
+    weights: Tensor
+
+
+Choose = Callable[[list[tuple[int, int]], Tensor], Tensor]
+
+
+def watch_sampling(part: nn.Module, choose: Choose) -> AbstractContextManager[list[Sampling]]:
+    """Collect a Sampling for each call of an MSDeformAttn in `part`, of the first image of a batch.
+
+    An encoder has as many queries as positions; six layers' points and weights of an image of 800 x 1066 pixels are
+    122 MB. So only those are computed, a second time, whose indices (Q,) `choose` returns. It is given (height, width)
+    of each level, and how many of its columns and rows are no padding (levels, 2).
+    """
+
+    def look(attention: MSDeformAttn, arguments: dict[str, Any], _: Tensor) -> Sampling:
+        shapes, padding = arguments["level_shapes"], arguments["padding"]
+        ratios = torch.ones(len(shapes), 2, device=arguments["reference"].device)
+        if padding is not None:
+            levels = padding[:1].split([height * width for height, width in shapes], 1)
+            ratios = torch.cat([valid_ratio(level.unflatten(1, shape)) for level, shape in zip(levels, shapes)])
+        cells = (ratios * ratios.new_tensor(shapes).flip(1)).round()
+        chosen = choose(shapes, cells)
+        query, reference = arguments["query"][:1, chosen], arguments["reference"][:1, chosen]
+        points = attention.locate(query, reference, shapes)[0] / ratios[:, None]
+        reference = reference[0] / ratios.repeat(1, reference.shape[-1] // 2)
+        return Sampling(reference.cpu(), points.cpu(), attention.weigh(query)[0].cpu())
+
+    return watch(part, MSDeformAttn, look)
+
+
+def cell_of(position: tuple[float, float]) -> Choose:
+    """For an encoder: chooses the cell of the first, finest level in which `position` lies, x, y in [0, 1]."""
+
+    def choose(shapes: list[tuple[int, int]], cells: Tensor) -> Tensor:
+        column, row = (min(int(x * n), int(n) - 1) for x, n in zip(position, cells[0].tolist()))
+        return torch.tensor([row * shapes[0][1] + column])
+
+    return choose
