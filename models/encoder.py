@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.layers import FeatureLevel, FeedForward, copies, valid_ratio, xavier_matrices
+from models.layers import FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
 from models.ops import MSDeformAttn
 
 
@@ -109,10 +109,8 @@ class DeformableEncoder(nn.Module):
             xavier_matrices(layer.feed_forward)  # the attention has its own initialisation
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
-        tokens = torch.cat([level.tokens for level in levels], 1)  # (B, L, C)
-        position = torch.cat([level.position_tokens for level in levels], 1)
-        padding = torch.cat([level.token_padding for level in levels], 1)
-        shapes = [tuple(level.features.shape[2:]) for level in levels]
+        tokens, padding, shapes = join_levels(levels)
+        position = torch.cat([level.position_tokens for level in levels], 1)  # (B, L, C)
         reference = reference_points(levels)
         for layer in self.layers:
             tokens = layer(tokens, position, padding, reference, shapes)

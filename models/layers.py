@@ -56,18 +56,37 @@ def valid_ratio(padding: Tensor) -> Tensor:
     return torch.stack([valid[:, 0, :].mean(1), valid[:, :, 0].mean(1)], -1)
 
 
+def join_levels(levels: Sequence[FeatureLevel]) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """All levels one after the other: tokens (B, L, C), padding (B, L), and (height, width) of each level."""
+    tokens = torch.cat([level.tokens for level in levels], 1)
+    padding = torch.cat([level.token_padding for level in levels], 1)
+    return tokens, padding, [tuple(level.features.shape[2:]) for level in levels]
+
+
 class InputProjection(nn.Module):
     """1 x 1 convolution of each backbone level to the model's width, with its padding and position encoding.
-
-    Where there are several levels, a learned embedding of the level is added to its position encoding.
 
     Args:
         in_channels: channels of each level.
         hidden_dim: width of the model.
         norm: whether a GroupNorm of 32 groups follows.
+        extra_levels: so many coarser levels than the backbone has, each at half the resolution of the one before, by
+            3 x 3 convolutions: the first of the last backbone level as it comes, the others of the extra level before.
+        level_embedding: whether a learned embedding of the level is added to its position encoding; None: where there
+            are several levels.
+        xavier: convolutions start xavier uniform with bias 0 instead of as PyTorch has them.
     """
 
-    def __init__(self, *, in_channels: Sequence[int], hidden_dim: int, norm: bool):
+    def __init__(
+        self,
+        *,
+        in_channels: Sequence[int],
+        hidden_dim: int,
+        norm: bool,
+        extra_levels: int = 0,
+        level_embedding: bool | None = None,
+        xavier: bool = False,
+    ):
         super().__init__()
         if norm and hidden_dim % 32:
             raise ValueError(
@@ -75,18 +94,27 @@ class InputProjection(nn.Module):
                 "change --hidden_dim or pass --input_proj_norm none"
             )
         self.hidden_dim = hidden_dim
+        convolutions = [nn.Conv2d(c, hidden_dim, 1) for c in in_channels]
+        for c in [in_channels[-1], *[hidden_dim] * (extra_levels - 1)][:extra_levels]:
+            convolutions.append(nn.Conv2d(c, hidden_dim, 3, stride=2, padding=1))
         self.levels = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, hidden_dim, 1), *([nn.GroupNorm(32, hidden_dim)] if norm else []))
-            for c in in_channels
+            nn.Sequential(convolution, *([nn.GroupNorm(32, hidden_dim)] if norm else []))
+            for convolution in convolutions
         )
-        several = len(in_channels) > 1
-        self.level_embedding = nn.Parameter(torch.randn(len(in_channels), hidden_dim)) if several else None
+        if level_embedding is None:
+            level_embedding = len(convolutions) > 1
+        self.level_embedding = nn.Parameter(torch.randn(len(convolutions), hidden_dim)) if level_embedding else None
+        if xavier:
+            for convolution in convolutions:
+                nn.init.xavier_uniform_(convolution.weight)
+                nn.init.zeros_(convolution.bias)
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor) -> list[FeatureLevel]:
         """`maps`: (B, C_l, H_l, W_l) each; `padding` (B, H, W) at the images' size."""
-        levels = []
-        for index, (project, features) in enumerate(zip(self.levels, maps)):
-            features = project(features)  # (B, C, H_l, W_l)
+        levels: list[FeatureLevel] = []
+        for index, project in enumerate(self.levels):
+            source = maps[min(index, len(maps) - 1)] if index <= len(maps) else levels[-1].features
+            features = project(source)  # (B, C, H_l, W_l)
             level_padding = F.interpolate(padding[:, None].float(), size=features.shape[2:])[:, 0].bool()
             position = sine_encoding(grid_points(level_padding), num_channels=self.hidden_dim)
             position = position.to(features.dtype)
