@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from torch import Tensor
 
-# (official, ours): a name is translated piece by piece, first rule that matches; {i} stands for a number.
+from models.weight_names import translate
+
+# (official, ours), rules for models.weight_names.translate
 _RULES = [
     ("backbone.0.body.", "backbone.body."),
     ("input_proj.{i}.", "projection.levels.{i}."),
@@ -45,22 +46,14 @@ _RULES = [
 _ALIAS = "transformer.decoder.bbox_embed."
 
 
-def _translate(name: str, rules: list[tuple[str, str]]) -> str | None:
-    for source, target in rules:
-        match = re.match(re.escape(source).replace(r"\{i\}", r"(\d+)"), name)
-        if match:
-            return target.replace("{i}", match.group(1) if match.groups() else "") + name[match.end() :]
-    return None
-
-
 def to_official(name: str) -> str | None:
     """Official name of one of our parameters or buffers; None where the official model has no such thing."""
-    return _translate(name, [(ours, official) for official, ours in _RULES])
+    return translate(name, [(ours, official) for official, ours in _RULES])
 
 
 def from_official(name: str) -> str | None:
     """Our name of an official parameter or buffer; None for names that are none."""
-    return _translate(name.removeprefix("transformer.decoder.") if name.startswith(_ALIAS) else name, _RULES)
+    return translate(name.removeprefix("transformer.decoder.") if name.startswith(_ALIAS) else name, _RULES)
 
 
 def is_official(names: Iterable[str]) -> bool:
