@@ -49,15 +49,7 @@ TRUNK_SETTINGS = (
 def build_sam_detr(args: Namespace) -> Detector:
     """SAM-DETR (CVPR 2022): a dense encoder and the decoder with Semantics Aligners."""
     _check_widths(args)
-    backbone = Backbone(
-        name=args.backbone,
-        levels=(3, 4, 5) if args.multiscale else (args.backbone_level,),
-        dilation=args.dilation,
-        norm=args.backbone_norm,
-        # What is pretrained keeps its first stage; a backbone whose norms learn is trained from scratch.
-        freeze_stem=args.backbone_norm == "frozen",
-        trainable=args.lr_backbone > 0,
-    )
+    backbone = _build_backbone(args, levels=(3, 4, 5) if args.multiscale else (args.backbone_level,))
     num_levels = len(backbone.num_channels)
     projection = InputProjection(
         in_channels=backbone.num_channels, hidden_dim=args.hidden_dim, norm=input_proj_norm(args) == "group"
@@ -110,6 +102,18 @@ def _build_aligner(args: Namespace) -> SemanticsAligner | None:
         reweight=args.sam_reweight,
         search_range=args.sam_range,
         predict_scales=args.smca,
+    )
+
+
+def _build_backbone(args: Namespace, *, levels: tuple[int, ...]) -> Backbone:
+    return Backbone(
+        name=args.backbone,
+        levels=levels,
+        dilation=args.dilation,
+        norm=args.backbone_norm,
+        # What is pretrained keeps its first stage; a backbone whose norms learn is trained from scratch.
+        freeze_stem=args.backbone_norm == "frozen",
+        trainable=args.lr_backbone > 0,
     )
 
 

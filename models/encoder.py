@@ -6,23 +6,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.layers import FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
+from models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
 from models.ops import MSDeformAttn
 
 
 class DenseEncoderLayer(nn.Module):
-    """Self-attention, then a feed-forward branch, each normalised after it joined the residual stream."""
+    """Self-attention, then a feed-forward branch, each normalised after it joined the residual stream.
 
-    def __init__(self, *, hidden_dim: int, num_heads: int, feedforward_dim: int, dropout: float):
+    Args:
+        activation: of the feed-forward branch.
+        scale_position: whether the position encoding is multiplied by a function of the tokens (DAB-DETR, Liu et al.,
+            ICLR 2022).
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        activation: str = "relu",
+        scale_position: bool = False,
+    ):
         super().__init__()
         self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(hidden_dim)
-        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
+        self.feed_forward = FeedForward(
+            hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
+        )
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
+        self.position_scale = MLP(hidden_dim, hidden_dim, hidden_dim) if scale_position else None
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor) -> Tensor:
         """`tokens`, `position` (B, L, C); `padding` (B, L) -> (B, L, C)."""
+        if self.position_scale is not None:
+            position = position * self.position_scale(tokens)
         where = tokens + position
         attended, _ = self.self_attention(where, where, tokens, key_padding_mask=padding, need_weights=False)
         tokens = self.norm1(tokens + self.dropout(attended))
@@ -32,10 +52,25 @@ class DenseEncoderLayer(nn.Module):
 class DenseEncoder(nn.Module):
     """A stack of dense layers over one level. No layer (`num_layers=0`) hands the projected features on."""
 
-    def __init__(self, *, num_layers: int, hidden_dim: int, num_heads: int, feedforward_dim: int, dropout: float):
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        activation: str = "relu",
+        scale_position: bool = False,
+    ):
         super().__init__()
         layer = DenseEncoderLayer(
-            hidden_dim=hidden_dim, num_heads=num_heads, feedforward_dim=feedforward_dim, dropout=dropout
+            hidden_dim=hidden_dim,
+            num_heads=num_heads,
+            feedforward_dim=feedforward_dim,
+            dropout=dropout,
+            activation=activation,
+            scale_position=scale_position,
         )
         self.layers = copies(layer, num_layers)
         xavier_matrices(self.layers)  # attention biases are 0 by PyTorch's default, the others keep theirs

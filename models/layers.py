@@ -75,6 +75,8 @@ class InputProjection(nn.Module):
         level_embedding: whether a learned embedding of the level is added to its position encoding; None: where there
             are several levels.
         xavier: convolutions start xavier uniform with bias 0 instead of as PyTorch has them.
+        temperature: of the position encoding; the periods reach up to this multiple of the shortest.
+        centred: whether positions are the cells' centres, else their far corners.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class InputProjection(nn.Module):
         extra_levels: int = 0,
         level_embedding: bool | None = None,
         xavier: bool = False,
+        temperature: float = 10000.0,
+        centred: bool = True,
     ):
         super().__init__()
         if norm and hidden_dim % 32:
@@ -93,7 +97,7 @@ class InputProjection(nn.Module):
                 f"GroupNorm(32) after the input projection needs a width that 32 divides, not {hidden_dim}; "
                 "change --hidden_dim or pass --input_proj_norm none"
             )
-        self.hidden_dim = hidden_dim
+        self.hidden_dim, self.temperature, self.centred = hidden_dim, temperature, centred
         convolutions = [nn.Conv2d(c, hidden_dim, 1) for c in in_channels]
         for c in [in_channels[-1], *[hidden_dim] * (extra_levels - 1)][:extra_levels]:
             convolutions.append(nn.Conv2d(c, hidden_dim, 3, stride=2, padding=1))
@@ -116,7 +120,8 @@ class InputProjection(nn.Module):
             source = maps[min(index, len(maps) - 1)] if index <= len(maps) else levels[-1].features
             features = project(source)  # (B, C, H_l, W_l)
             level_padding = F.interpolate(padding[:, None].float(), size=features.shape[2:])[:, 0].bool()
-            position = sine_encoding(grid_points(level_padding), num_channels=self.hidden_dim)
+            points = grid_points(level_padding, centred=self.centred)
+            position = sine_encoding(points, num_channels=self.hidden_dim, temperature=self.temperature)
             position = position.to(features.dtype)
             if self.level_embedding is not None:
                 position = position + self.level_embedding[index]
@@ -138,16 +143,18 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The two-layer branch of a transformer layer, dropout inside."""
+    """The two-layer branch of a transformer layer, dropout inside. `activation` is "relu", or "prelu" with a learned
+    slope."""
 
-    def __init__(self, *, hidden_dim: int, feedforward_dim: int, dropout: float):
+    def __init__(self, *, hidden_dim: int, feedforward_dim: int, dropout: float, activation: str = "relu"):
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
+        self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[activation]()
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.linear1(x).relu()))
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

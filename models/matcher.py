@@ -28,16 +28,20 @@ class Matches:
     target: Tensor
 
 
-def focal_class_cost(*, alpha: float, gamma: float = 2.0) -> Cost:
+def focal_class_cost(*, alpha: float) -> Cost:
     """What the focal loss of a query would change if it took the object's class."""
 
     def cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-        probability = outputs["pred_logits"].sigmoid()[..., targets["labels"]]  # (S, Q, n)
-        negative = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
-        positive = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
-        return positive - negative
+        return focal_change(outputs["pred_logits"].sigmoid()[..., targets["labels"]], alpha=alpha)
 
     return cost
+
+
+def focal_change(probability: Tensor, *, alpha: float, gamma: float = 2.0) -> Tensor:
+    """Focal loss of a probability (S, Q, n) that ought to be 1, less that of one that ought to be 0."""
+    negative = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
+    positive = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
+    return positive - negative
 
 
 def l1_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:

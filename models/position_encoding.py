@@ -23,15 +23,18 @@ def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 100
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)  # (..., C)
 
 
-def grid_points(padding: Tensor) -> Tensor:
-    """Centres of the cells of a padded map, relative to its valid part.
+def grid_points(padding: Tensor, *, centred: bool = True) -> Tensor:
+    """Centres of the cells of a padded map, relative to its valid part; not `centred`, their far corners, as in DETR.
 
     `padding` (B, H, W), True where padded -> (B, H, W, 2), x, y in [0, 1] on valid cells, float32.
     """
     valid = (~padding).float()
 
     def relative(axis: int) -> Tensor:
-        centre = valid.cumsum(axis) - 0.5
+        count = valid.cumsum(axis)
+        if not centred:
+            return count / (count.narrow(axis, -1, 1) + 1e-6)
+        centre = count - 0.5
         # The last centre + 0.5 is the number of valid cells. The order of the two additions matters for rows and
         # columns that are padded as a whole: there all that is left of the divisor is the rounding error of this sum.
         # These cells are no keys, but RoIAlign at the border of an image sees what the encoder made of them.

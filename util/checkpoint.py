@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -77,16 +76,6 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], *, source: str) -> 
             f"of another shape {_listed(shapes)}"
         )
     model.load_state_dict(state)
-
-
-def translate(name: str, rules: Sequence[tuple[str, str]]) -> str | None:
-    """Another name for a parameter, by the first of some (beginning, its replacement) that fits; {i} in both stands for
-    a number. None where no rule fits."""
-    for source, target in rules:
-        match = re.match(re.escape(source).replace(r"\{i\}", r"(\d+)"), name)
-        if match:
-            return target.replace("{i}", match.group(1) if match.groups() else "") + name[match.end() :]
-    return None
 
 
 def _listed(names: list[str], limit: int = 20) -> str:

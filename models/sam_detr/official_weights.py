@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from util.checkpoint import translate
+from models.weight_names import translate
 
-# (official, ours), for `translate`.
+# (official, ours), rules for models.weight_names.translate
 _RULES = [
     ("backbone.0.body.", "backbone.body."),
     ("input_proj.{i}.", "projection.levels.{i}."),
