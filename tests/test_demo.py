@@ -121,7 +121,16 @@ def test_damaged_image_is_named(trained, folder, capsys):
     assert path.name in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_hub_entry_point_builds_the_published_model():
-    detector = torch.hub.load(str(REPOSITORY), "sam_detr_r50_smca", source="local")
-    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == 58_122_794
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [
+        ("sam_detr_r50_smca", 58_122_794),
+        ("sam_detr_r50_ms", 54_972_298),
+        ("sam_detr_r50_ms_smca", 55_021_546),
+    ],
+)
+def test_hub_entry_point_builds_the_published_model(name, trainable):
+    with torch.device("meta"):  # counts without memory
+        detector = torch.hub.load(str(REPOSITORY), name, source="local")
+    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == trainable
     assert not detector.training
