@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import REPOSITORY, evaluate
+from helpers import OFFICIAL_MULTISCALE, REPOSITORY, build_tiny, evaluate, save
 from PIL import Image, ImageChops
 
 import demo
@@ -49,10 +49,10 @@ def test_folder_is_drawn_beside_or_elsewhere(trained, folder, tmp_path):
     assert sorted(path.name for path in folder.glob("det_res_*")) == [f"det_res_{name}" for name in names]
 
 
-def test_detections_are_those_of_the_evaluation(trained, shapes, tmp_path):
+def test_detections_are_those_of_the_evaluation(trained_any, shapes, tmp_path):
     """Same boxes and scores as --eval writes, so the demo's rebuilding, scaling and class names are right."""
-    _, results = evaluate(shapes, trained / "checkpoint.pth", tmp_path / "eval")
-    network, postprocess, args = rebuild(trained / "checkpoint.pth")
+    _, results = evaluate(shapes, trained_any / "checkpoint.pth", tmp_path / "eval")
+    network, postprocess, args = rebuild(trained_any / "checkpoint.pth")
     path = sorted((shapes / "val2017").iterdir())[0]
     image = Image.open(path).convert("RGB")
     transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size)
@@ -64,6 +64,20 @@ def test_detections_are_those_of_the_evaluation(trained, shapes, tmp_path):
     boxes = torch.tensor([r["bbox"] for r in expected])
     boxes[:, 2:] += boxes[:, :2]
     torch.testing.assert_close(found["boxes"][known], boxes, atol=1e-3, rtol=0)
+
+
+def test_official_file_is_drawn_as_ours(folder, tmp_path):
+    """A multi-scale one, with salient points."""
+    detector, settings = build_tiny(network=OFFICIAL_MULTISCALE)
+    pictures = []
+    for official in (False, True):
+        checkpoint, output = tmp_path / f"{official}.pth", tmp_path / f"{official}"
+        save(detector, settings, checkpoint, official=official)
+        flags = ["--resume", str(checkpoint), "--images", str(folder), "--output", str(output), "--device", "cpu"]
+        assert demo.main([*flags, "--limit", "1", "--threshold", "0.01", "--salient_points"]) == 0
+        pictures.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert len(pictures[0]) == 2
+    assert pictures[0] == pictures[1]
 
 
 def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
