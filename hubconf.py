@@ -48,3 +48,13 @@ def sam_detr_r50_dc5(*, checkpoint: str | None = None, num_classes: int = 91):
 def sam_detr_r50_dc5_smca(*, checkpoint: str | None = None, num_classes: int = 91):
     """SAM-DETR with SMCA, ResNet-50 with C5 at stride 16."""
     return _build("--dilation --smca", checkpoint=checkpoint, num_classes=num_classes)
+
+
+def sam_detr_r50_ms(*, checkpoint: str | None = None, num_classes: int = 91):
+    """Multi-scale SAM-DETR, ResNet-50, published AP 46.1 after 50 epochs."""
+    return _build("--multiscale", checkpoint=checkpoint, num_classes=num_classes)
+
+
+def sam_detr_r50_ms_smca(*, checkpoint: str | None = None, num_classes: int = 91):
+    """Multi-scale SAM-DETR with SMCA, ResNet-50, published AP 47.1 after 50 epochs."""
+    return _build("--multiscale --smca", checkpoint=checkpoint, num_classes=num_classes)

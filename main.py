@@ -80,10 +80,10 @@ def build_parser() -> Parser:
     group.add_argument(
         "-m", "--model", default="sam_detr", choices=FAMILIES, help="family; published defaults go with it"
     )
-    group.add_argument("--multiscale", action="store_true", help="three feature levels and deformable attention")
+    group.add_argument("--multiscale", action="store_true", help="C3, C4 and C5, with a deformable encoder")
     group.add_argument("--backbone", default="resnet50", help=", ".join(RESNETS))
     group.add_argument(
-        "--backbone_level", default=5, type=whole, choices=(3, 4, 5), help="stage used: 4 is C4, stride 16"
+        "--backbone_level", default=5, type=whole, choices=(3, 4, 5), help="the stage used: 4 is C4, stride 16"
     )
     group.add_argument(
         "--backbone_norm",
@@ -188,8 +188,6 @@ def check_settings(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
     if min(args.train_sizes) < 1:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
-    if args.multiscale:
-        raise ValueError("--multiscale is not available yet; leave the flag out for the single-scale model")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):

@@ -49,6 +49,7 @@ TRUNK_SETTINGS = (
 def build_sam_detr(args: Namespace) -> Detector:
     """SAM-DETR (CVPR 2022): a dense encoder and the decoder with Semantics Aligners."""
     _check_widths(args)
+    _check_levels(args)
     backbone = _build_backbone(args, levels=(3, 4, 5) if args.multiscale else (args.backbone_level,))
     num_levels = len(backbone.num_channels)
     projection = InputProjection(
@@ -123,6 +124,18 @@ def _check_widths(args: Namespace) -> None:
     if args.hidden_dim % args.nheads:
         raise ValueError(
             f"--hidden_dim {args.hidden_dim} cannot be divided by --nheads {args.nheads}; change one of them"
+        )
+
+
+def _check_levels(args: Namespace) -> None:
+    if args.multiscale and args.backbone_level != 5:
+        raise ValueError(
+            f"--multiscale uses C3, C4 and C5, --backbone_level {args.backbone_level} one of them; leave one flag out"
+        )
+    if args.multiscale and not args.enc_layers and args.dec_layers < 3:
+        raise ValueError(
+            f"--multiscale has three levels, of which --enc_layers 0 and --dec_layers {args.dec_layers} leave some "
+            "unused; use an encoder, or at least 3 decoder layers"
         )
 
 

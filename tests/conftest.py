@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_main
+from helpers import MULTISCALE, TINY, run_main
 
 from datasets.shapes import write_dataset
 
@@ -27,9 +27,24 @@ def own_shapes(shapes, tmp_path) -> Path:
     return Path(shutil.copytree(shapes, tmp_path / "shapes"))
 
 
+def train(data: Path, output: Path, network: list[str]) -> Path:
+    run_main(data, "--epochs", "2", "--lr_drop", "1", "--lr", "1e-3", "--output_dir", str(output), network=network)
+    return output
+
+
 @pytest.fixture(scope="session")
 def trained(shapes, tmp_path_factory) -> Path:
     """Output folder of two epochs, the learning rate falling to a tenth after the first; do not write into it."""
-    output = tmp_path_factory.mktemp("run") / "output"
-    run_main(shapes, "--epochs", "2", "--lr_drop", "1", "--lr", "1e-3", "--output_dir", str(output))
-    return output
+    return train(shapes, tmp_path_factory.mktemp("run") / "output", TINY)
+
+
+@pytest.fixture(scope="session")
+def trained_multiscale(shapes, tmp_path_factory) -> Path:
+    """The same of a network of three levels."""
+    return train(shapes, tmp_path_factory.mktemp("run") / "output", MULTISCALE)
+
+
+@pytest.fixture(params=["one scale", "three scales"])
+def trained_any(request) -> Path:
+    """One after the other."""
+    return request.getfixturevalue("trained" if request.param == "one scale" else "trained_multiscale")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ import torch
 import main
 from models.build import build_model
 from models.detector import Detector
+from models.sam_detr.official_weights import to_official
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -22,6 +24,8 @@ TINY = shlex.split(
     "--backbone resnet18 --backbone_level 4 --backbone_norm learned --backbone_weights none --hidden_dim 32 --nheads 4 "
     "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 10 --smca"
 )
+# Three layers, so that every level is attended.
+MULTISCALE = [*TINY, *shlex.split("--multiscale --backbone_level 5 --dec_layers 3")]
 TINY_DATA = shlex.split("--train_sizes 64 --eval_size 64 --no_crop --batch_size 4 --num_workers 0 --device cpu")
 
 
@@ -92,6 +96,33 @@ def build_tiny(*flags: str, network: list[str] = TINY, num_classes: int = 6) -> 
         for parameter in detector.parameters():  # the last layers of the box heads are 0 otherwise
             parameter += 0.02 * torch.randn_like(parameter)
     return detector, vars(args)
+
+
+# What an official file says about its network, and nothing more.
+OFFICIAL_FLAGS = shlex.split(
+    "lr lr_backbone batch_size epochs lr_drop multiscale backbone dilation position_embedding enc_layers dec_layers "
+    "dim_feedforward hidden_dim dropout nheads num_queries smca aux_loss coco_path output_dir device seed"
+)
+# Flags without official counterparts keep their defaults here: C5, frozen norms.
+OFFICIAL_TINY = shlex.split(
+    "--backbone resnet18 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 2 "
+    "--num_queries 100 --smca"
+)
+OFFICIAL_MULTISCALE = [*OFFICIAL_TINY, *shlex.split("--multiscale --dec_layers 3")]
+
+
+def save(detector: Detector, settings: dict, path: Path, *, official: bool = False, legacy: bool = False) -> None:
+    """A file of weights and settings as we write it, or as the official code does after its first epoch."""
+    state = detector.state_dict()
+    content = {"model": state, "settings": settings}
+    if official:
+        state = {to_official(name): weight for name, weight in state.items()}
+        assert None not in state
+        # The official decoder knows the box heads a second time.
+        state |= {f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith("bbox_embed.")}
+        told = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
+        content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": told}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 
 
 def read_log(output: Path) -> list[dict]:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import REPOSITORY, build_tiny, evaluate
+from helpers import MULTISCALE, OFFICIAL_MULTISCALE, REPOSITORY, build_tiny, evaluate, save
 from PIL import Image, ImageChops
 
 import demo
@@ -30,7 +30,7 @@ def folder(shapes, tmp_path):
 @pytest.fixture(scope="session")
 def multiscale(tmp_path_factory):
     """A checkpoint of a multi-scale network with random weights."""
-    network, settings = build_tiny("--multiscale", "--enc_layers", "2", "--eval_size", "64", "--dec_layers", "3")
+    network, settings = build_tiny("--enc_layers", "2", "--eval_size", "64", network=MULTISCALE)
     path = tmp_path_factory.mktemp("multiscale") / "checkpoint.pth"
     save_file({"model": network.state_dict(), "settings": settings}, path)
     return path
@@ -60,10 +60,10 @@ def test_folder_is_drawn_beside_or_elsewhere(trained, folder, tmp_path):
     assert sorted(path.name for path in folder.glob("det_res_*")) == [f"det_res_{name}" for name in names]
 
 
-def test_detections_are_those_of_the_evaluation(trained, shapes, tmp_path):
+def test_detections_are_those_of_the_evaluation(trained_any, shapes, tmp_path):
     """Same boxes and scores as --eval writes, so the demo's rebuilding, scaling and class names are right."""
-    _, results = evaluate(shapes, trained / "checkpoint.pth", tmp_path / "eval")
-    network, postprocess, args = rebuild(trained / "checkpoint.pth")
+    _, results = evaluate(shapes, trained_any / "checkpoint.pth", tmp_path / "eval")
+    network, postprocess, args = rebuild(trained_any / "checkpoint.pth")
     path = sorted((shapes / "val2017").iterdir())[0]
     image = Image.open(path).convert("RGB")
     transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size)
@@ -75,6 +75,20 @@ def test_detections_are_those_of_the_evaluation(trained, shapes, tmp_path):
     boxes = torch.tensor([r["bbox"] for r in expected])
     boxes[:, 2:] += boxes[:, :2]
     torch.testing.assert_close(found["boxes"][known], boxes, atol=1e-3, rtol=0)
+
+
+def test_official_file_is_drawn_as_ours(folder, tmp_path):
+    """A multi-scale one, with salient points."""
+    detector, settings = build_tiny(network=OFFICIAL_MULTISCALE)
+    pictures = []
+    for official in (False, True):
+        checkpoint, output = tmp_path / f"{official}.pth", tmp_path / f"{official}"
+        save(detector, settings, checkpoint, official=official)
+        flags = ["--resume", str(checkpoint), "--images", str(folder), "--output", str(output), "--device", "cpu"]
+        assert demo.main([*flags, "--limit", "1", "--threshold", "0.01", "--salient_points"]) == 0
+        pictures.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert len(pictures[0]) == 2
+    assert pictures[0] == pictures[1]
 
 
 def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
@@ -175,7 +189,16 @@ def test_damaged_image_is_named(trained, folder, capsys):
     assert path.name in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_hub_entry_point_builds_the_published_model():
-    detector = torch.hub.load(str(REPOSITORY), "sam_detr_r50_smca", source="local")
-    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == 58_122_794
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [
+        ("sam_detr_r50_smca", 58_122_794),
+        ("sam_detr_r50_ms", 54_972_298),
+        ("sam_detr_r50_ms_smca", 55_021_546),
+    ],
+)
+def test_hub_entry_point_builds_the_published_model(name, trainable):
+    with torch.device("meta"):  # counts without memory
+        detector = torch.hub.load(str(REPOSITORY), name, source="local")
+    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == trainable
     assert not detector.training

@@ -14,8 +14,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from main import build_parser
 from models import build_model
 from models.backbone import RESNETS, Backbone
-from models.encoder import DenseEncoder
+from models.encoder import DeformableEncoder, DenseEncoder
 from models.layers import InputProjection
+from models.ops import MSDeformAttn
 from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from models.sam_detr.official_weights import from_official
 from models.sam_detr.semantics_aligner import SemanticsAligner
@@ -25,6 +26,8 @@ NETWORK = (
     "--backbone resnet18 --backbone_level 4 --hidden_dim 32 --nheads 4 --dim_feedforward 48 --enc_layers 2 "
     "--dec_layers 3 --num_queries 6 --smca"
 )
+SCALES = {"one scale": "", "three scales": "--backbone_level 5 --multiscale"}
+every_scale = pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,16 @@ def build(flags: str = ""):
     detector, criterion, _ = build_model(build_parser().parse_args(f"{NETWORK} {flags}".split()))
     for head in detector.decoder.box_heads:
         nn.init.normal_(head.layers[-1].weight, std=0.3)
+    look_around(detector)
     return detector, criterion
+
+
+def look_around(network: nn.Module) -> None:
+    """Let deformable attention depend on what it attends; its offsets and weights start as constants."""
+    for module in network.modules():
+        if isinstance(module, MSDeformAttn):
+            nn.init.normal_(module.sampling_offsets.weight, std=0.3)
+            nn.init.normal_(module.attention_weights.weight, std=0.3)
 
 
 def layers_of(outputs: dict) -> list[dict[str, Tensor]]:
@@ -66,8 +78,9 @@ def test_the_output_dict():
         assert (layer["pred_boxes"] <= 1).all()
 
 
-def test_images_of_a_batch_do_not_see_each_other():
-    detector, _ = build()
+@every_scale
+def test_images_of_a_batch_do_not_see_each_other(scales):
+    detector, _ = build(scales)
     detector.double().eval()
     images = [torch.randn(3, 64, 96, dtype=torch.float64) for _ in range(3)]
     together = detector(pad_images(images))
@@ -78,8 +91,9 @@ def test_images_of_a_batch_do_not_see_each_other():
                     torch.testing.assert_close(joint[name][[index]], alone[name], rtol=0, atol=1e-10)
 
 
-def test_permuted_queries_permute_the_outputs():
-    detector, _ = build()
+@every_scale
+def test_permuted_queries_permute_the_outputs(scales):
+    detector, _ = build(scales)
     detector.double().eval()
     batch = pad_images([torch.randn(3, 64, 96, dtype=torch.float64), torch.randn(3, 96, 50, dtype=torch.float64)])
     before = layers_of(detector(batch))
@@ -92,72 +106,102 @@ def test_permuted_queries_permute_the_outputs():
             assert (old[name][:, 1:] - old[name][:, :1]).abs().amax((0, 2)).min() > 1e-3  # the queries do differ
 
 
-def transformer(*, norm: bool = False) -> nn.Sequential:
+def transformer(*, num_levels: int = 1, norm: bool = False) -> nn.Sequential:
     """Projection, encoder and decoder on given feature maps, as three modules; reference boxes are not refined."""
     sizes = {"hidden_dim": 32, "num_heads": 4, "feedforward_dim": 48, "dropout": 0.0}
     aligner = SemanticsAligner(hidden_dim=32, num_heads=4, predict_scales=True)
+    layer = SAMDecoderLayer(**sizes, aligner=aligner)
+    attended = (0, 0) if num_levels == 1 else range(num_levels)
     parts = [
-        InputProjection(in_channels=[8], hidden_dim=32, norm=norm),
-        DenseEncoder(num_layers=2, **sizes),
-        SAMDecoder(layer=SAMDecoderLayer(**sizes, aligner=aligner), num_queries=5, num_classes=7, levels=(0, 0)),
+        InputProjection(in_channels=[8] * num_levels, hidden_dim=32, norm=norm),
+        DenseEncoder(num_layers=2, **sizes)
+        if num_levels == 1
+        else DeformableEncoder(num_layers=2, num_levels=num_levels, **sizes),
+        SAMDecoder(layer=layer, num_queries=5, num_classes=7, levels=attended),
     ]
-    return nn.Sequential(*parts).double().eval()
+    network = nn.Sequential(*parts).double().eval()
+    look_around(network)
+    return network
+
+
+def pyramid(height: int, width: int, num_levels: int = 1) -> list[Tensor]:
+    """Random feature maps (8, H, W), each half as high and wide as the one before."""
+    return [torch.randn(8, height >> level, width >> level, dtype=torch.float64) for level in range(num_levels)]
 
 
 # Reference boxes as cx, cy, w, h: four that end half a cell or more before the right and the bottom border of a map of
-# 6 x 5 cells, and one that reaches over both.
+# 5 x 5 or more cells, and one that reaches over both.
 INSIDE = [[0.3, 0.4, 0.5, 0.6], [0.1, 0.1, 0.9, 0.5], [0.6, 0.6, 0.5, 0.5], [0.45, 0.45, 0.9, 0.9]]
 ACROSS = [0.8, 0.7, 0.6, 0.8]
 
 
-def predict(network: nn.Sequential, features: Tensor, boxes: list, *, height: int, width: int) -> Tensor:
-    """First-layer and last-layer logits (2, Q, classes) of one map, padded by random features to another size."""
+def predict(network: nn.Sequential, maps: list[Tensor], boxes: list, *, size: tuple[int, int]) -> Tensor:
+    """Every layer's logits (layers, Q, classes) of one image's maps, the first padded to another size by random
+    features and the others likewise."""
     project, encoder, decoder = network
-    padded = torch.randn(1, 8, height, width, dtype=torch.float64)
-    padded[..., : features.shape[1], : features.shape[2]] = features
+    height, width = size
+    padded = pyramid(height, width, len(maps))
     padding = torch.ones(1, height, width, dtype=torch.bool)
-    padding[:, : features.shape[1], : features.shape[2]] = False
+    padding[:, : maps[0].shape[1], : maps[0].shape[2]] = False
+    for whole, features in zip(padded, maps):
+        whole[:, : features.shape[1], : features.shape[2]] = features
     decoder.reference_boxes = nn.Parameter(torch.tensor(boxes, dtype=torch.float64).logit())
     with torch.no_grad():
-        return torch.cat([layer["pred_logits"] for layer in decoder(encoder(project([padded], padding)))])
+        levels = encoder(project([features[None] for features in padded], padding))
+        return torch.cat([layer["pred_logits"] for layer in decoder(levels)])
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tolerance"),
-    # The share of the map that is image is a float32 number, as in the reference: 5/8 and 6/8 are exact, 6/9 is not.
-    [(8, 8, 1e-10), (16, 6, 1e-10), (7, 9, 1e-5), (6, 11, 1e-5)],
+    ("num_levels", "size", "padded_size", "tolerance"),
+    [
+        # The share of the map that is image is a float32 number, as in the reference: 5/8, 6/8 are exact, 6/9 is not.
+        (1, (5, 6), (8, 8), 1e-10),
+        (1, (5, 6), (16, 6), 1e-10),
+        (1, (5, 6), (7, 9), 1e-5),
+        (1, (5, 6), (6, 11), 1e-5),
+        # So are the places around which deformable attention looks, (x + 0.5) / image's cells * share: exact for powers
+        # of two alone.
+        (3, (32, 32), (64, 64), 1e-10),
+        (3, (32, 32), (32, 256), 1e-10),
+        (3, (24, 20), (32, 32), 1e-5),
+        (3, (24, 20), (36, 44), 1e-5),
+    ],
 )
-def test_padding_does_not_matter_where_boxes_stay_inside(height, width, tolerance):
+def test_padding_does_not_matter_where_boxes_stay_inside(num_levels, size, padded_size, tolerance):
     """Behind the backbone, without a GroupNorm, nothing but RoIAlign sees padding, and only within half a cell of the
     right or bottom border: there it takes what the encoder made of padded cells, as the reference does, where an image
-    without padding has its last row or column repeated. That is kept."""
-    network, features = transformer(), torch.randn(8, 5, 6, dtype=torch.float64)
-    alone = predict(network, features, INSIDE, height=5, width=6)
-    padded = predict(network, features, INSIDE, height=height, width=width)
+    without padding has its last row or column repeated. That is kept. (Deformable attention takes padded cells for
+    zeros, which is what it sees beyond the map.)"""
+    network, maps = transformer(num_levels=num_levels), pyramid(*size, num_levels)
+    alone = predict(network, maps, INSIDE, size=size)
+    padded = predict(network, maps, INSIDE, size=padded_size)
     torch.testing.assert_close(padded, alone, rtol=0, atol=tolerance)
 
     # A box across the border: its own query differs in the first layer; self-attention passes that on to the others.
-    alone = predict(network, features, [*INSIDE, ACROSS], height=5, width=6)
-    padded = predict(network, features, [*INSIDE, ACROSS], height=height, width=width)
+    alone = predict(network, maps, [*INSIDE, ACROSS], size=size)
+    padded = predict(network, maps, [*INSIDE, ACROSS], size=padded_size)
     torch.testing.assert_close(padded[0, :4], alone[0, :4], rtol=0, atol=tolerance)
     assert (padded[0, 4] - alone[0, 4]).abs().max() > 1e-3
-    assert (padded[1] - alone[1]).abs().amax(1).min() > 1e-6
+    assert (padded[1:] - alone[1:]).abs().amax(2).min() > 1e-6
 
 
-def test_a_group_norm_sees_all_padding():
-    """As in the reference: its statistics are those of the padded map. So models of short schedules depend on it."""
-    network, features = transformer(norm=True), torch.randn(8, 5, 6, dtype=torch.float64)
-    alone = predict(network, features, INSIDE, height=5, width=6)
-    padded = predict(network, features, INSIDE, height=8, width=8)
+@pytest.mark.parametrize("num_levels", [1, 3])
+def test_a_group_norm_sees_all_padding(num_levels):
+    """As in the reference: its statistics are those of the padded map. So models of short schedules, and multi-scale
+    ones, depend on it."""
+    network, maps = transformer(num_levels=num_levels, norm=True), pyramid(20, 24, num_levels)
+    alone = predict(network, maps, INSIDE, size=(20, 24))
+    padded = predict(network, maps, INSIDE, size=(32, 32))
     assert (padded - alone).abs().max() > 1e-2
 
 
-def test_padding_of_images_matters_little():
+@every_scale
+def test_padding_of_images_matters_little(scales):
     """The whole network: beyond an unpadded image its convolutions see zeros in every layer, beyond a padded one what
     the layers before made of zeros. So padding matters (the tolerance is measured), as it does in every DETR, but once
     it is wider than the convolutions see, more of it changes nothing. (Sizes here are multiples of the stride. For
     others the number of valid cells depends on the padded size as well; the reference's rule.)"""
-    detector, _ = build("--input_proj_norm none")
+    detector, _ = build(f"{scales} --input_proj_norm none")
     detector.double().eval()
     image = torch.randn(3, 96, 128, dtype=torch.float64)
 
@@ -202,12 +246,13 @@ def test_boxes_are_refined_from_layer_to_layer():
 # ---- Training
 
 
+@every_scale
 @pytest.mark.parametrize(
     "labels", [((3, 5), ()), ((), ()), ((1,), (0, 90))], ids=["one empty", "all empty", "none empty"]
 )
-def test_images_without_objects_train(labels):
+def test_images_without_objects_train(labels, scales):
     """A finite loss, and a finite gradient for every parameter: DistributedDataParallel waits for each of them."""
-    detector, criterion = build()
+    detector, criterion = build(scales)
     detector.train()
     targets = [objects(*image) for image in labels]
     terms = criterion(detector(pad_images([torch.randn(3, 64, 64), torch.randn(3, 48, 80)])), targets)
@@ -242,8 +287,18 @@ def test_a_tiny_network_learns_its_batch():
     assert losses[-1] < 0.7 * losses[0]  # 0.4 to 0.5, whatever the seed
 
 
-def test_dropout_is_where_the_reference_has_it(monkeypatch):
-    """On attention weights, inside the feed-forward branch, and on every branch before it joins the residual stream."""
+# In an image of 64 x 128 pixels: 4 x 8 cells, or 8 x 16, 4 x 8 and 2 x 4, which three decoder layers attend in turn.
+@pytest.mark.parametrize(
+    ("scales", "encoder", "attended"),
+    [
+        (SCALES["one scale"], {("fused", 0.3): 2, ((1, 32, 32), 0.3): 2 * 2, ((1, 32, 48), 0.3): 2}, [32, 32, 32]),
+        (SCALES["three scales"], {((1, 168, 32), 0.3): 2 * 2, ((1, 168, 24), 0.3): 2}, [8, 32, 128]),
+    ],
+    ids=SCALES,
+)
+def test_dropout_is_where_the_reference_has_it(scales, encoder, attended, monkeypatch):
+    """On attention weights (not on those of deformable attention), inside the feed-forward branch (half as wide in a
+    deformable encoder), and on every branch before it joins the residual stream."""
     calls = Counter()
     dropout, fused = F.dropout, F.scaled_dot_product_attention
 
@@ -257,10 +312,10 @@ def test_dropout_is_where_the_reference_has_it(monkeypatch):
 
     monkeypatch.setattr(F, "dropout", spy)
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_spy)
-    detector, _ = build("--dropout 0.3")
-    batch = pad_images([torch.randn(3, 64, 80)])  # 4 x 5 cells, 6 queries, 4 heads, 2 + 3 layers
-    encoder = {("fused", 0.3): 2, ((1, 20, 32), 0.3): 2 * 2, ((1, 20, 48), 0.3): 2}
-    decoder = {((1, 4, 6, 6), 0.3): 3, ((1, 4, 6, 20), 0.3): 3, ((1, 6, 32), 0.3): 3 * 3, ((1, 6, 48), 0.3): 3}
+    detector, _ = build(f"{scales} --dropout 0.3")
+    batch = pad_images([torch.randn(3, 64, 128)])  # 6 queries, 4 heads, 2 + 3 layers
+    decoder = {((1, 4, 6, 6), 0.3): 3, ((1, 6, 32), 0.3): 3 * 3, ((1, 6, 48), 0.3): 3}
+    decoder |= {((1, 4, 6, cells), 0.3): number for cells, number in Counter(attended).items()}
     detector.train()(batch)
     assert calls == encoder | decoder
     calls.clear()
@@ -290,9 +345,9 @@ def test_initialisation_is_the_official_one(variant):
         error = 6 * deviation * math.sqrt(2 / n)  # six standard errors of the difference of two means
         assert abs(value.mean() - figure["mean"]) < error + rounding, name
         assert abs(value.std() - deviation) < error + rounding, name  # a deviation varies less than a mean
-        # The largest of n uniform numbers falls short of the bound by 1/n of it, on average. Only the reference boxes
-        # are normal, whose largest varies more.
-        slack = 0.5 if name == "decoder.reference_boxes" else 15 / n
+        # The largest of n uniform numbers falls short of the bound by 1/n of it, on average. Reference boxes and level
+        # embeddings are normal, whose largest varies more.
+        slack = 0.5 if name in ("decoder.reference_boxes", "projection.level_embedding") else 15 / n
         assert abs(value.abs().max() - figure["max_abs"]) < slack * figure["max_abs"] + rounding, name
 
 
@@ -307,9 +362,11 @@ def test_initial_values_by_hand():
     assert 0.9 * bound < first.abs().max() <= bound
     assert not torch.equal(first, second)
     # N(0, 1): of 8,000 values 68.27 % lie within 1 and 95.45 % within 2, give or take 0.5 and 0.23 %.
-    boxes = decoder.reference_boxes.abs()
-    assert ((boxes < 1).float().mean() - 0.6827).abs() < 0.025
-    assert ((boxes < 2).float().mean() - 0.9545).abs() < 0.012
+    embedding = InputProjection(in_channels=[1] * 4, hidden_dim=2000, norm=False).level_embedding
+    for normal in (decoder.reference_boxes, embedding):
+        assert normal.numel() == 8000
+        assert ((normal.abs() < 1).float().mean() - 0.6827).abs() < 0.025
+        assert ((normal.abs() < 2).float().mean() - 0.9545).abs() < 0.012
     # Box heads start as zeros: the first predictions are the reference boxes.
     outputs = detector(pad_images([torch.randn(3, 64, 64)]))
     for layer in layers_of(outputs):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import build_tiny
+from helpers import MULTISCALE, build_tiny
 
 from models.inspection import cell_of, watch, watch_sampling
 from models.ops import MSDeformAttn
@@ -13,7 +13,7 @@ from util.padded_images import pad_images
 def network():
     """Tiny, multi-scale. In both encoder layers, whatever the query is, head n looks (n + 1, -p) cells away with point
     p of every level, and the 12 points of a head count as 1 to 12."""
-    network, _ = build_tiny("--multiscale", "--enc_layers", "2")
+    network, _ = build_tiny("--enc_layers", "2", network=MULTISCALE)
     offsets = torch.tensor([[[[n + 1.0, -p] for p in range(4)] for _ in range(3)] for n in range(4)])
     with torch.no_grad():
         for layer in network.encoder.layers:

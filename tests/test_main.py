@@ -1,6 +1,5 @@
 """main.py from the command line to the files it writes: train, evaluate, resume, load what others saved."""
 
-import argparse
 import contextlib
 import copy
 import fcntl
@@ -22,6 +21,8 @@ import pytest
 import torch
 import torchvision
 from helpers import (
+    OFFICIAL_MULTISCALE,
+    OFFICIAL_TINY,
     TINY,
     build_tiny,
     call_main,
@@ -32,23 +33,12 @@ from helpers import (
     read_json,
     read_log,
     run_main,
+    save,
 )
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import main
-from models.sam_detr.official_weights import to_official
-
-# What an official file says about its network, and nothing more.
-OFFICIAL_FLAGS = shlex.split(
-    "lr lr_backbone batch_size epochs lr_drop multiscale backbone dilation position_embedding enc_layers dec_layers "
-    "dim_feedforward hidden_dim dropout nheads num_queries smca aux_loss coco_path output_dir device seed"
-)
-# Flags without official counterparts keep their defaults here: C5, frozen norms.
-OFFICIAL_TINY = shlex.split(
-    "--backbone resnet18 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 2 "
-    "--num_queries 100 --smca"
-)
 
 
 @pytest.fixture
@@ -119,9 +109,9 @@ def test_training_writes_what_the_official_code_writes(trained):
 
 
 @pytest.mark.usefixtures("no_download")
-def test_evaluation_rebuilds_the_network(trained, shapes, tmp_path):
-    figures, detections = evaluate(shapes, trained / "checkpoint.pth", tmp_path / "eval")
-    assert figures == read_log(trained)[-1]["test_coco_eval_bbox"]
+def test_evaluation_rebuilds_the_network(trained_any, shapes, tmp_path):
+    figures, detections = evaluate(shapes, trained_any / "checkpoint.pth", tmp_path / "eval")
+    assert figures == read_log(trained_any)[-1]["test_coco_eval_bbox"]
     assert figures[1] > 0  # else the equalities say nothing
     assert sorted(os.listdir(tmp_path / "eval")) == ["detections.json", "eval.json"]
 
@@ -163,22 +153,23 @@ def test_resumed_training_goes_on(trained, shapes, tmp_path, start_of_training):
     assert steps == {8}  # 2 epochs of 16 images in batches of 4
 
 
-def test_resumed_run_equals_the_uninterrupted_one(trained, shapes, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_one(trained_any, shapes, tmp_path):
     """Bit by bit, dropout and augmentation included: every epoch draws random numbers of its own."""
     flags = ["--epochs", "2", "--lr_drop", "1", "--lr", "1e-3", "--output_dir", str(tmp_path)]
-    run_main(shapes, "--resume", str(trained / "checkpoint0000.pth"), *flags)
-    resumed, straight = (torch.load(folder / "checkpoint.pth") for folder in (tmp_path, trained))
+    run_main(shapes, "--resume", str(trained_any / "checkpoint0000.pth"), *flags, network=[])
+    resumed, straight = (torch.load(folder / "checkpoint.pth") for folder in (tmp_path, trained_any))
     torch.testing.assert_close(resumed["model"], straight["model"], rtol=0, atol=0)
     torch.testing.assert_close(resumed["optimizer"]["state"], straight["optimizer"]["state"], rtol=0, atol=0)
-    assert read_log(tmp_path)[0] == read_log(trained)[1]
+    assert read_log(tmp_path)[0] == read_log(trained_any)[1]
 
 
+@pytest.mark.parametrize("network", [OFFICIAL_TINY, OFFICIAL_MULTISCALE], ids=["one scale", "three scales"])
 @pytest.mark.parametrize(
     ("official", "epoch", "lr"),
     [(False, 0, 1e-4), (True, 1, 1e-5)],  # an official file tells its epoch, the first, after which the rate falls
 )
-def test_training_goes_on_from_weights_alone(official, epoch, lr, shapes, tmp_path, start_of_training):
-    detector, settings = build_tiny(network=OFFICIAL_TINY)
+def test_training_goes_on_from_weights_alone(official, epoch, lr, network, shapes, tmp_path, start_of_training):
+    detector, settings = build_tiny(network=network)
     save(detector, settings, tmp_path / "weights.pth", official=official)
     run_main(shapes, "--resume", str(tmp_path / "weights.pth"), "--epochs", "2", "--lr_drop", "1", network=[])
     assert start_of_training["epoch"] == epoch
@@ -218,28 +209,17 @@ def test_flags_that_contradict_the_checkpoint(saved_with, flags, expected, shape
     assert not output.exists()
 
 
-def save(detector, settings, path, *, official=False, legacy=False) -> None:
-    state = detector.state_dict()
-    content = {"model": state, "settings": settings}
-    if official:
-        state = {to_official(name): weight for name, weight in state.items()}
-        assert None not in state
-        # The official decoder knows the box heads a second time.
-        state |= {f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith("bbox_embed.")}
-        told = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
-        content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": told}
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-
-
 @pytest.mark.parametrize(
-    ("norm", "legacy", "flags"),
+    ("network", "norm", "legacy", "flags"),
     [
-        ("group", False, ["--epochs", "50", "--input_proj_norm", "none"]),
-        ("none", True, ["--epochs", "12", "--input_proj_norm", "group"]),
+        (OFFICIAL_TINY, "group", False, ["--epochs", "50", "--input_proj_norm", "none"]),
+        (OFFICIAL_TINY, "none", True, ["--epochs", "12", "--input_proj_norm", "group"]),
+        (OFFICIAL_MULTISCALE, "group", False, []),
     ],
+    ids=["group", "none", "three scales"],
 )
-def test_official_file_gives_the_figures_of_ours(norm, legacy, flags, shapes, tmp_path):
-    detector, settings = build_tiny("--input_proj_norm", norm, network=OFFICIAL_TINY)
+def test_official_file_gives_the_figures_of_ours(network, norm, legacy, flags, shapes, tmp_path):
+    detector, settings = build_tiny("--input_proj_norm", norm, network=network)
     save(detector, settings, tmp_path / "ours.pth")
     save(detector, settings, tmp_path / "official.pth", official=True, legacy=legacy)
     figures, detections = evaluate(shapes, tmp_path / "ours.pth", tmp_path / "ours", *flags)

@@ -1,13 +1,18 @@
 """Equal numbers to the official implementation: its weights in, its figures out.
 
 The figures were computed with the official code in float64 (no dropout) for seven models, two images and eight objects;
-the weights are those of reference_fill.py. Where the folder of the full figures is at hand they are used, else the part
-of them in tests/parity (every seventh query's logits; all else is complete).
+the weights are those of reference_fill.py. Multi-scale models run through both the plain and the compiled deformable
+attention. Where the folder of the full figures is at hand they are used, else the part of them in tests/parity (every
+seventh query's logits; all else is complete).
 """
 
+import functools
 import json
 import re
 import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +24,7 @@ from parity import extract
 
 from main import build_parser
 from models import build_model
+from models.ops import kernels, plain_path, registration
 from models.sam_detr.official_weights import convert_official, from_official, is_official, to_official
 from util.padded_images import pad_images
 
@@ -46,6 +52,33 @@ TRAINABLE_PARAMETERS = {
     "r50_ms_e50": 54_972_298,
     "r50_ms_smca_e50": 55_021_546,
 }
+
+
+# Which deformable attention runs, where there is one.
+PATHS = {v: ("plain", "compiled") if "_ms_" in v else ("dense",) for v in extract.VARIANTS}
+CASES = [(variant, path) for variant, paths in PATHS.items() for path in paths]
+
+
+@contextmanager
+def take(path: str) -> Iterator[Counter]:
+    """Run deformable attention through one path, and count what is called; skips where there is no compiled kernel."""
+    if path == "compiled" and kernels.why_not("cpu"):
+        pytest.skip(f"no compiled kernel: {kernels.why_not('cpu')}")
+    calls = Counter()
+
+    def counted(name: str, function):
+        def call(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch, plain_path() if path == "plain" else nullcontext():
+        patch.setattr(kernels, "forward", counted("compiled forward", kernels.forward))
+        patch.setattr(kernels, "backward", counted("compiled backward", kernels.backward))
+        patch.setattr(registration, "plain_ms_deform_attn", counted("plain forward", registration.plain_ms_deform_attn))
+        patch.setattr(registration, "plain_backward", counted("plain backward", registration.plain_backward))
+        yield calls
 
 
 def read_figures(variant: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -76,30 +109,42 @@ def _one_thread():
     torch.set_num_threads(1)  # two that share a processor with other programs take five times as long as one
 
 
-@pytest.fixture(scope="module", params=extract.VARIANTS)
-def case(request) -> SimpleNamespace:
+@pytest.fixture(scope="module")
+def weights():
+    """A function of an official name and shape; most models share most of them, and drawing them takes seconds."""
+    return functools.cache(lambda name, shape: torch.from_numpy(reference_fill.weights(name, shape)))
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request, weights) -> SimpleNamespace:
     """What the figures say (`facts`, `figures`) and what our network makes of the same weights; not the network."""
-    facts, figures = read_figures(request.param)
+    variant, path = request.param
+    facts, figures = read_figures(variant)
     detector, criterion, postprocess = build_model(build_parser().parse_args(facts["args"]))
     detector.eval()
     criterion.eval()
-    state = {
-        name: torch.from_numpy(reference_fill.weights(name, tuple(shape)))
-        for name, shape in facts["state_dict"].items()
-    }
+    state = {name: weights(name, tuple(shape)) for name, shape in facts["state_dict"].items()}
     detector.double().load_state_dict(convert_official(state), strict=True)
-    ours = evaluate(detector, criterion, torch.float64)
-    ours.total.backward()
+    with take(path) as calls:
+        ours = evaluate(detector, criterion, torch.float64)
+        ours.total.backward()
     trainable = {name: p for name, p in detector.named_parameters() if p.requires_grad}
     gradients = {name: p.grad.norm().item() for name, p in trainable.items()}
     shapes = {name: list(value.shape) for name, value in detector.state_dict().items()}
     detections = postprocess(ours.outputs, ours.sizes)
-    with torch.no_grad():
+    with torch.no_grad(), take(path) as calls_in_float32:
         in_float32 = evaluate(detector, criterion, torch.float32)
     return SimpleNamespace(
         facts=facts, figures=figures, shapes=shapes, ours=ours, gradients=gradients, detections=detections,
-        in_float32=in_float32,
+        in_float32=in_float32, path=path, calls=calls, calls_in_float32=calls_in_float32,
     )  # fmt: skip
+
+
+def test_the_path_is_the_one_taken(case):
+    """Once for each of six encoder layers."""
+    forward, backward = f"{case.path} forward", f"{case.path} backward"
+    assert case.calls == ({} if case.path == "dense" else {forward: 6, backward: 6})
+    assert case.calls_in_float32 == ({} if case.path == "dense" else {forward: 6})
 
 
 def test_every_name_and_shape_is_accounted_for_both_ways(case):

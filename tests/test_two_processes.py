@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, build_tiny, command, damage, environment, evaluate, read_json, read_log, run_process
+from helpers import (
+    MULTISCALE,
+    TINY,
+    build_tiny,
+    command,
+    damage,
+    environment,
+    evaluate,
+    read_json,
+    read_log,
+    run_process,
+)
 from torch import multiprocessing
 
 import main
@@ -21,8 +32,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LAUNCH = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
 FILES = ["checkpoint.pth", "checkpoint0000.pth", "curves.png", "log.txt", "settings.json"]
 
-# Objects in each of four images, of which each process gets two, and flags.
-CASES = [((3, 0, 1, 2), []), ((1, 4, 0, 0), []), ((3, 0, 1, 2), ["--no_aux_loss"])]
+# Objects in each of four images, of which each process gets two, and network and flags.
+CASES = [
+    ((3, 0, 1, 2), TINY),
+    ((1, 4, 0, 0), TINY),
+    ((3, 0, 1, 2), [*TINY, "--no_aux_loss"]),
+    ((1, 4, 0, 0), MULTISCALE),
+    ((3, 0, 1, 2), [*MULTISCALE, "--no_aux_loss"]),
+]
 
 
 def free_port() -> int:
@@ -45,10 +62,10 @@ def batch(counts, part: slice):
     return pad_images(images[part]), targets[part]
 
 
-def losses_and_gradients(counts, flags, part: slice, wrap=lambda network, **_: network):
-    flags = ["--backbone_norm", "frozen", "--dropout", "0", *flags]
-    network = build_tiny(*flags)[0].double().train()
-    args = main.build_parser().parse_args([*TINY, *flags])
+def losses_and_gradients(counts, network, part: slice, wrap=lambda network, **_: network):
+    flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
+    network = build_tiny(network=flags)[0].double().train()
+    args = main.build_parser().parse_args(flags)
     criterion = build_criterion(args).train()
     images, targets = batch(counts, part)
     model = wrap(network, find_unused_parameters=not args.aux_loss)  # as main.py does
@@ -109,7 +126,8 @@ def test_torchrun_trains_and_launch_evaluates(shapes, tmp_path):
     assert read_json(again / "detections.json") == detections
 
 
-def test_slurm_starts_training(shapes, tmp_path):
+@pytest.mark.parametrize("network", [TINY, MULTISCALE], ids=["one scale", "three scales"])
+def test_slurm_starts_training(network, shapes, tmp_path):
     """Without auxiliary losses, where some parameters get no gradient."""
     output = tmp_path / "output"
     flags = ["--epochs", "1", "--batch_size", "2", "--no_aux_loss", "--output_dir", str(output)]
@@ -121,7 +139,7 @@ def test_slurm_starts_training(shapes, tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, *command(shapes, *flags)],
+            [sys.executable, *command(shapes, *flags, network=network)],
             env=environment(**step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

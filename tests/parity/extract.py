@@ -20,7 +20,7 @@ VARIANTS = (
     "r50_e12", "r50_e50", "r50_smca_e12", "r50_smca_e50", "r50_dc5_smca_e50", "r50_ms_e50", "r50_ms_smca_e50",
 )  # fmt: skip
 FAMILIES = {"sam_detr": VARIANTS}
-INITIALISED = ("r50_smca_e12", "r50_e50")
+INITIALISED = ("r50_smca_e12", "r50_e50", "r50_ms_smca_e50")
 EVERY = 7  # of the queries' logits
 HERE = Path(__file__).parent
 
