@@ -124,6 +124,16 @@ def build_parser() -> Parser:
     group.add_argument(
         "--no_sam_reweight", dest="sam_reweight", action="store_false", help="do not gate new queries by old ones"
     )
+
+    group = parser.add_argument_group("Deformable DETR")
+    group.add_argument(
+        "--num_feature_levels", default=4, type=whole, help="1: the last stage alone; beyond C3 to C5: smaller ones"
+    )
+    group.add_argument(
+        "--with_box_refine", action="store_true", help="a layer's boxes are where the next one looks; heads of its own"
+    )
+    group.add_argument("--enc_n_points", default=4, type=whole, help="points a head looks at in each level, encoder")
+    group.add_argument("--dec_n_points", default=4, type=whole, help="the same, decoder")
     parser.set_defaults(num_classes=91)  # COCO's, until the data set or the checkpoint tells
 
     group = parser.add_argument_group("loss")
@@ -174,7 +184,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
     at_least = {
         1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries eval_size max_size "
-        "eval_every_epoch save_every_epoch print_every",
+        "num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef",
     }

@@ -1,0 +1,136 @@
+"""Deformable DETR's decoder (Zhu et al., ICLR 2021): self-attention among the queries, and deformable cross-attention
+around each query's reference in all levels.
+
+Legend: B batch, Q queries, C channels, L positions of all levels together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.deformable_detr.queries import LearnedQueries
+from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
+from models.ops import MSDeformAttn
+
+
+@dataclass
+class Memory:
+    """What the decoder layers attend: `levels` as the encoder left them, and the same joined: `tokens` (B, L, C),
+    `padding` (B, L), `shapes` (H, W) and `ratios` (B, levels, 2), the share of each level that is image."""
+
+    levels: list[FeatureLevel]
+    tokens: Tensor
+    padding: Tensor
+    shapes: list[tuple[int, int]]
+    ratios: Tensor
+
+    @classmethod
+    def of(cls, levels: list[FeatureLevel]) -> Memory:
+        return cls(levels, *join_levels(levels), torch.stack([level.valid_ratio for level in levels], 1))
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Self-attention, deformable cross-attention, feed-forward; post-norm."""
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        num_levels: int,
+        num_points: int,
+    ):
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.cross_attention = MSDeformAttn(
+            hidden_dim=hidden_dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
+        )
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
+        self.norm3 = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """`queries`, `position` (B, Q, C); `reference` (B, Q, 2 or 4), relative to the valid image -> (B, Q, C)."""
+        where = queries + position
+        attended, _ = self.self_attention(where, where, queries, need_weights=False)
+        queries = self.norm1(queries + self.dropout(attended))
+        ratios = memory.ratios.tile(reference.shape[-1] // 2)  # sizes shrink with the image, too
+        attended = self.cross_attention(
+            queries + position, reference[:, :, None] * ratios[:, None], memory.tokens, memory.shapes, memory.padding
+        )
+        queries = self.norm2(queries + self.dropout(attended))
+        return self.norm3(queries + self.dropout(self.feed_forward(queries)))
+
+
+class DeformableDecoder(nn.Module):
+    """Decoder layers that look around reference points.
+
+    Args:
+        layer: the first layer; the others start as copies of it.
+        num_layers: how many.
+        num_queries: Q.
+        num_classes: outputs of the class heads.
+        refine: each layer has heads of its own, and its boxes are the next layer's references. Otherwise all layers
+            share one class head and one box head, and look around the same points.
+    """
+
+    def __init__(
+        self, *, layer: DeformableDecoderLayer, num_layers: int, num_queries: int, num_classes: int, refine: bool
+    ):
+        super().__init__()
+        self.refine = refine
+        hidden_dim = layer.hidden_dim
+        self.layers = copies(layer, num_layers)
+        self.queries = LearnedQueries(num_queries=num_queries, hidden_dim=hidden_dim)
+        number_of_heads = num_layers if refine else 1
+        self.class_heads = copies(nn.Linear(hidden_dim, num_classes), number_of_heads)
+        self.box_heads = copies(MLP(hidden_dim, hidden_dim, hidden_dim, 4), number_of_heads)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Every parameter of the decoder, as the reference leaves it:
+
+        matrices of the layers: xavier uniform, but for the deformable attention, which has its own rule (MSDeformAttn);
+        biases there: PyTorch's default (of self-attention 0); class heads: bias -log(99), so that every class starts at
+        1 %; box heads: last layer 0, so that boxes start at their references; where a reference is a point, width and
+        height start at sigmoid(-2), an eighth of the image; other head weights: PyTorch's default.
+        """
+        xavier_matrices(self.layers)
+        for layer in self.layers:
+            layer.cross_attention.reset_parameters()
+        for head in self.class_heads:
+            nn.init.constant_(head.bias, -math.log(99))
+        for head in self.box_heads:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
+
+    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
+        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4)."""
+        memory = Memory.of(levels)
+        start = self.queries(levels)
+        queries, reference = start.content, start.reference
+        predictions = []
+        for index, layer in enumerate(self.layers):
+            queries = layer(queries, start.position, reference, memory)
+            head = index if self.refine else 0
+            boxes = self._boxes(self.box_heads[head](queries), reference)
+            predictions.append({"pred_logits": self.class_heads[head](queries), "pred_boxes": boxes})
+            if self.refine:
+                reference = boxes.detach()
+        return predictions
+
+    @staticmethod
+    def _boxes(offset: Tensor, reference: Tensor) -> Tensor:
+        """`offset` (B, Q, 4) from the logits of `reference` (B, Q, 2 or 4) -> boxes (B, Q, 4)."""
+        return (offset + F.pad(inverse_sigmoid(reference), (0, 4 - reference.shape[-1]))).sigmoid()

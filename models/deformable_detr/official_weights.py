@@ -1,0 +1,68 @@
+"""Names of the official Deformable DETR checkpoints <-> names here.
+
+The official model lists one class head and one box head for every layer, also where all layers share them, and hangs
+the heads of refined models in two places. Here each parameter has one name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from util.checkpoint import translate
+
+# (official, ours), for `translate`. The norms are numbered by their use here, and after their making there.
+_RULES = [
+    ("backbone.0.body.", "backbone.body."),
+    ("input_proj.{i}.", "projection.levels.{i}."),
+    ("transformer.level_embed", "projection.level_embedding"),
+    ("transformer.encoder.layers.{i}.self_attn.", "encoder.layers.{i}.self_attention."),
+    ("transformer.encoder.layers.{i}.linear", "encoder.layers.{i}.feed_forward.linear"),
+    ("transformer.encoder.layers.{i}.norm", "encoder.layers.{i}.norm"),
+    ("transformer.decoder.layers.{i}.self_attn.", "decoder.layers.{i}.self_attention."),
+    ("transformer.decoder.layers.{i}.norm2.", "decoder.layers.{i}.norm1."),
+    ("transformer.decoder.layers.{i}.cross_attn.", "decoder.layers.{i}.cross_attention."),
+    ("transformer.decoder.layers.{i}.norm1.", "decoder.layers.{i}.norm2."),
+    ("transformer.decoder.layers.{i}.linear", "decoder.layers.{i}.feed_forward.linear"),
+    ("transformer.decoder.layers.{i}.norm3.", "decoder.layers.{i}.norm3."),
+    ("query_embed.weight", "decoder.queries.embedding"),
+    ("transformer.reference_points.", "decoder.queries.reference_points."),
+]
+_HEADS = {"class_embed": "class_heads", "bbox_embed": "box_heads"}
+_HEAD_NAME = re.compile(rf"(transformer\.decoder\.)?({'|'.join(_HEADS)})\.(\d+)\.(.*)")
+
+
+def is_official(names: Iterable[str]) -> bool:
+    """Whether these are the names of an official Deformable DETR file."""
+    return any(re.match(r"transformer\.decoder\.layers\.\d+\.cross_attn\.sampling_offsets", name) for name in names)
+
+
+def from_official(names: Iterable[str]) -> dict[str, str]:
+    """Our name of each official parameter or buffer of a model; names that are none stay.
+
+    Several official names may be one parameter of ours. They come in the order in which loading the official file
+    copies them: the last one wins.
+    """
+    names = list(names)
+    refined = any(name.startswith("transformer.decoder.bbox_embed.") for name in names)
+    ours = {}
+    for name in sorted(names, key=_loading_order):
+        head = _HEAD_NAME.fullmatch(name)
+        if head:
+            _, kind, number, rest = head.groups()
+            ours[name] = f"decoder.{_HEADS[kind]}.{number if refined else 0}.{rest}"
+        else:
+            ours[name] = translate(name, _RULES) or name
+    return ours
+
+
+def _loading_order(name: str) -> tuple[bool, int]:
+    head = _HEAD_NAME.fullmatch(name)
+    return (not head[1], int(head[3])) if head else (False, 0)
+
+
+def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict under our names; names without a counterpart stay, to be reported on loading."""
+    return {name: state[official] for official, name in from_official(state).items()}
