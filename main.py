@@ -132,6 +132,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--with_box_refine", action="store_true", help="a layer's boxes are where the next one looks; heads of its own"
     )
+    group.add_argument(
+        "--two_stage", action="store_true", help="queries are the encoder's best proposals; needs --with_box_refine"
+    )
     group.add_argument("--enc_n_points", default=4, type=whole, help="points a head looks at in each level, encoder")
     group.add_argument("--dec_n_points", default=4, type=whole, help="the same, decoder")
     parser.set_defaults(num_classes=91)  # COCO's, until the data set or the checkpoint tells

@@ -84,6 +84,8 @@ def build_sam_detr(args: Namespace) -> Detector:
 def build_deformable_detr(args: Namespace) -> Detector:
     """Deformable DETR (ICLR 2021): deformable attention in the encoder and in the decoder."""
     _check_widths(args)
+    if args.two_stage and not args.with_box_refine:
+        raise ValueError("--two_stage needs --with_box_refine: proposals are boxes to refine; add that flag")
     # The coarsest stages up to the last one used; what is missing to the number of levels is made of that one.
     stages = range(3, args.backbone_level + 1)[-args.num_feature_levels :]
     backbone = Backbone(
@@ -115,6 +117,7 @@ def build_deformable_detr(args: Namespace) -> Detector:
         num_queries=args.num_queries,
         num_classes=args.num_classes,
         refine=args.with_box_refine,
+        two_stage=args.two_stage,
     )
     return Detector(
         backbone=backbone,
@@ -234,7 +237,7 @@ FAMILIES: dict[str, Family] = {
     "deformable_detr": Family(
         build=build_deformable_detr,
         settings=(
-            "num_feature_levels", "backbone_level", "input_proj_norm", "with_box_refine", "enc_n_points",
+            "num_feature_levels", "backbone_level", "input_proj_norm", "with_box_refine", "two_stage", "enc_n_points",
             "dec_n_points",
         ),
         from_weights=told_by_weights,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.deformable_detr.proposals import ProposedQueries
 from models.deformable_detr.queries import LearnedQueries
 from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
 from models.ops import MSDeformAttn
@@ -82,41 +84,54 @@ class DeformableDecoder(nn.Module):
         num_classes: outputs of the class heads.
         refine: each layer has heads of its own, and its boxes are the next layer's references. Otherwise all layers
             share one class head and one box head, and look around the same points.
+        two_stage: queries are the best proposals of the encoder, made with a further pair of heads; needs `refine`.
+
+    Weights start as the reference leaves them:
+
+        matrices of the layers      xavier uniform, but for the deformable attention (see MSDeformAttn); biases as
+                                    PyTorch has them, of self-attention 0
+        class heads                 bias -log(99), so that every class starts at 1 %
+        box heads                   last layer 0, so that boxes start at their references; where a reference is a point,
+                                    width and height start at sigmoid(-2), an eighth of the image
+        other weights of heads      as PyTorch has them, the same in every head
     """
 
     def __init__(
-        self, *, layer: DeformableDecoderLayer, num_layers: int, num_queries: int, num_classes: int, refine: bool
+        self,
+        *,
+        layer: DeformableDecoderLayer,
+        num_layers: int,
+        num_queries: int,
+        num_classes: int,
+        refine: bool = False,
+        two_stage: bool = False,
     ):
         super().__init__()
+        if two_stage and not refine:
+            raise ValueError("two-stage queries have boxes, which only a decoder that refines them can use")
         self.refine = refine
-        hidden_dim = layer.hidden_dim
         self.layers = copies(layer, num_layers)
-        self.queries = LearnedQueries(num_queries=num_queries, hidden_dim=hidden_dim)
-        number_of_heads = num_layers if refine else 1
-        self.class_heads = copies(nn.Linear(hidden_dim, num_classes), number_of_heads)
-        self.box_heads = copies(MLP(hidden_dim, hidden_dim, hidden_dim, 4), number_of_heads)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """Every parameter of the decoder, as the reference leaves it:
-
-        matrices of the layers: xavier uniform, but for the deformable attention, which has its own rule (MSDeformAttn);
-        biases there: PyTorch's default (of self-attention 0); class heads: bias -log(99), so that every class starts at
-        1 %; box heads: last layer 0, so that boxes start at their references; where a reference is a point, width and
-        height start at sigmoid(-2), an eighth of the image; other head weights: PyTorch's default.
-        """
         xavier_matrices(self.layers)
         for layer in self.layers:
             layer.cross_attention.reset_parameters()
-        for head in self.class_heads:
-            nn.init.constant_(head.bias, -math.log(99))
-        for head in self.box_heads:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
-        nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
 
-    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
-        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4)."""
+        hidden_dim = layer.hidden_dim
+        class_head, box_head = nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, hidden_dim, hidden_dim, 4)
+        nn.init.constant_(class_head.bias, -math.log(99))
+        nn.init.zeros_(box_head.layers[-1].weight)
+        nn.init.zeros_(box_head.layers[-1].bias)
+        self.class_heads = copies(class_head, num_layers if refine else 1)
+        self.box_heads = copies(box_head, num_layers if refine else 1)
+        sizes = {"num_queries": num_queries, "hidden_dim": hidden_dim}
+        if two_stage:
+            self.queries = ProposedQueries(**sizes, class_head=class_head, box_head=box_head)
+        else:
+            self.queries = LearnedQueries(**sizes)
+            nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
+
+    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Any]]:
+        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4).
+        With two stages, `enc_outputs` of the last one has the same of all proposals, (B, L, ...)."""
         memory = Memory.of(levels)
         start = self.queries(levels)
         queries, reference = start.content, start.reference
@@ -128,6 +143,8 @@ class DeformableDecoder(nn.Module):
             predictions.append({"pred_logits": self.class_heads[head](queries), "pred_boxes": boxes})
             if self.refine:
                 reference = boxes.detach()
+        if start.proposals is not None:
+            predictions[-1]["enc_outputs"] = start.proposals
         return predictions
 
     @staticmethod

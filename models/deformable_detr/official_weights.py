@@ -1,7 +1,8 @@
 """Names of the official Deformable DETR checkpoints <-> names here.
 
 The official model lists one class head and one box head for every layer, also where all layers share them, and hangs
-the heads of refined models in two places. Here each parameter has one name.
+the heads of refined models in two places; the pair after the last layer's makes proposals. Here each parameter has one
+name.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ _RULES = [
     ("transformer.decoder.layers.{i}.norm3.", "decoder.layers.{i}.norm3."),
     ("query_embed.weight", "decoder.queries.embedding"),
     ("transformer.reference_points.", "decoder.queries.reference_points."),
+    ("transformer.enc_output.", "decoder.queries.memory_projection."),
+    ("transformer.enc_output_norm.", "decoder.queries.memory_norm."),
+    ("transformer.pos_trans.", "decoder.queries.box_projection."),
+    ("transformer.pos_trans_norm.", "decoder.queries.box_norm."),
 ]
-_HEADS = {"class_embed": "class_heads", "bbox_embed": "box_heads"}
+_HEADS = {"class_embed": "class_head", "bbox_embed": "box_head"}
 _HEAD_NAME = re.compile(rf"(transformer\.decoder\.)?({'|'.join(_HEADS)})\.(\d+)\.(.*)")
 
 
@@ -47,14 +52,18 @@ def from_official(names: Iterable[str]) -> dict[str, str]:
     """
     names = list(names)
     refined = any(name.startswith("transformer.decoder.bbox_embed.") for name in names)
+    layers = {match[1] for match in map(re.compile(r"transformer\.decoder\.layers\.(\d+)\.").match, names) if match}
     ours = {}
     for name in sorted(names, key=_loading_order):
         head = _HEAD_NAME.fullmatch(name)
-        if head:
-            _, kind, number, rest = head.groups()
-            ours[name] = f"decoder.{_HEADS[kind]}.{number if refined else 0}.{rest}"
-        else:
+        if not head:
             ours[name] = translate(name, _RULES) or name
+            continue
+        _, kind, number, rest = head.groups()
+        if refined and number not in layers:
+            ours[name] = f"decoder.queries.{_HEADS[kind]}.{rest}"
+        else:
+            ours[name] = f"decoder.{_HEADS[kind]}s.{number if refined else 0}.{rest}"
     return ours
 
 

@@ -60,6 +60,7 @@ def evaluate(detector, criterion, dtype: torch.dtype) -> SimpleNamespace:
         total=sum(criterion.weighted(losses).values()),
         sizes=torch.stack([t["orig_size"] for t in targets]),
         targets=targets,
+        matcher=criterion.matcher,
     )
 
 
