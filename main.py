@@ -242,6 +242,13 @@ def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint:
             setattr(args, name, value)
 
 
+def check_family(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags of other families, which would have no effect. Raises ValueError."""
+    others = {name for family in FAMILIES.values() for name in family.settings}
+    for name in sorted(given & others - set(FAMILIES[args.model].settings)):
+        raise ValueError(f"--{name} has no effect on --model {args.model}; leave it out, or choose another model")
+
+
 def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
     """The classes that a checkpoint was trained for; official files have none, but those of COCO are known."""
     num_classes = checkpoint["settings"].get("num_classes")
@@ -293,6 +300,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     if checkpoint:
         take_network_settings(args, given, checkpoint)
         categories = checkpoint_categories(checkpoint)
+    check_family(args, given)
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = build_dataset("val", args, categories)
