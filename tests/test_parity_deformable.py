@@ -9,7 +9,7 @@ from parity import cases, extract
 
 from main import build_parser
 from models import build_model
-from models.deformable_detr.official_weights import convert_official, from_official, is_official
+from models.deformable_detr.official_weights import convert_official, from_official, is_official, to_official
 
 FAMILY = "deformable_detr"
 VARIANTS = extract.FAMILIES[FAMILY]
@@ -62,6 +62,8 @@ def test_every_name_and_shape_is_accounted_for(case):
     ours = from_official(official)
     assert ours.keys() == official.keys()
     assert {name: official[theirs] for theirs, name in ours.items()} == case.shapes
+    empty = {name: torch.empty(shape, device="meta") for name, shape in case.shapes.items()}
+    assert {name: list(value.shape) for name, value in to_official(empty).items()} == official
     # What shares a name here are the official model's names of one parameter, of which the last one read counts.
     names = {}
     for theirs, name in ours.items():

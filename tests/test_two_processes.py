@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, build_tiny, command, damage, environment, evaluate, read_json, read_log, run_process
+from helpers import (
+    TINY,
+    TINY_DEFORMABLE,
+    build_tiny,
+    command,
+    damage,
+    environment,
+    evaluate,
+    read_json,
+    read_log,
+    run_process,
+)
 from torch import multiprocessing
 
 import main
@@ -21,8 +32,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LAUNCH = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
 FILES = ["checkpoint.pth", "checkpoint0000.pth", "curves.png", "log.txt", "settings.json"]
 
-# Objects in each of four images, of which each process gets two, and flags.
-CASES = [((3, 0, 1, 2), []), ((1, 4, 0, 0), []), ((3, 0, 1, 2), ["--no_aux_loss"])]
+# Objects in each of four images, of which each process gets two, network and flags.
+CASES = [
+    ((3, 0, 1, 2), TINY, []),
+    ((1, 4, 0, 0), TINY, []),
+    ((3, 0, 1, 2), TINY, ["--no_aux_loss"]),
+    ((3, 0, 1, 2), TINY_DEFORMABLE, []),
+    ((1, 4, 0, 0), TINY_DEFORMABLE, ["--with_box_refine", "--two_stage"]),
+]
 
 
 def free_port() -> int:
@@ -45,10 +62,10 @@ def batch(counts, part: slice):
     return pad_images(images[part]), targets[part]
 
 
-def losses_and_gradients(counts, flags, part: slice, wrap=lambda network, **_: network):
+def losses_and_gradients(counts, network_flags, flags, part: slice, wrap=lambda network, **_: network):
     flags = ["--backbone_norm", "frozen", "--dropout", "0", *flags]
-    network = build_tiny(*flags)[0].double().train()
-    args = main.build_parser().parse_args([*TINY, *flags])
+    network = build_tiny(*flags, network=network_flags)[0].double().train()
+    args = main.build_parser().parse_args([*network_flags, *flags])
     criterion = build_criterion(args).train()
     images, targets = batch(counts, part)
     model = wrap(network, find_unused_parameters=not args.aux_loss)  # as main.py does

@@ -36,6 +36,7 @@ _RULES = [
     ("transformer.pos_trans_norm.", "decoder.queries.box_norm."),
 ]
 _HEADS = {"class_embed": "class_head", "bbox_embed": "box_head"}
+_OUR_HEAD_NAME = re.compile(r"decoder\.(queries\.)?(?P<kind>class|box)_heads?\.((?P<number>\d+)\.)?(?P<rest>.*)")
 _HEAD_NAME = re.compile(rf"(transformer\.decoder\.)?({'|'.join(_HEADS)})\.(\d+)\.(.*)")
 
 
@@ -75,3 +76,24 @@ def _loading_order(name: str) -> tuple[bool, int]:
 def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An official state dict under our names; names without a counterpart stay, to be reported on loading."""
     return {name: state[official] for official, name in from_official(state).items()}
+
+
+def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the official names, every alias included."""
+    numbers = {match[1] for match in map(re.compile(r"decoder\.layers\.(\d+)\.").match, state) if match}
+    two_stage = any(name.startswith("decoder.queries.box_head.") for name in state)
+    refined = two_stage or any(name.startswith("decoder.box_heads.1.") for name in state)
+    ours_to_theirs = [(ours, official) for official, ours in _RULES]
+    official = {}
+    for name, tensor in state.items():
+        head = _OUR_HEAD_NAME.fullmatch(name)
+        if not head:
+            official[translate(name, ours_to_theirs)] = tensor
+            continue
+        kind = "class_embed" if head["kind"] == "class" else "bbox_embed"
+        number = head["number"] or str(len(numbers))
+        for alias in [number] if refined else numbers:
+            official[f"{kind}.{alias}.{head['rest']}"] = tensor
+        if two_stage or (refined and kind == "bbox_embed"):
+            official[f"transformer.decoder.{kind}.{number}.{head['rest']}"] = tensor
+    return official
