@@ -3,11 +3,13 @@
 import argparse
 import math
 import shlex
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    REPOSITORY,
     TINY,
     TINY_DEFORMABLE,
     build_tiny,
@@ -21,6 +23,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import demo
+import hubconf
 from main import build_parser
 from models import build_model
 from models.deformable_detr.official_weights import to_official
@@ -487,3 +490,18 @@ def test_flags_that_contradict_the_checkpoint(flags, expected, trained_two_stage
     checkpoint = str(trained_two_stage / "checkpoint.pth")
     assert call_main(shapes, "--eval", "--resume", checkpoint, *shlex.split(flags), network=[]) == 2
     assert expected in error_line(capsys.readouterr().err)
+
+
+def test_hub_entry_points(tmp_path):
+    """All five build; one loads an official file, and refuses that of another model."""
+    entries = [name for name in vars(hubconf) if name.startswith("deformable")]
+    assert len(entries) == 5
+    load = partial(torch.hub.load, str(REPOSITORY), source="local")
+    detectors = {name: load(name, num_classes=7) for name in entries}
+    assert not any(detector.training for detector in detectors.values())
+    state = detectors["deformable_detr_r50_refine"].state_dict()
+    torch.save({"model": to_official(state), "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
+    again = load("deformable_detr_r50_refine", checkpoint=str(tmp_path / "official.pth")).state_dict()
+    torch.testing.assert_close(again, state, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="missing"):
+        load("deformable_detr_r50_refine_two_stage", checkpoint=str(tmp_path / "official.pth"))
