@@ -48,9 +48,16 @@ class Parser(argparse.ArgumentParser):
         usual = {name: self.get_default(name) for name in FAMILIES[chosen.model].defaults}
         self.set_defaults(**FAMILIES[chosen.model].defaults)
         try:
-            return super().parse_known_args(args, namespace)
+            settings, rest = super().parse_known_args(args, namespace)
         finally:
             self.set_defaults(**usual)
+        # Short for a choice of --sam_resample, which alone is kept.
+        aligner = settings.__dict__.pop("aligner")
+        if aligner and settings.sam_resample in ("off", None):
+            settings.sam_resample = "points"
+        elif aligner is False:
+            settings.sam_resample = "off"
+        return settings, rest
 
 
 def build_parser() -> Parser:
@@ -113,6 +120,14 @@ def build_parser() -> Parser:
     group.add_argument("--nheads", default=8, type=whole)
     group.add_argument("--num_queries", default=300, type=whole)
     group.add_argument("--smca", action="store_true", help="spatial prior around the salient points")
+    aligner = group.add_mutually_exclusive_group()
+    aligner.add_argument(
+        "--aligner",
+        action="store_true",
+        default=None,
+        help="a Semantics Aligner in every decoder layer, where the family has none or --sam_resample says off",
+    )
+    aligner.add_argument("--no_aligner", dest="aligner", action="store_false", default=None, help="none")
     group.add_argument(
         "--sam_resample",
         default="points",
