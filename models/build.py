@@ -111,9 +111,18 @@ def build_deformable_detr(args: Namespace) -> Detector:
         "feedforward_dim": args.dim_feedforward,
         "num_levels": args.num_feature_levels,
     }
+    aligner = None
+    if args.sam_resample != "off":  # the heads of deformable attention share one query and its reference
+        aligner = SemanticsAligner(
+            hidden_dim=args.hidden_dim,
+            num_heads=1,
+            resample=args.sam_resample,
+            reweight=args.sam_reweight,
+            search_range=args.sam_range,
+        )
     decoder = DeformableDecoder(
-        layer=DeformableDecoderLayer(**sizes, num_points=args.dec_n_points),
-        num_layers=args.dec_layers,
+        layer=DeformableDecoderLayer(**sizes, num_points=args.dec_n_points, aligner=aligner),
+        levels=coarse_to_fine(args.dec_layers, args.num_feature_levels),
         num_queries=args.num_queries,
         num_classes=args.num_classes,
         refine=args.with_box_refine,
@@ -238,14 +247,14 @@ FAMILIES: dict[str, Family] = {
         build=build_deformable_detr,
         settings=(
             "num_feature_levels", "backbone_level", "input_proj_norm", "with_box_refine", "two_stage", "enc_n_points",
-            "dec_n_points",
+            "dec_n_points", "sam_resample", "sam_reweight", "sam_range",
         ),
         from_weights=told_by_weights,
         is_official=deformable_detr_weights.is_official,
         convert_official=deformable_detr_weights.convert_official,
         defaults={
             "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
-            "dim_feedforward": 1024, "input_proj_norm": "group",
+            "dim_feedforward": 1024, "input_proj_norm": "group", "sam_resample": "off",
         },
     ),
 }  # fmt: skip

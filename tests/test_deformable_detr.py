@@ -465,6 +465,8 @@ def test_training_goes_on_from_an_official_file(shapes, tmp_path, capsys):
         (TINY_DEFORMABLE, "--hidden_dim 64 --nheads 5", ["--hidden_dim 64", "--nheads 5"]),
         (TINY_DEFORMABLE, "--smca", ["--smca has no effect on --model deformable_detr"]),
         (TINY_DEFORMABLE, "--multiscale", ["--multiscale"]),
+        (TINY_DEFORMABLE, "--aligner --sam_points 1", ["--sam_points has no effect on --model deformable_detr"]),
+        (TINY, "--no_aligner", ["--smca", "--sam_resample off"]),
         (TINY, "--num_feature_levels 3", ["--num_feature_levels has no effect on --model sam_detr"]),
         (TINY, "--two_stage --with_box_refine", ["--two_stage has no effect on --model sam_detr"]),
     ],
@@ -505,3 +507,117 @@ def test_hub_entry_points(tmp_path):
     torch.testing.assert_close(again, state, rtol=0, atol=0)
     with pytest.raises(ValueError, match="missing"):
         load("deformable_detr_r50_refine_two_stage", checkpoint=str(tmp_path / "official.pth"))
+
+
+# ---- The Semantics Aligner in front of the cross-attention
+
+
+def test_which_networks_have_an_aligner(capsys):
+    """--aligner and --no_aligner say the same as --sam_resample, which alone is kept."""
+    cases = {
+        "--model sam_detr": "points",
+        "--model sam_detr --no_aligner": "off",
+        "--model sam_detr --sam_resample off --aligner": "points",
+        "--model sam_detr --aligner --sam_resample off": "points",
+        "--model sam_detr --aligner --sam_resample average": "average",
+        "--model deformable_detr": "off",
+        "--model deformable_detr --aligner": "points",
+        "--aligner --model deformable_detr --sam_resample maximum": "maximum",
+    }
+    for flags, resample in cases.items():
+        args = build_parser().parse_args([*flags.split(), "--backbone", "resnet18"])
+        assert args.sam_resample == resample, flags
+        assert not hasattr(args, "aligner")
+        with torch.device("meta"):
+            layers = build_model(args)[0].decoder.layers
+        assert [layer.aligner is not None for layer in layers] == [resample != "off"] * 6, flags
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--aligner", "--no_aligner"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def watch(detector) -> list[dict]:
+    """What goes into and comes out of each layer's aligner, and the reference that its cross-attention gets."""
+    seen = [{} for _ in detector.decoder.layers]
+    for layer, own in zip(detector.decoder.layers, seen):
+
+        def see_aligner(module, inputs, output, own=own):
+            own.update(
+                boxes=inputs[1], features=inputs[2], points=output.points, query=output.content + output.position
+            )
+
+        def see_attention(module, inputs, own=own):
+            own.update(where=inputs[0], reference=inputs[1])
+
+        layer.aligner.register_forward_hook(see_aligner)
+        layer.cross_attention.register_forward_pre_hook(see_attention)
+    return seen
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_an_aligner_makes_query_and_reference(flags):
+    """Resampled content and position become the query, the salient point in the query's latest box its reference."""
+    detector, _ = build(f"{flags} --aligner --dec_layers 4")
+    seen = watch(detector)
+    batch = pad_images([image(64, 128), image(64, 64)])  # half of every level
+    outputs = detector(batch)
+    levels = detector.encoder(detector.projection(detector.backbone(batch.images), batch.padding))
+    given = detector.decoder.queries(levels).reference
+    if given.shape[-1] == 2:  # the first layer looks into the box that its head makes of the content
+        offset = detector.decoder.box_heads[0](detector.decoder.queries(levels).content)
+        first = (offset + F.pad((given / (1 - given)).log(), (0, 2))).sigmoid()
+    else:
+        first = given
+    boxes = [first, *(layer["pred_boxes"] for layer in outputs["aux_outputs"])]
+    coarse_to_fine = {1: [0, 0, 0, 0], 3: [2, 2, 1, 0]}[len(levels)]
+    ratios = torch.tensor([[1, 1], [0.5, 1]])
+    for index, (own, wanted, level) in enumerate(zip(seen, boxes, coarse_to_fine)):
+        torch.testing.assert_close(own["boxes"], wanted)
+        assert not own["boxes"].requires_grad
+        torch.testing.assert_close(own["features"], levels[level].features)
+        assert torch.equal(own["where"], own["query"].squeeze(2))
+        reach = (own["points"].squeeze(2) - own["boxes"][..., :2]).abs() / own["boxes"][..., 2:]
+        assert reach.max() <= 0.5 + 1e-9
+        reference = own["reference"]  # (B, Q, levels, 2 or 4), relative to the padded map
+        point = own["points"] * ratios[:, None, None]
+        torch.testing.assert_close(reference[..., :2], point.expand(-1, -1, len(levels), -1))
+        has_size = "two_stage" in flags or ("refine" in flags and index > 0)
+        assert reference.shape[-1] == (4 if has_size else 2)
+        if has_size:
+            size = wanted[:, :, None, 2:] * ratios[:, None, None]
+            torch.testing.assert_close(reference[..., 2:], size.expand(-1, -1, len(levels), -1))
+
+
+ALIGNED = {
+    **{f"deformable, {name}": [*TINY_DEFORMABLE, *flags.split()] for name, flags in VARIANTS.items()},
+    "unaligned baseline": [flag for flag in TINY if flag != "--smca"] + ["--sam_resample", "off"],
+}
+
+
+@pytest.mark.parametrize("network", ALIGNED.values(), ids=ALIGNED)
+def test_aligned_networks_train(network):
+    """A few steps lower the loss, and every parameter of the aligners has a gradient."""
+    args = build_parser().parse_args([*network, "--backbone_norm", "frozen", "--dropout", "0", "--aligner"])
+    detector, criterion, _ = build_model(args)
+    losses = train(detector.double(), criterion, steps=10)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < 0.97 * losses[0]
+    aligners = [p for name, p in detector.named_parameters() if ".aligner." in name]
+    assert len(aligners) == 2 * (2 * 4 + 2 + 4)  # layers; point head, reducing convolution, gates
+    assert all(p.grad.abs().max() > 0 for p in aligners)
+
+
+def test_aligned_checkpoint(shapes, tmp_path):
+    """Evaluation and drawing, salient points included, rebuild it; --no_aligner does not fit it."""
+    output = tmp_path / "output"
+    run_main(shapes, "--aligner", "--epochs", "1", "--output_dir", str(output), network=TWO_STAGE)
+    settings = read_json(output / "settings.json")
+    assert settings["sam_resample"] == "points"
+    assert "aligner" not in settings
+    checkpoint = str(output / "checkpoint.pth")
+    figures, _ = evaluate(shapes, checkpoint, tmp_path / "eval")
+    assert figures == read_log(output)[-1]["test_coco_eval_bbox"]
+    assert call_main(shapes, "--eval", "--resume", checkpoint, "--no_aligner", network=[]) == 2
+    flags = ["--resume", checkpoint, "--images", str(shapes / "val2017"), "--output", str(tmp_path / "drawn")]
+    assert demo.main([*flags, "--threshold", "0", "--limit", "1", "--device", "cpu", "--salient_points"]) == 0
+    assert len([*(tmp_path / "drawn").glob("det_res_points_*")]) == 1

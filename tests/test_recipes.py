@@ -211,7 +211,7 @@ def test_deformable_recipe_builds_the_published_model(name, tmp_path):
         "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
         "lr_linear_proj_mult": 0.1, "dim_feedforward": 1024, "input_proj_norm": "group", "enc_n_points": 4,
         "dec_n_points": 4, "epochs": 50, "lr_drop": 40, "batch_size": 4,
-        "num_feature_levels": 4 if len(strides) > 1 else 1,
+        "num_feature_levels": 4 if len(strides) > 1 else 1, "sam_resample": "off",
     }  # fmt: skip
     assert {key: getattr(args, key) for key in published} == published
     with torch.device("meta"):

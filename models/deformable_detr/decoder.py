@@ -7,6 +7,7 @@ Legend: B batch, Q queries, C channels, L positions of all levels together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,12 @@ class Memory:
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention, feed-forward; post-norm."""
+    """Self-attention, deformable cross-attention, feed-forward; post-norm.
+
+    Args:
+        aligner: a Semantics Aligner of one head and one point (SAM-DETR, CVPR 2022), whose new content and position
+            make the query of the cross-attention, and whose salient point its reference; None as published.
+    """
 
     def __init__(
         self,
@@ -48,11 +54,13 @@ class DeformableDecoderLayer(nn.Module):
         dropout: float,
         num_levels: int,
         num_points: int,
+        aligner: nn.Module | None = None,
     ):
         super().__init__()
         self.hidden_dim = hidden_dim
         self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(hidden_dim)
+        self.aligner = aligner
         self.cross_attention = MSDeformAttn(
             hidden_dim=hidden_dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
         )
@@ -61,14 +69,30 @@ class DeformableDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
-        """`queries`, `position` (B, Q, C); `reference` (B, Q, 2 or 4), relative to the valid image -> (B, Q, C)."""
+    def forward(
+        self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory, boxes: Tensor, level: int
+    ) -> Tensor:
+        """
+        Args:
+            queries, position: (B, Q, C).
+            reference: (B, Q, 2 or 4), relative to the valid image.
+            boxes: (B, Q, 4), where an aligner looks for salient points.
+            level: where it looks, too.
+        Returns:
+            (B, Q, C).
+        """
         where = queries + position
         attended, _ = self.self_attention(where, where, queries, need_weights=False)
         queries = self.norm1(queries + self.dropout(attended))
+        where = queries + position
+        if self.aligner is not None:
+            features, ratio = memory.levels[level].features, memory.ratios[:, level]
+            aligned = self.aligner(queries, boxes, features, ratio)  # one head: (B, Q, 1, ...)
+            where = (aligned.content + aligned.position).squeeze(2)
+            reference = torch.cat([aligned.points.squeeze(2), reference[..., 2:]], -1)
         ratios = memory.ratios.tile(reference.shape[-1] // 2)  # sizes shrink with the image, too
         attended = self.cross_attention(
-            queries + position, reference[:, :, None] * ratios[:, None], memory.tokens, memory.shapes, memory.padding
+            where, reference[:, :, None] * ratios[:, None], memory.tokens, memory.shapes, memory.padding
         )
         queries = self.norm2(queries + self.dropout(attended))
         return self.norm3(queries + self.dropout(self.feed_forward(queries)))
@@ -79,7 +103,8 @@ class DeformableDecoder(nn.Module):
 
     Args:
         layer: the first layer; the others start as copies of it.
-        num_layers: how many.
+        levels: for each layer, the index of the level that its aligner resamples queries from; as many layers as
+            entries.
         num_queries: Q.
         num_classes: outputs of the class heads.
         refine: each layer has heads of its own, and its boxes are the next layer's references. Otherwise all layers
@@ -100,7 +125,7 @@ class DeformableDecoder(nn.Module):
         self,
         *,
         layer: DeformableDecoderLayer,
-        num_layers: int,
+        levels: Sequence[int],
         num_queries: int,
         num_classes: int,
         refine: bool = False,
@@ -109,8 +134,8 @@ class DeformableDecoder(nn.Module):
         super().__init__()
         if two_stage and not refine:
             raise ValueError("two-stage queries have boxes, which only a decoder that refines them can use")
-        self.refine = refine
-        self.layers = copies(layer, num_layers)
+        self.refine, self.levels = refine, tuple(levels)
+        self.layers = copies(layer, len(self.levels))
         xavier_matrices(self.layers)
         for layer in self.layers:
             layer.cross_attention.reset_parameters()
@@ -120,8 +145,8 @@ class DeformableDecoder(nn.Module):
         nn.init.constant_(class_head.bias, -math.log(99))
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
-        self.class_heads = copies(class_head, num_layers if refine else 1)
-        self.box_heads = copies(box_head, num_layers if refine else 1)
+        self.class_heads = copies(class_head, len(self.levels) if refine else 1)
+        self.box_heads = copies(box_head, len(self.levels) if refine else 1)
         sizes = {"num_queries": num_queries, "hidden_dim": hidden_dim}
         if two_stage:
             self.queries = ProposedQueries(**sizes, class_head=class_head, box_head=box_head)
@@ -135,9 +160,11 @@ class DeformableDecoder(nn.Module):
         memory = Memory.of(levels)
         start = self.queries(levels)
         queries, reference = start.content, start.reference
+        # Where an aligner looks: at a query's latest box. Points have none at first; that of the first head stands in.
+        boxes = reference if reference.shape[-1] == 4 else self._boxes(self.box_heads[0](queries), reference)
         predictions = []
-        for index, layer in enumerate(self.layers):
-            queries = layer(queries, start.position, reference, memory)
+        for index, (layer, level) in enumerate(zip(self.layers, self.levels)):
+            queries = layer(queries, start.position, reference, memory, boxes.detach(), level)
             head = index if self.refine else 0
             boxes = self._boxes(self.box_heads[head](queries), reference)
             predictions.append({"pred_logits": self.class_heads[head](queries), "pred_boxes": boxes})
