@@ -48,9 +48,16 @@ class Parser(argparse.ArgumentParser):
         usual = {name: self.get_default(name) for name in FAMILIES[chosen.model].defaults}
         self.set_defaults(**FAMILIES[chosen.model].defaults)
         try:
-            return super().parse_known_args(args, namespace)
+            settings, rest = super().parse_known_args(args, namespace)
         finally:
             self.set_defaults(**usual)
+        # Short for a choice of --sam_resample, which alone is kept.
+        aligner = settings.__dict__.pop("aligner")
+        if aligner and settings.sam_resample in ("off", None):
+            settings.sam_resample = "points"
+        elif aligner is False:
+            settings.sam_resample = "off"
+        return settings, rest
 
 
 def build_parser() -> Parser:
@@ -113,6 +120,14 @@ def build_parser() -> Parser:
     group.add_argument("--nheads", default=8, type=whole)
     group.add_argument("--num_queries", default=300, type=whole)
     group.add_argument("--smca", action="store_true", help="spatial prior around the salient points")
+    aligner = group.add_mutually_exclusive_group()
+    aligner.add_argument(
+        "--aligner",
+        action="store_true",
+        default=None,
+        help="a Semantics Aligner in every decoder layer, where the family has none or --sam_resample says off",
+    )
+    aligner.add_argument("--no_aligner", dest="aligner", action="store_false", default=None, help="none")
     group.add_argument(
         "--sam_resample",
         default="points",
@@ -124,6 +139,19 @@ def build_parser() -> Parser:
     group.add_argument(
         "--no_sam_reweight", dest="sam_reweight", action="store_false", help="do not gate new queries by old ones"
     )
+
+    group = parser.add_argument_group("Deformable DETR")
+    group.add_argument(
+        "--num_feature_levels", default=4, type=whole, help="1: the last stage alone; beyond C3 to C5: smaller ones"
+    )
+    group.add_argument(
+        "--with_box_refine", action="store_true", help="a layer's boxes are where the next one looks; heads of its own"
+    )
+    group.add_argument(
+        "--two_stage", action="store_true", help="queries are the encoder's best proposals; needs --with_box_refine"
+    )
+    group.add_argument("--enc_n_points", default=4, type=whole, help="points a head looks at in each level, encoder")
+    group.add_argument("--dec_n_points", default=4, type=whole, help="the same, decoder")
     parser.set_defaults(num_classes=91)  # COCO's, until the data set or the checkpoint tells
 
     group = parser.add_argument_group("loss")
@@ -175,7 +203,7 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
     at_least = {
         1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries eval_size max_size "
-        "eval_every_epoch save_every_epoch print_every",
+        "num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef",
     }
@@ -226,6 +254,13 @@ def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint:
     for name, value in told.items():
         if name not in given or name in ("input_proj_norm", "num_classes"):
             setattr(args, name, value)
+
+
+def check_family(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags of other families, which would have no effect. Raises ValueError."""
+    others = {name for family in FAMILIES.values() for name in family.settings}
+    for name in sorted(given & others - set(FAMILIES[args.model].settings)):
+        raise ValueError(f"--{name} has no effect on --model {args.model}; leave it out, or choose another model")
 
 
 def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
@@ -279,6 +314,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     if checkpoint:
         take_network_settings(args, given, checkpoint)
         categories = checkpoint_categories(checkpoint)
+    check_family(args, given)
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = build_dataset("val", args, categories)

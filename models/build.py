@@ -16,6 +16,8 @@ from torch import Tensor
 
 from models.backbone import Backbone
 from models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
+from models.deformable_detr import official_weights as deformable_detr_weights
+from models.deformable_detr.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.detector import Detector
 from models.encoder import DeformableEncoder, DenseEncoder
 from models.layers import InputProjection
@@ -72,7 +74,62 @@ def build_sam_detr(args: Namespace) -> Detector:
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 
 
-def sam_detr_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+def build_deformable_detr(args: Namespace) -> Detector:
+    """Deformable DETR (ICLR 2021): deformable attention in the encoder and in the decoder."""
+    _check_widths(args)
+    if args.two_stage and not args.with_box_refine:
+        raise ValueError("--two_stage needs --with_box_refine: proposals are boxes to refine; add that flag")
+    # The coarsest stages up to the last one used; what is missing to the number of levels is made of that one.
+    stages = range(3, args.backbone_level + 1)[-args.num_feature_levels :]
+    backbone = Backbone(
+        name=args.backbone,
+        levels=stages,
+        dilation=args.dilation,
+        norm=args.backbone_norm,
+        freeze_stem=args.backbone_norm == "frozen",
+        trainable=args.lr_backbone > 0,
+    )
+    projection = InputProjection(
+        in_channels=backbone.num_channels,
+        hidden_dim=args.hidden_dim,
+        norm=input_proj_norm(args) == "group",
+        extra_levels=args.num_feature_levels - len(stages),
+        level_embedding=True,  # of a single level, too
+        xavier=True,
+    )
+    sizes = {
+        "hidden_dim": args.hidden_dim,
+        "num_heads": args.nheads,
+        "dropout": args.dropout,
+        "feedforward_dim": args.dim_feedforward,
+        "num_levels": args.num_feature_levels,
+    }
+    aligner = None
+    if args.sam_resample != "off":  # the heads of deformable attention share one query and its reference
+        aligner = SemanticsAligner(
+            hidden_dim=args.hidden_dim,
+            num_heads=1,
+            resample=args.sam_resample,
+            reweight=args.sam_reweight,
+            search_range=args.sam_range,
+        )
+    decoder = DeformableDecoder(
+        layer=DeformableDecoderLayer(**sizes, num_points=args.dec_n_points, aligner=aligner),
+        levels=coarse_to_fine(args.dec_layers, args.num_feature_levels),
+        num_queries=args.num_queries,
+        num_classes=args.num_classes,
+        refine=args.with_box_refine,
+        two_stage=args.two_stage,
+    )
+    return Detector(
+        backbone=backbone,
+        projection=projection,
+        encoder=DeformableEncoder(num_layers=args.enc_layers, num_points=args.enc_n_points, **sizes),
+        decoder=decoder,
+    )
+
+
+def told_by_weights(state: dict[str, Tensor]) -> dict[str, Any]:
     """What official files do not tell."""
     told: dict[str, Any] = {"input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none"}
     if "decoder.class_heads.0.bias" in state:
@@ -199,9 +256,23 @@ FAMILIES: dict[str, Family] = {
             "multiscale", "backbone_level", "input_proj_norm", "smca",
             "sam_resample", "sam_points", "sam_reweight", "sam_range",
         ),
-        from_weights=sam_detr_settings,
+        from_weights=told_by_weights,
         is_official=sam_detr_weights.is_official,
         convert_official=sam_detr_weights.convert_official,
+    ),
+    "deformable_detr": Family(
+        build=build_deformable_detr,
+        settings=(
+            "num_feature_levels", "backbone_level", "input_proj_norm", "with_box_refine", "two_stage", "enc_n_points",
+            "dec_n_points", "sam_resample", "sam_reweight", "sam_range",
+        ),
+        from_weights=told_by_weights,
+        is_official=deformable_detr_weights.is_official,
+        convert_official=deformable_detr_weights.convert_official,
+        defaults={
+            "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+            "dim_feedforward": 1024, "input_proj_norm": "group", "sam_resample": "off",
+        },
     ),
 }  # fmt: skip
 

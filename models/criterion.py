@@ -1,10 +1,11 @@
-"""The set prediction loss: match, then penalise classes, boxes and overlaps at every decoder layer.
+"""The set prediction loss: match, then penalise classes, boxes and overlaps at every decoder layer, and of proposals.
 
 A loss is a function `(outputs, targets, matches, num_boxes) -> dict of scalars`; the criterion takes a list of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,7 +101,8 @@ class SetCriterion(nn.Module):
     def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
         """
         Args:
-            outputs: the detector's dict.
+            outputs: the detector's dict. If it has `enc_outputs`, predictions that queries were chosen from, these are
+                matched and penalised as a layer is, every object being of class 0; suffix `_enc`.
             targets: for each image `labels` (n,), int64, and `boxes` (n, 4) as normalised cx, cy, w, h.
         Returns:
             Every term, unweighted. `total` makes the weighted sum.
@@ -120,9 +122,15 @@ class SetCriterion(nn.Module):
         for layer, (prediction, match) in enumerate(zip(predictions[:-1], matches)):
             for loss in self.losses:
                 terms |= {f"{name}_{layer}": v for name, v in loss(prediction, targets, match, num_boxes).items()}
+        if "enc_outputs" in outputs:
+            proposals = outputs["enc_outputs"]
+            objects = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+            (match,) = self.matcher([proposals], objects)
+            for loss in self.losses:
+                terms |= {f"{name}_enc": v for name, v in loss(proposals, objects, match, num_boxes).items()}
         return terms
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms that training minimises, times their weights."""
-        plain = {name: name.rstrip("0123456789").rstrip("_") for name in terms}
+        plain = {name: re.sub(r"_(\d+|enc)$", "", name) for name in terms}
         return {name: term * self.weights[plain[name]] for name, term in terms.items() if plain[name] in self.weights}

@@ -34,7 +34,8 @@ class Detector(nn.Module):
             The dict that matcher, criterion and post-processing depend on, and on nothing else:
             `pred_logits` (B, Q, classes), before the sigmoid; `pred_boxes` (B, Q, 4), as centre x, centre y, width,
             height relative to the image without its padding, in [0, 1]; `aux_outputs`, a list of the same for the
-            earlier decoder layers. Decoders may predict more under names of their own, `pred_*`.
+            earlier decoder layers. Decoders may predict more under names of their own, `pred_*`. Where queries were
+            chosen from proposals, `enc_outputs` has the same predictions of all of these.
         """
         maps = self.backbone(batch.images)
         levels = self.projection(maps, batch.padding)

@@ -63,6 +63,14 @@ def join_levels(levels: Sequence[FeatureLevel]) -> tuple[Tensor, Tensor, list[tu
     return tokens, padding, [tuple(level.features.shape[2:]) for level in levels]
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, but a single image may have groups of one value, as a tiny network's coarsest map of a tiny image has;
+    PyTorch refuses that unless there are two images. The result is the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class InputProjection(nn.Module):
     """1 x 1 convolution of each backbone level to the model's width, with its padding and position encoding.
 
@@ -102,8 +110,7 @@ class InputProjection(nn.Module):
         for c in [in_channels[-1], *[hidden_dim] * (extra_levels - 1)][:extra_levels]:
             convolutions.append(nn.Conv2d(c, hidden_dim, 3, stride=2, padding=1))
         self.levels = nn.ModuleList(
-            nn.Sequential(convolution, *([nn.GroupNorm(32, hidden_dim)] if norm else []))
-            for convolution in convolutions
+            nn.Sequential(convolution, *([GroupNorm(32, hidden_dim)] if norm else [])) for convolution in convolutions
         )
         if level_embedding is None:
             level_embedding = len(convolutions) > 1

@@ -28,9 +28,34 @@ RECIPES = {
     "r50_ms_smca_e50_8gpu": (8, 2, 50, 40, ["--multiscale", "--smca"], "47.1", "55.02 M", "203"),
 }
 
+# Deformable DETR, 32 images a step, 50 epochs, drop after 40: switches; the published AP, parameters that train, and
+# all; the published GFLOPs; strides of the backbone's maps
+DEFORMABLE = {
+    "deformable_r50_single_scale": ("--num_feature_levels 1", "39.4", 33_844_193, 34_066_593, "78", [32]),
+    "deformable_r50_single_scale_dc5": (
+        "--num_feature_levels 1 --dilation", "41.5", 33_844_193, 34_066_593, "128", [16],
+    ),
+    "deformable_r50": ("", "44.5", 39_847_265, 40_069_665, "173", [8, 16, 32]),
+    "deformable_r50_refine": ("--with_box_refine", "46.2", 40_627_260, 40_849_660, "173", [8, 16, 32]),
+    "deformable_r50_refine_two_stage": (
+        "--with_box_refine --two_stage", "46.9", 40_959_129, 41_181_529, "173", [8, 16, 32],
+    ),
+}  # fmt: skip
+# Of a launcher or a cluster that may surround the tests.
+VARIABLES = (
+    "LAUNCH",
+    "COCO_PATH",
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_NNODES",
+    "NODES",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
 
 def run(script: Path, *flags: str, cwd: Path, **variables: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("LAUNCH", "COCO_PATH", "SLURM_CPUS_PER_TASK")}
+    inherited = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     environ = inherited | {"DRY_RUN": "1"} | variables
     return subprocess.run(
         ["bash", str(script), *flags], cwd=cwd, env=environ, check=True, capture_output=True, text=True
@@ -47,8 +72,8 @@ def flags_of(name: str, coco_path: str = "data/coco") -> list[str]:
 
 def test_every_script_is_tested():
     for folder in ("scripts", "scripts_slurm"):
-        found = {path.stem for path in (REPOSITORY / folder).glob("r50*.sh")}
-        assert found == set(RECIPES), folder
+        found = {path.stem for path in (REPOSITORY / folder).glob("*r50*.sh")}
+        assert found == {*RECIPES, *DEFORMABLE}, folder
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -123,6 +148,89 @@ def test_slurm_wrapper_runs_the_same_flags(name, tmp_path):
     copy = tmp_path / "slurm_script"  # what sbatch executes
     copy.write_text(text)
     assert run(copy, cwd=tmp_path, SLURM_SUBMIT_DIR=str(REPOSITORY)).split()[0] == "srun"
+
+
+def deformable_flags(name: str, *, batch: int) -> list[str]:
+    return (
+        f"main.py --model deformable_detr --batch_size {batch} {DEFORMABLE[name][0]} --epochs 50 --lr_drop 40 "
+        f"--coco_path data/coco --output_dir output/{name}"
+    ).split()
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_deformable_recipe(name, tmp_path):
+    """On one node and on two: 32 images a step either way."""
+    script = REPOSITORY / "scripts" / f"{name}.sh"
+    launch = ["torchrun", "--standalone", "--nproc_per_node=8"]
+    assert run(script, "--resume", "x", cwd=tmp_path).split() == [
+        *launch, *deformable_flags(name, batch=4), "--resume", "x",
+    ]  # fmt: skip
+    two = {"NODES": "2", "MASTER_ADDR": "first"}
+    for rank in "01":
+        launch = f"torchrun --nnodes=2 --node_rank={rank} --master_addr=first --master_port=29500 --nproc_per_node=8"
+        wanted = [*launch.split(), *deformable_flags(name, batch=2)]
+        assert run(script, cwd=tmp_path, NODE_RANK=rank, **two).split() == wanted
+
+    _, ap, trainable, total, gflops, _ = DEFORMABLE[name]
+    text = script.read_text()
+    assert "8 GPUs x 4 images, or 2 nodes x 8 GPUs x 2 images" in text
+    assert f"published: {ap};" in text
+    assert f"{trainable / 1e6:.2f} M (all: {total / 1e6:.2f} M)\n" in text
+    assert re.search(rf"GFLOPs +published: {gflops};", text)
+    assert text.count("measured by us: not yet") == 2
+    assert f"bash scripts/{name}.sh" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"NODES": "3"}, "NODES=3"),
+        ({"NODES": "two"}, "NODES=two"),
+        ({"NODES": "2", "MASTER_ADDR": "first"}, "NODE_RANK"),
+        ({"NODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR"),
+    ],
+)
+def test_nodes_that_do_not_fit(variables, said, tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(REPOSITORY / "scripts" / "deformable_r50.sh", cwd=tmp_path, **variables)
+    assert said in failed.value.stderr
+    assert failed.value.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_deformable_recipe_builds_the_published_model(name, tmp_path):
+    _, _, trainable, total, _, strides = DEFORMABLE[name]
+    printed = run(REPOSITORY / "scripts" / f"{name}.sh", cwd=tmp_path)
+    args = main.build_parser().parse_args(shlex.split(printed.partition(" main.py ")[2]))
+    main.check_settings(args)
+    published = PUBLISHED_DEFAULTS | {
+        "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+        "lr_linear_proj_mult": 0.1, "dim_feedforward": 1024, "input_proj_norm": "group", "enc_n_points": 4,
+        "dec_n_points": 4, "epochs": 50, "lr_drop": 40, "batch_size": 4,
+        "num_feature_levels": 4 if len(strides) > 1 else 1, "sam_resample": "off",
+    }  # fmt: skip
+    assert {key: getattr(args, key) for key in published} == published
+    with torch.device("meta"):
+        detector = build_model(args)[0]
+    assert sum(p.numel() for p in detector.parameters()) == total
+    assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == trainable
+    assert detector.backbone.strides == strides
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_deformable_slurm_wrapper(name, tmp_path):
+    """sbatch --nodes=2 is all that two nodes need: tasks are counted by node, and the batch follows."""
+    script = REPOSITORY / "scripts_slurm" / f"{name}.sh"
+    for variables, batch in (({}, 4), ({"SLURM_NNODES": "1"}, 4), ({"SLURM_NNODES": "2"}, 2)):
+        launch = ["srun", "--kill-on-bad-exit=1", "python"]
+        assert run(script, "--eval", cwd=tmp_path, **variables).split() == [
+            *launch, *deformable_flags(name, batch=batch), "--eval",
+        ]  # fmt: skip
+    text = script.read_text()
+    head = dict(re.findall(r"^#SBATCH --([\w-]+)=(.+)$", text, re.MULTILINE))
+    assert head.keys() == {"job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "time", "output"}
+    assert (head["job-name"], head["nodes"], head["ntasks-per-node"], head["gres"]) == (name, "1", "8", "gpu:8")
+    assert text.index("#SBATCH") < text.index("\nhere=")
 
 
 def test_recipes_start_in_the_repository(tmp_path):

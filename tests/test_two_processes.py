@@ -12,6 +12,7 @@ import torch
 from helpers import (
     MULTISCALE,
     TINY,
+    TINY_DEFORMABLE,
     build_tiny,
     command,
     damage,
@@ -39,6 +40,8 @@ CASES = [
     ((3, 0, 1, 2), [*TINY, "--no_aux_loss"]),
     ((1, 4, 0, 0), MULTISCALE),
     ((3, 0, 1, 2), [*MULTISCALE, "--no_aux_loss"]),
+    ((3, 0, 1, 2), TINY_DEFORMABLE),
+    ((1, 4, 0, 0), [*TINY_DEFORMABLE, "--with_box_refine", "--two_stage"]),
 ]
 
 

@@ -19,7 +19,12 @@ import numpy as np
 VARIANTS = (
     "r50_e12", "r50_e50", "r50_smca_e12", "r50_smca_e50", "r50_dc5_smca_e50", "r50_ms_e50", "r50_ms_smca_e50",
 )  # fmt: skip
-FAMILIES = {"sam_detr": VARIANTS}
+FAMILIES = {
+    "sam_detr": VARIANTS,
+    "deformable_detr": (
+        "single_scale", "single_scale_dc5", "multi_scale", "multi_scale_refine", "multi_scale_refine_two_stage",
+    ),
+}  # fmt: skip
 INITIALISED = ("r50_smca_e12", "r50_e50", "r50_ms_smca_e50")
 EVERY = 7  # of the queries' logits
 HERE = Path(__file__).parent

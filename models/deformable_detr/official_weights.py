@@ -1,0 +1,99 @@
+"""Names of the official Deformable DETR checkpoints <-> names here.
+
+The official model lists one class head and one box head for every layer, also where all layers share them, and hangs
+the heads of refined models in two places; the pair after the last layer's makes proposals. Here each parameter has one
+name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from models.weight_names import translate
+
+# (official, ours), for `translate`. The norms are numbered by their use here, and after their making there.
+_RULES = [
+    ("backbone.0.body.", "backbone.body."),
+    ("input_proj.{i}.", "projection.levels.{i}."),
+    ("transformer.level_embed", "projection.level_embedding"),
+    ("transformer.encoder.layers.{i}.self_attn.", "encoder.layers.{i}.self_attention."),
+    ("transformer.encoder.layers.{i}.linear", "encoder.layers.{i}.feed_forward.linear"),
+    ("transformer.encoder.layers.{i}.norm", "encoder.layers.{i}.norm"),
+    ("transformer.decoder.layers.{i}.self_attn.", "decoder.layers.{i}.self_attention."),
+    ("transformer.decoder.layers.{i}.norm2.", "decoder.layers.{i}.norm1."),
+    ("transformer.decoder.layers.{i}.cross_attn.", "decoder.layers.{i}.cross_attention."),
+    ("transformer.decoder.layers.{i}.norm1.", "decoder.layers.{i}.norm2."),
+    ("transformer.decoder.layers.{i}.linear", "decoder.layers.{i}.feed_forward.linear"),
+    ("transformer.decoder.layers.{i}.norm3.", "decoder.layers.{i}.norm3."),
+    ("query_embed.weight", "decoder.queries.embedding"),
+    ("transformer.reference_points.", "decoder.queries.reference_points."),
+    ("transformer.enc_output.", "decoder.queries.memory_projection."),
+    ("transformer.enc_output_norm.", "decoder.queries.memory_norm."),
+    ("transformer.pos_trans.", "decoder.queries.box_projection."),
+    ("transformer.pos_trans_norm.", "decoder.queries.box_norm."),
+]
+_HEADS = {"class_embed": "class_head", "bbox_embed": "box_head"}
+_OUR_HEAD_NAME = re.compile(r"decoder\.(queries\.)?(?P<kind>class|box)_heads?\.((?P<number>\d+)\.)?(?P<rest>.*)")
+_HEAD_NAME = re.compile(rf"(transformer\.decoder\.)?({'|'.join(_HEADS)})\.(\d+)\.(.*)")
+
+
+def is_official(names: Iterable[str]) -> bool:
+    """Whether these are the names of an official Deformable DETR file."""
+    return any(re.match(r"transformer\.decoder\.layers\.\d+\.cross_attn\.sampling_offsets", name) for name in names)
+
+
+def from_official(names: Iterable[str]) -> dict[str, str]:
+    """Our name of each official parameter or buffer of a model; names that are none stay.
+
+    Several official names may be one parameter of ours. They come in the order in which loading the official file
+    copies them: the last one wins.
+    """
+    names = list(names)
+    refined = any(name.startswith("transformer.decoder.bbox_embed.") for name in names)
+    layers = {match[1] for match in map(re.compile(r"transformer\.decoder\.layers\.(\d+)\.").match, names) if match}
+    ours = {}
+    for name in sorted(names, key=_loading_order):
+        head = _HEAD_NAME.fullmatch(name)
+        if not head:
+            ours[name] = translate(name, _RULES) or name
+            continue
+        _, kind, number, rest = head.groups()
+        if refined and number not in layers:
+            ours[name] = f"decoder.queries.{_HEADS[kind]}.{rest}"
+        else:
+            ours[name] = f"decoder.{_HEADS[kind]}s.{number if refined else 0}.{rest}"
+    return ours
+
+
+def _loading_order(name: str) -> tuple[bool, int]:
+    head = _HEAD_NAME.fullmatch(name)
+    return (not head[1], int(head[3])) if head else (False, 0)
+
+
+def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict under our names; names without a counterpart stay, to be reported on loading."""
+    return {name: state[official] for official, name in from_official(state).items()}
+
+
+def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the official names, every alias included."""
+    numbers = {match[1] for match in map(re.compile(r"decoder\.layers\.(\d+)\.").match, state) if match}
+    two_stage = any(name.startswith("decoder.queries.box_head.") for name in state)
+    refined = two_stage or any(name.startswith("decoder.box_heads.1.") for name in state)
+    ours_to_theirs = [(ours, official) for official, ours in _RULES]
+    official = {}
+    for name, tensor in state.items():
+        head = _OUR_HEAD_NAME.fullmatch(name)
+        if not head:
+            official[translate(name, ours_to_theirs)] = tensor
+            continue
+        kind = "class_embed" if head["kind"] == "class" else "bbox_embed"
+        number = head["number"] or str(len(numbers))
+        for alias in [number] if refined else numbers:
+            official[f"{kind}.{alias}.{head['rest']}"] = tensor
+        if two_stage or (refined and kind == "bbox_embed"):
+            official[f"transformer.decoder.{kind}.{number}.{head['rest']}"] = tensor
+    return official
