@@ -81,14 +81,7 @@ def build_deformable_detr(args: Namespace) -> Detector:
         raise ValueError("--two_stage needs --with_box_refine: proposals are boxes to refine; add that flag")
     # The coarsest stages up to the last one used; what is missing to the number of levels is made of that one.
     stages = range(3, args.backbone_level + 1)[-args.num_feature_levels :]
-    backbone = Backbone(
-        name=args.backbone,
-        levels=stages,
-        dilation=args.dilation,
-        norm=args.backbone_norm,
-        freeze_stem=args.backbone_norm == "frozen",
-        trainable=args.lr_backbone > 0,
-    )
+    backbone = _build_backbone(args, levels=tuple(stages))
     projection = InputProjection(
         in_channels=backbone.num_channels,
         hidden_dim=args.hidden_dim,
