@@ -47,6 +47,8 @@ VARIABLES = (
     "COCO_PATH",
     "SLURM_CPUS_PER_TASK",
     "SLURM_NNODES",
+    "SLURM_NTASKS_PER_NODE",
+    "GPUS_PER_NODE",
     "NODES",
     "NODE_RANK",
     "MASTER_ADDR",
@@ -184,8 +186,8 @@ def test_deformable_recipe(name, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"NODES": "3"}, "NODES=3"),
-        ({"NODES": "two"}, "NODES=two"),
+        ({"NODES": "3"}, "NODES=3 GPUS_PER_NODE=8: 32 images a step"),
+        ({"GPUS_PER_NODE": "5"}, "GPUS_PER_NODE=5"),
         ({"NODES": "2", "MASTER_ADDR": "first"}, "NODE_RANK"),
         ({"NODES": "2", "NODE_RANK": "1"}, "MASTER_ADDR"),
     ],
