@@ -136,6 +136,40 @@ def build_parser() -> Parser:
     group.add_argument("--giou_loss_coef", default=2.0, type=number)
     group.add_argument("--focal_alpha", default=0.25, type=number)
 
+    group = parser.add_argument_group("SAP-DETR (with --resume, what is not given comes from the checkpoint)")
+    group.add_argument("--num_select", default=300, type=whole, help="detections kept of an image")
+    group.add_argument(
+        "--transformer_activation", default="relu", choices=("relu", "prelu"), help="of the feed-forward branches"
+    )
+    group.add_argument(
+        "--meshgrid_refpoints_xy", action="store_true", help="points start as a grid; always so, nothing else exists"
+    )
+    group.add_argument("--newconvinit", action="store_true", help="queries start as the features at their points")
+    group.add_argument("--sdg", action="store_true", help="side-directed Gaussian")
+    group.add_argument(
+        "--bbox_embed_diff_each_layer", action="store_true", help="distance and point heads of its own for each layer"
+    )
+    group.add_argument("--obj_loss_coef", default=1.0, type=number, help="of the objectness loss")
+    group.add_argument("--inner_loss_coef", default=2.0, type=number, help="of loss_inner, which has no gradient")
+    group.add_argument(
+        "--point_reference",
+        default="late",
+        choices=("late", "current"),
+        help="which points a layer's heads move: late (published), those that entered the layer before",
+    )
+    group.add_argument(
+        "--head_cell",
+        default="published",
+        choices=("published", "grid"),
+        help="how far heads move a point: published, 1/20 of the image but for 306 queries; grid, a cell of the grid",
+    )
+    group.add_argument(
+        "--objectness_target",
+        default="attached",
+        choices=("attached", "detached"),
+        help="whether boxes learn from the IoU that objectness should tell: attached (published), they do",
+    )
+
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", default="coco", help="format of the data set; coco is the only one")
     group.add_argument("--coco_path", default="data/coco", help="folder with train2017/, val2017/ and annotations/")
@@ -173,10 +207,11 @@ def build_parser() -> Parser:
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
     at_least = {
-        1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries eval_size max_size "
-        "eval_every_epoch save_every_epoch print_every",
+        1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
+        "max_size eval_every_epoch save_every_epoch print_every",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
-        "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef",
+        "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
+        "obj_loss_coef inner_loss_coef",
     }
     for least, names in at_least.items():
         for name in names.split():
