@@ -75,6 +75,11 @@ def build_parser() -> Parser:
     group.add_argument("--lr_schedule", default="step", choices=SCHEDULES, help="how the learning rate falls")
     group.add_argument("--warmup_iters", default=0, type=whole, help="iterations of linear warm-up")
     group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
+    group.add_argument(
+        "--legacy_no_zero_grad",
+        action="store_true",
+        help="never zero gradients: add to the last step's, as the published SAP-DETR does",
+    )
 
     group = parser.add_argument_group("network (with --resume, what is not given comes from the checkpoint)")
     group.add_argument(
@@ -264,6 +269,13 @@ def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint:
             setattr(args, name, value)
 
 
+def refuse_settings_of_others(args: argparse.Namespace, given: set[str]) -> None:
+    """Raise ValueError for a given setting that shapes the networks of other families alone."""
+    for name, family in FAMILIES.items():
+        for setting in sorted(given & (set(family.settings) - set(FAMILIES[args.model].settings))):
+            raise ValueError(f"--{setting} is a setting of {name} and means nothing to {args.model}; leave it out")
+
+
 def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
     """The classes that a checkpoint was trained for; official files have none, but those of COCO are known."""
     num_classes = checkpoint["settings"].get("num_classes")
@@ -302,6 +314,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, An
         group["lr"], group["initial_lr"] = lr, initial_lr
 
 
+def restore_gradients(network: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take over the gradients of the last step, if the checkpoint has them."""
+    gradients = checkpoint.get("gradients", {})
+    for name, weight in network.named_parameters():
+        if name in gradients:
+            weight.grad = gradients[name].to(weight)
+
+
 def run(args: argparse.Namespace, given: set[str]) -> None:
     """Everything after the command line. `given` are the names of the flags that the user passed. Raises ValueError."""
     check_settings(args)
@@ -315,6 +335,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     if checkpoint:
         take_network_settings(args, given, checkpoint)
         categories = checkpoint_categories(checkpoint)
+    refuse_settings_of_others(args, given)
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = build_dataset("val", args, categories)
@@ -403,6 +424,8 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:
             restore_optimizer(optimizer, checkpoint, source=args.resume)
+            if args.legacy_no_zero_grad:
+                restore_gradients(network, checkpoint)
 
     if args.start_epoch >= args.epochs:
         log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
@@ -420,6 +443,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             device=device,
             epoch=epoch,
             clip_max_norm=args.clip_max_norm,
+            zero_grad=not args.legacy_no_zero_grad,
             print_every=args.print_every,
         )
         if output and is_main():
@@ -434,6 +458,10 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
                 "settings": settings,
                 "categories": categories.to_list(),
             }
+            if args.legacy_no_zero_grad:  # what the next step adds to
+                content["gradients"] = {
+                    name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
+                }
             save_file(content, output / "checkpoint.pth")
             if (epoch + 1) % args.save_every_epoch == 0:
                 save_file(content, output / f"checkpoint{epoch:04}.pth")
