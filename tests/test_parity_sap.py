@@ -175,7 +175,7 @@ def test_float32(case):
         np.testing.assert_allclose(in_float32.losses[name], wanted, err_msg=name, **FLOAT32)
 
 
-# All parameters: 50,391,687 with the published flags, of which 222,400 of the backbone and 612 of the points are frozen.
+# With the published flags 50,391,687, of which 222,400 of the backbone and 612 of the points are frozen.
 @pytest.mark.parametrize(
     ("change", "total"),
     [
