@@ -269,11 +269,11 @@ def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint:
             setattr(args, name, value)
 
 
-def refuse_settings_of_others(args: argparse.Namespace, given: set[str]) -> None:
-    """Raise ValueError for a given setting that shapes the networks of other families alone."""
-    for name, family in FAMILIES.items():
-        for setting in sorted(given & (set(family.settings) - set(FAMILIES[args.model].settings))):
-            raise ValueError(f"--{setting} is a setting of {name} and means nothing to {args.model}; leave it out")
+def check_family(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags of other families, which would have no effect. Raises ValueError."""
+    others = {name for family in FAMILIES.values() for name in family.settings}
+    for name in sorted(given & others - set(FAMILIES[args.model].settings)):
+        raise ValueError(f"--{name} has no effect on --model {args.model}; leave it out, or choose another model")
 
 
 def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
@@ -335,7 +335,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     if checkpoint:
         take_network_settings(args, given, checkpoint)
         categories = checkpoint_categories(checkpoint)
-    refuse_settings_of_others(args, given)
+    check_family(args, given)
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = build_dataset("val", args, categories)

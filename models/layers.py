@@ -56,6 +56,14 @@ def valid_ratio(padding: Tensor) -> Tensor:
     return torch.stack([valid[:, 0, :].mean(1), valid[:, :, 0].mean(1)], -1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, but a single image may have groups of one value, as a tiny network's coarsest map of a tiny image has;
+    PyTorch refuses that unless there are two images. The result is the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class InputProjection(nn.Module):
     """1 x 1 convolution of each backbone level to the model's width, with its padding and position encoding.
 

@@ -386,10 +386,11 @@ def test_order_of_queries_and_company_in_the_batch_do_not_matter():
 @pytest.mark.parametrize("flags", [[], ["--dilation", "--backbone", "resnet50", "--backbone_level", "5"]])
 def test_images_of_any_size(size, flags):
     network = tiny("--backbone_norm", "frozen", *flags)
-    for layer in layers_of(network(pad_images([torch.randn(3, *size).double(), torch.randn(3, 32, 48).double()]))):
-        assert all(torch.isfinite(value).all() for value in layer.values())
-        low, high = layer["pred_points"].aminmax()
-        assert 0 <= low <= high <= 1
+    for others in ([], [torch.randn(3, 32, 48).double()]):
+        for layer in layers_of(network(pad_images([torch.randn(3, *size).double(), *others]))):
+            assert all(torch.isfinite(value).all() for value in layer.values())
+            low, high = layer["pred_points"].aminmax()
+            assert 0 <= low <= high <= 1
     layer["pred_boxes"].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend, merge_heads, split_heads
-from models.layers import MLP, FeatureLevel, FeedForward, copies, xavier_matrices
+from models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
 from models.position_encoding import sine_encoding
 from models.sap_detr.points import (
     PUBLISHED_QUERIES,
@@ -317,5 +317,5 @@ class SAPDecoder(nn.Module):
 
 def _convolutions(width: int) -> nn.Sequential:
     """Three of 3 x 3, each with a GroupNorm of 32 groups and ReLU."""
-    parts = [(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(32, width), nn.ReLU()) for _ in range(3)]
+    parts = [(nn.Conv2d(width, width, 3, padding=1), GroupNorm(32, width), nn.ReLU()) for _ in range(3)]
     return nn.Sequential(*(module for part in parts for module in part))
