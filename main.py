@@ -206,6 +206,9 @@ def build_parser() -> Parser:
         "--world_size", default=1, type=whole, help="number of processes, where the launcher does not tell"
     )
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=0, type=whole, help="of torch.distributed.launch; LOCAL_RANK tells it"
+    )
     return parser
 
 

@@ -9,4 +9,6 @@ shift
 
 # One failed task ends all, which would wait for it otherwise. srun does not take over sbatch's CPUs per task by itself.
 export LAUNCH="srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} python"
+export NODES=${SLURM_NNODES:-1} # for recipes whose batch depends on it
+[[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || export GPUS_PER_NODE=$SLURM_NTASKS_PER_NODE
 exec bash "$(dirname "${BASH_SOURCE[0]}")/../scripts/$recipe.sh" "$@"
