@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import main
 from models.build import FAMILIES, build_model
 from models.encoder import DenseEncoderLayer
-from models.layers import FeedForward
+from models.layers import FeatureLevel, FeedForward
 from models.matcher import Matches
 from models.position_encoding import grid_points
 from models.postprocess import postprocess
@@ -335,6 +335,23 @@ def test_what_the_heads_refer_to(flags, queries, head_cell, late):
         low, high = points - distances[..., :2], points + distances[..., 2:]
         torch.testing.assert_close(predicted["pred_boxes"], torch.cat([(low + high) / 2, high - low], -1), **EXACT)
     assert (layers[1]["pred_points"] - layers[0]["pred_points"]).abs().max() > 1e-6
+
+
+def test_queries_start_as_the_features_at_their_points():
+    """Of the map with its padding, between the centres of cells; what lies outside counts as 0."""
+    decoder = tiny().decoder
+    decoder.initial_content = nn.Identity()
+    height, width = 6, 10
+    rows, columns = torch.arange(height).double() + 0.5, torch.arange(width).double() + 0.5
+    features = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width)])[None]
+    padding = torch.zeros(1, height, width, dtype=torch.bool)
+    padding[:, 4:] = padding[:, :, 7:] = True
+    level = FeatureLevel(features, padding, features)
+    points = torch.tensor([[[0.5, 0.5], [0.23, 0.81], [0.95, 0.1], [0.001, 0.5]]], dtype=torch.float64)
+    wanted = points * torch.tensor([width, height])
+    # A hundredth of a cell from the left edge, 0.49 of the weight is outside the map.
+    wanted[0, 3] = 0.51 * torch.tensor([0.5, 3]).double()
+    torch.testing.assert_close(decoder._start(level, points), wanted, **EXACT)
 
 
 @pytest.mark.parametrize("late", [True, False])

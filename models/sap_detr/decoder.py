@@ -164,7 +164,9 @@ class SAPDecoderLayer(nn.Module):
 class SAPDecoder(nn.Module):
     """Decoder layers, and the points and side distances that they refine.
 
-    The published form is the default. Where it does what hardly was meant, a keyword has the corrected form.
+    The published form is the default. Where it does what hardly was meant, a keyword has the corrected form. One oddity
+    has none: points and boxes are learned relative to the image, as targets are, but address the map with its padding.
+    So a prediction depends on how much padding the batch adds; a batch of images of one size has none.
 
     Args:
         layer: the first layer; the others start as copies of it.
