@@ -24,12 +24,14 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     clip_max_norm: float,
+    zero_grad: bool = True,
     print_every: int,
 ) -> dict[str, float]:
     """Train on every batch of `loader`; `scheduler` steps after each.
 
     Args:
         clip_max_norm: largest norm of all gradients together; 0 leaves them as they are.
+        zero_grad: whether every step starts from gradients of zero; False adds to what the last step left, clipped.
         print_every: iterations between two lines where the output is no terminal.
     Returns:
         Averages over the epoch and all processes: `loss`, each weighted term, each unweighted one with the suffix
@@ -47,7 +49,8 @@ def train_one_epoch(
         loss, metrics = _losses(criterion, model(images), targets)
         if not torch.isfinite(loss):
             raise ValueError(_not_finite(metrics, targets, epoch=epoch, iteration=iteration))
-        optimizer.zero_grad(set_to_none=True)
+        if zero_grad:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if clip_max_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)

@@ -82,6 +82,11 @@ def build_parser() -> Parser:
     group.add_argument("--lr_schedule", default="step", choices=SCHEDULES, help="how the learning rate falls")
     group.add_argument("--warmup_iters", default=0, type=whole, help="iterations of linear warm-up")
     group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
+    group.add_argument(
+        "--legacy_no_zero_grad",
+        action="store_true",
+        help="never zero gradients: add to the last step's, as the published SAP-DETR does",
+    )
 
     group = parser.add_argument_group("network (with --resume, what is not given comes from the checkpoint)")
     group.add_argument(
@@ -164,6 +169,40 @@ def build_parser() -> Parser:
     group.add_argument("--giou_loss_coef", default=2.0, type=number)
     group.add_argument("--focal_alpha", default=0.25, type=number)
 
+    group = parser.add_argument_group("SAP-DETR (with --resume, what is not given comes from the checkpoint)")
+    group.add_argument("--num_select", default=300, type=whole, help="detections kept of an image")
+    group.add_argument(
+        "--transformer_activation", default="relu", choices=("relu", "prelu"), help="of the feed-forward branches"
+    )
+    group.add_argument(
+        "--meshgrid_refpoints_xy", action="store_true", help="points start as a grid; always so, nothing else exists"
+    )
+    group.add_argument("--newconvinit", action="store_true", help="queries start as the features at their points")
+    group.add_argument("--sdg", action="store_true", help="side-directed Gaussian")
+    group.add_argument(
+        "--bbox_embed_diff_each_layer", action="store_true", help="distance and point heads of its own for each layer"
+    )
+    group.add_argument("--obj_loss_coef", default=1.0, type=number, help="of the objectness loss")
+    group.add_argument("--inner_loss_coef", default=2.0, type=number, help="of loss_inner, which has no gradient")
+    group.add_argument(
+        "--point_reference",
+        default="late",
+        choices=("late", "current"),
+        help="which points a layer's heads move: late (published), those that entered the layer before",
+    )
+    group.add_argument(
+        "--head_cell",
+        default="published",
+        choices=("published", "grid"),
+        help="how far heads move a point: published, 1/20 of the image but for 306 queries; grid, a cell of the grid",
+    )
+    group.add_argument(
+        "--objectness_target",
+        default="attached",
+        choices=("attached", "detached"),
+        help="whether boxes learn from the IoU that objectness should tell: attached (published), they do",
+    )
+
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_file", default="coco", help="format of the data set; coco is the only one")
     group.add_argument("--coco_path", default="data/coco", help="folder with train2017/, val2017/ and annotations/")
@@ -196,16 +235,20 @@ def build_parser() -> Parser:
         "--world_size", default=1, type=whole, help="number of processes, where the launcher does not tell"
     )
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument(
+        "--local_rank", "--local-rank", default=0, type=whole, help="of torch.distributed.launch; LOCAL_RANK tells it"
+    )
     return parser
 
 
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
     at_least = {
-        1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries eval_size max_size "
-        "num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every",
+        1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
+        "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
-        "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef",
+        "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
+        "obj_loss_coef inner_loss_coef",
     }
     for least, names in at_least.items():
         for name in names.split():
@@ -299,6 +342,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, An
         ) from None
     for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
         group["lr"], group["initial_lr"] = lr, initial_lr
+
+
+def restore_gradients(network: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Take over the gradients of the last step, if the checkpoint has them."""
+    gradients = checkpoint.get("gradients", {})
+    for name, weight in network.named_parameters():
+        if name in gradients:
+            weight.grad = gradients[name].to(weight)
 
 
 def run(args: argparse.Namespace, given: set[str]) -> None:
@@ -403,6 +454,8 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:
             restore_optimizer(optimizer, checkpoint, source=args.resume)
+            if args.legacy_no_zero_grad:
+                restore_gradients(network, checkpoint)
 
     if args.start_epoch >= args.epochs:
         log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
@@ -420,6 +473,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             device=device,
             epoch=epoch,
             clip_max_norm=args.clip_max_norm,
+            zero_grad=not args.legacy_no_zero_grad,
             print_every=args.print_every,
         )
         if output and is_main():
@@ -434,6 +488,10 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
                 "settings": settings,
                 "categories": categories.to_list(),
             }
+            if args.legacy_no_zero_grad:  # what the next step adds to
+                content["gradients"] = {
+                    name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
+                }
             save_file(content, output / "checkpoint.pth")
             if (epoch + 1) % args.save_every_epoch == 0:
                 save_file(content, output / f"checkpoint{epoch:04}.pth")

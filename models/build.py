@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from functools import partial
 from http.client import HTTPException
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor
 
@@ -26,6 +28,19 @@ from models.postprocess import postprocess
 from models.sam_detr import official_weights as sam_detr_weights
 from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from models.sam_detr.semantics_aligner import SemanticsAligner
+from models.sap_detr import official_weights as sap_detr_weights
+from models.sap_detr.decoder import TEMPERATURE as SAP_DETR_TEMPERATURE
+from models.sap_detr.decoder import SAPDecoder, SAPDecoderLayer
+from models.sap_detr.losses import (
+    OUTSIDE,
+    corner_box_losses,
+    corner_l1_cost,
+    inner_loss,
+    object_class_cost,
+    object_loss,
+    outside_cost,
+)
+from models.sap_detr.losses import giou_cost as sap_giou_cost
 from util.checkpoint import read_file
 
 # Settings that shape every network and its input in evaluation: a checkpoint brings its own, so that evaluation and
@@ -156,6 +171,54 @@ def _build_aligner(args: Namespace) -> SemanticsAligner | None:
     )
 
 
+def build_sap_detr(args: Namespace) -> Detector:
+    """SAP-DETR (CVPR 2023): queries are salient points of a grid with distances to the sides of their boxes."""
+    _check_widths(args)
+    backbone = _build_backbone(args, levels=(args.backbone_level,))
+    projection = InputProjection(
+        in_channels=backbone.num_channels,
+        hidden_dim=args.hidden_dim,
+        norm=input_proj_norm(args) == "group",
+        temperature=SAP_DETR_TEMPERATURE,
+        centred=False,
+    )
+    sizes = {
+        "hidden_dim": args.hidden_dim,
+        "num_heads": args.nheads,
+        "feedforward_dim": args.dim_feedforward,
+        "dropout": args.dropout,
+        "activation": args.transformer_activation,
+    }
+    decoder = SAPDecoder(
+        layer=SAPDecoderLayer(**sizes, gaussian=args.sdg),
+        num_layers=args.dec_layers,
+        num_queries=args.num_queries,
+        num_classes=args.num_classes,
+        content_from_points=args.newconvinit,
+        share_box_heads=not args.bbox_embed_diff_each_layer,
+        point_reference=args.point_reference,
+        head_cell=args.head_cell,
+    )
+    encoder = DenseEncoder(num_layers=args.enc_layers, **sizes, scale_position=True)
+    return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
+
+
+def sap_detr_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What official files do not tell, or tell only with their flags."""
+    told: dict[str, Any] = {
+        "input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none",
+        "sdg": "decoder.layers.0.gaussian.head.layers.0.bias" in state,
+        "newconvinit": "decoder.initial_content.0.bias" in state,
+        "transformer_activation": "prelu" if "decoder.layers.0.feed_forward.activation.weight" in state else "relu",
+    }
+    if "decoder.class_heads.0.layers.2.bias" in state:
+        told["num_classes"] = len(state["decoder.class_heads.0.layers.2.bias"])
+    heads = [state[name] for name in state if re.fullmatch(r"decoder\.distance_heads\.\d+\.layers\.2\.bias", name)]
+    if any(not torch.equal(head, heads[0]) for head in heads):
+        told["bbox_embed_diff_each_layer"] = True
+    return told
+
+
 def _build_backbone(args: Namespace, *, levels: tuple[int, ...]) -> Backbone:
     return Backbone(
         name=args.backbone,
@@ -202,6 +265,35 @@ def build_criterion(args: Namespace) -> SetCriterion:
         losses=[focal_loss(alpha=args.focal_alpha), box_losses, cardinality_error],
         final_losses=[class_error],
         weights={"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef},
+        auxiliary=args.aux_loss,
+    )
+
+
+def build_sap_criterion(args: Namespace) -> SetCriterion:
+    matcher = HungarianMatcher(
+        costs=[
+            (args.set_cost_class, object_class_cost(alpha=args.focal_alpha)),
+            (args.set_cost_bbox, corner_l1_cost),
+            (args.set_cost_giou, sap_giou_cost),
+            (OUTSIDE, outside_cost),
+        ]
+    )
+    return SetCriterion(
+        matcher=matcher,
+        losses=[
+            focal_loss(alpha=args.focal_alpha),
+            corner_box_losses,
+            object_loss(alpha=args.focal_alpha, detach_target=args.objectness_target == "detached"),
+            inner_loss,
+        ],
+        final_losses=[class_error],
+        weights={
+            "loss_ce": args.cls_loss_coef,
+            "loss_bbox": args.bbox_loss_coef,
+            "loss_giou": args.giou_loss_coef,
+            "loss_ce_obj": args.obj_loss_coef,
+            "loss_inner": args.inner_loss_coef,
+        },
         auxiliary=args.aux_loss,
     )
 
@@ -266,6 +358,22 @@ FAMILIES: dict[str, Family] = {
             "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
             "dim_feedforward": 1024, "input_proj_norm": "group", "sam_resample": "off",
         },
+    ),
+    "sap_detr": Family(
+        build=build_sap_detr,
+        criterion=build_sap_criterion,
+        settings=(
+            "backbone_level", "input_proj_norm", "num_select", "transformer_activation", "meshgrid_refpoints_xy",
+            "newconvinit", "sdg", "bbox_embed_diff_each_layer", "point_reference", "head_cell", "objectness_target",
+        ),
+        from_weights=sap_detr_settings,
+        is_official=sap_detr_weights.is_official,
+        convert_official=sap_detr_weights.convert_official,
+        defaults={
+            "num_queries": 306, "dropout": 0.0, "input_proj_norm": "none", "meshgrid_refpoints_xy": True,
+            "cls_loss_coef": 1.0, "warmup_iters": 1000,
+        },
+        top_k=lambda args: args.num_select,
     ),
 }  # fmt: skip
 

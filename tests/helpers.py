@@ -31,6 +31,11 @@ TINY_DEFORMABLE = shlex.split(
     "--hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 10 "
     "--num_feature_levels 3 --enc_n_points 2 --dec_n_points 3"
 )
+TINY_SAP = shlex.split(
+    "-m sap_detr --backbone resnet18 --backbone_level 4 --backbone_norm learned --backbone_weights none "
+    "--hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 3 --num_queries 16 --warmup_iters 0 "
+    "--meshgrid_refpoints_xy --newconvinit --sdg --bbox_embed_diff_each_layer"
+)
 TINY_DATA = shlex.split("--train_sizes 64 --eval_size 64 --no_crop --batch_size 4 --num_workers 0 --device cpu")
 
 

@@ -13,6 +13,7 @@ from helpers import (
     MULTISCALE,
     TINY,
     TINY_DEFORMABLE,
+    TINY_SAP,
     build_tiny,
     command,
     damage,
@@ -25,7 +26,7 @@ from helpers import (
 from torch import multiprocessing
 
 import main
-from models.build import build_criterion
+from models.build import FAMILIES
 from util.distributed import init_distributed, shutdown
 from util.padded_images import pad_images
 
@@ -42,6 +43,7 @@ CASES = [
     ((3, 0, 1, 2), [*MULTISCALE, "--no_aux_loss"]),
     ((3, 0, 1, 2), TINY_DEFORMABLE),
     ((1, 4, 0, 0), [*TINY_DEFORMABLE, "--with_box_refine", "--two_stage"]),
+    ((3, 0, 1, 2), TINY_SAP),
 ]
 
 
@@ -69,7 +71,7 @@ def losses_and_gradients(counts, network, part: slice, wrap=lambda network, **_:
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
     network = build_tiny(network=flags)[0].double().train()
     args = main.build_parser().parse_args(flags)
-    criterion = build_criterion(args).train()
+    criterion = FAMILIES[args.model].criterion(args).train()
     images, targets = batch(counts, part)
     model = wrap(network, find_unused_parameters=not args.aux_loss)  # as main.py does
     losses = criterion.weighted(criterion(model(images), targets))

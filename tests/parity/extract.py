@@ -4,7 +4,8 @@
 
 Kept, in float64 as they are: of the class logits every seventh query, in all decoder layers and both images; all
 boxes, assignments and detections; all loss terms, gradient norms, parameter names and shapes; and the statistics of
-SAM-DETR's initialisation outside the backbone. What the models of a family have in common is written once.
+SAM-DETR's initialisation outside the backbone. Of SAP-DETR, which has more queries, every eleventh and of these all
+predictions. What the models of a family have in common is written once.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ FAMILIES = {
     "deformable_detr": (
         "single_scale", "single_scale_dc5", "multi_scale", "multi_scale_refine", "multi_scale_refine_two_stage",
     ),
+    "sap_detr": ("r50", "r50_dc5", "r50_live", "r50_live_q49"),
 }  # fmt: skip
 INITIALISED = ("r50_smca_e12", "r50_e50", "r50_ms_smca_e50")
 EVERY = 7  # of the queries' logits
+# Of SAP-DETR's queries, and in all that they predict; prime to the grid's 18 columns and to 49.
+SAP_EVERY, SAP_SPARSE = 11, ("pred_logits", "pred_boxes", "pred_objs", "pred_points")
 HERE = Path(__file__).parent
 
 
@@ -78,9 +82,13 @@ def reduce(folder: Path, family: str) -> tuple[dict, dict[str, np.ndarray]]:
             "without": [name for name in state if name not in own],
             "other_shapes": {name: shape for name, shape in own.items() if shape != state[name]},
         }
-        fewer = {name: values[name][:, ::EVERY] for name in ("enc_pred_logits",) if name in values}
-        values = values | {"queries": values["queries"][::EVERY], "pred_logits": values["pred_logits"][:, :, ::EVERY]}
-        values |= fewer
+        if family == "sap_detr":
+            values = values | {name: values[name][..., ::SAP_EVERY, :] for name in SAP_SPARSE}
+            values["queries"] = values["queries"][::SAP_EVERY]
+        else:
+            fewer = {name: values[name][:, ::EVERY] for name in ("enc_pred_logits",) if name in values}
+            fewer["pred_logits"] = values["pred_logits"][:, :, ::EVERY]
+            values = values | {"queries": values["queries"][::EVERY]} | fewer
         arrays |= {f"{variant}/{name}": value for name, value in values.items()}
     if family == "sam_detr":
         initialisation = json.loads((folder / "sam_detr_init.json").read_text())

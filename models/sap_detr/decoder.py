@@ -1,0 +1,323 @@
+"""SAP-DETR's decoder (Liu et al., CVPR 2023): a query is a salient point with its distances to the sides of a box.
+
+Legend: B batch, Q queries, N heads, C channels, L positions of the level, H x W its size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attend, merge_heads, split_heads
+from models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
+from models.position_encoding import sine_encoding
+from models.sap_detr.points import (
+    PUBLISHED_QUERIES,
+    boxes_around,
+    corners_around,
+    grid_cell,
+    grid_logits,
+    move_points,
+    move_sides,
+)
+from models.sap_detr.side_directed_gaussian import SideDirectedGaussian
+
+TEMPERATURE = 20.0  # of every position encoding
+
+
+@dataclass
+class QueryPositions:
+    """Where queries are, in every form that a layer needs.
+
+    `points` (B, Q, 2) and `distances` (B, Q, 4), relative to the map with its padding. Sine encodings of the point,
+    `point_sine` (B, Q, C), and of the box's corners, `box_sine` (B, Q, 2 C), to compare with those of the map; and what
+    an MLP each made of them, `point` and `box` (B, Q, C), to add to the content.
+    """
+
+    points: Tensor
+    distances: Tensor
+    point_sine: Tensor
+    box_sine: Tensor
+    point: Tensor
+    box: Tensor
+
+
+class SelfAttention(nn.Module):
+    """Attention among the queries; content, point and box are projected apart."""
+
+    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_content = nn.Linear(hidden_dim, hidden_dim)
+        self.query_point = nn.Linear(hidden_dim, hidden_dim)
+        self.query_box = nn.Linear(hidden_dim, hidden_dim)
+        self.key_content = nn.Linear(hidden_dim, hidden_dim)
+        self.key_point = nn.Linear(hidden_dim, hidden_dim)
+        self.key_box = nn.Linear(hidden_dim, hidden_dim)
+        self.value = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, queries: Tensor, at: QueryPositions) -> Tensor:
+        """`queries` (B, Q, C) -> (B, Q, C)."""
+        query = self.query_content(queries) + self.query_point(at.point) + self.query_box(at.box)
+        key = self.key_content(queries) + self.key_point(at.point) + self.key_box(at.box)
+        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, self.value(queries)))
+        return self.output(merge_heads(attend(query, key, value, dropout=self.dropout if self.training else 0.0)))
+
+
+class ContentPositions(nn.Module):
+    """Adds the positions to the queries' content; the first layer alone does, whose queries know nothing yet."""
+
+    def __init__(self, *, hidden_dim: int):
+        super().__init__()
+        self.point = nn.Linear(hidden_dim, hidden_dim)
+        self.box = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, at: QueryPositions) -> Tensor:
+        return self.point(at.point) + self.box(at.box)
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries to the level. Each head compares three parts: content with content, and the point and the
+    box of the query, apart, with the position of the cell."""
+
+    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_content = nn.Linear(hidden_dim, hidden_dim)
+        self.content_positions: ContentPositions | None = ContentPositions(hidden_dim=hidden_dim)
+        self.query_point = nn.Linear(hidden_dim, hidden_dim)
+        self.query_box = nn.Linear(2 * hidden_dim, hidden_dim)
+        self.key_content = nn.Linear(hidden_dim, hidden_dim)
+        self.key_position = nn.Linear(hidden_dim, hidden_dim)
+        self.value = nn.Linear(hidden_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel, bias: Tensor | None) -> Tensor:
+        """`queries` (B, Q, C); `bias` (B, N, Q, L), spatial prior -> (B, Q, C)."""
+        query, key = self.query_content(queries), self.key_content(level.tokens)
+        position = self.key_position(level.position_tokens)
+        if self.content_positions is not None:
+            query, key = query + self.content_positions(at), key + position
+
+        def heads(*parts: Tensor) -> Tensor:  # (B, N, Q or L, D), the parts of a head beside each other
+            return torch.cat([split_heads(part, self.num_heads) for part in parts], -1)
+
+        query = heads(query, self.query_point(at.point_sine), self.query_box(at.box_sine))
+        attended = attend(
+            query,
+            heads(key, position, position),
+            heads(self.value(level.tokens)),
+            padding=level.token_padding,
+            bias=bias,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.output(merge_heads(attended))
+
+
+class SAPDecoderLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward; post-norm.
+
+    Args:
+        activation: of the feed-forward branch, "relu" or "prelu".
+        gaussian: whether cross-attention has the side-directed Gaussian prior.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        activation: str = "relu",
+        gaussian: bool = True,
+    ):
+        super().__init__()
+        self.hidden_dim = hidden_dim
+        self.self_attention = SelfAttention(hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.gaussian = SideDirectedGaussian(hidden_dim=hidden_dim, num_heads=num_heads) if gaussian else None
+        self.cross_attention = CrossAttention(hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.feed_forward = FeedForward(
+            hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
+        )
+        self.norm3 = nn.LayerNorm(hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel) -> Tensor:
+        """`queries` (B, Q, C) -> (B, Q, C)."""
+        queries = self.norm1(queries + self.dropout(self.self_attention(queries, at)))
+        prior = None
+        if self.gaussian is not None:
+            height, width = level.features.shape[2:]
+            prior = self.gaussian(queries, at.points, at.distances, height=height, width=width)
+        queries = self.norm2(queries + self.dropout(self.cross_attention(queries, at, level, prior)))
+        return self.norm3(queries + self.dropout(self.feed_forward(queries)))
+
+
+class SAPDecoder(nn.Module):
+    """Decoder layers, and the points and side distances that they refine.
+
+    The published form is the default. Where it does what hardly was meant, a keyword has the corrected form. One oddity
+    has none: points and boxes are learned relative to the image, as targets are, but address the map with its padding.
+    So a prediction depends on how much padding the batch adds; a batch of images of one size has none.
+
+    Args:
+        layer: the first layer; the others start as copies of it.
+        num_layers: number of layers.
+        num_queries: Q; 306 or a square number.
+        num_classes: outputs of the class heads.
+        content_from_points: whether queries start as the features at their points (three convolutions before), else
+            as zeros.
+        share_box_heads: whether all layers share one head for distances and one for points.
+        point_reference: what the heads of a layer move: "late", the points that entered the layer before, or "current",
+            those that the layer before made - which is what the distances do.
+        head_cell: how far the heads let a point move: "published", 1/20 of the image for all Q but 306, or "grid", the
+            cell of the grid, which the decoder itself uses.
+
+    Raises:
+        ValueError: a number of queries that makes no grid, or a width without 32 groups.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer: SAPDecoderLayer,
+        num_layers: int,
+        num_queries: int,
+        num_classes: int,
+        content_from_points: bool = True,
+        share_box_heads: bool = False,
+        point_reference: str = "late",
+        head_cell: str = "published",
+    ):
+        super().__init__()
+        assert point_reference in ("late", "current"), point_reference
+        assert head_cell in ("published", "grid"), head_cell
+        width = layer.hidden_dim
+        if content_from_points and width % 32:
+            raise ValueError(
+                f"--newconvinit normalises in 32 groups, which do not divide --hidden_dim {width}; change one of them"
+            )
+        self.hidden_dim, self.late = width, point_reference == "late"
+        self.cell = self.head_cell = grid_cell(num_queries)
+        if head_cell == "published" and num_queries != PUBLISHED_QUERIES:
+            self.head_cell = (1 / 20, 1 / 20)
+        self.points = nn.Parameter(grid_logits(num_queries), requires_grad=False)  # (Q, 2), logits
+        self.distances = nn.Parameter(torch.empty(num_queries, 4))  # logits
+        self.initial_content = _convolutions(width) if content_from_points else None
+        self.point_position = MLP(width, width, width)
+        self.box_position = MLP(2 * width, width, width)
+        self.position_scale = MLP(width, width, width)
+        self.layers = copies(layer, num_layers)
+        for later in self.layers[1:]:
+            later.cross_attention.content_positions = None
+        self.norm = nn.LayerNorm(width)
+
+        self.class_heads = copies(MLP(width, width, width, num_classes), min(num_layers, 2))
+        self.class_heads.extend(self.class_heads[1] for _ in range(2, num_layers))  # all but the first are one
+        self.object_head = nn.Linear(width, 1)
+        number, times = (1, num_layers) if share_box_heads else (num_layers, 1)
+        self.distance_heads = nn.ModuleList([*copies(MLP(width, width, width, 4), number)] * times)
+        self.point_heads = nn.ModuleList([*copies(MLP(width, width, width, 2), number)] * times)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Every parameter of the decoder, as the reference leaves it:
+
+        matrices of the layers and of `position_scale`: xavier uniform; attention outputs: bias 0; convolutions:
+        N(0, 0.01), bias 0; class and object heads: last bias -log(99); distance and point heads: last layer 0, so that
+        the first prediction follows from the reference alone; all else in heads, `point_position` and `box_position`,
+        and all other biases: PyTorch's default; distances: N(0, 1).
+        """
+        xavier_matrices(self.layers)
+        xavier_matrices(self.position_scale)
+        for layer in self.layers:
+            nn.init.zeros_(layer.self_attention.output.bias)
+            nn.init.zeros_(layer.cross_attention.output.bias)
+        for convolution in self.initial_content or []:
+            if isinstance(convolution, nn.Conv2d):
+                nn.init.normal_(convolution.weight, std=0.01)
+                nn.init.zeros_(convolution.bias)
+        for last in (*(head.layers[-1] for head in self.class_heads), self.object_head):
+            nn.init.constant_(last.bias, -math.log(99))
+        for head in (*self.distance_heads, *self.point_heads):
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        nn.init.normal_(self.distances)
+        self.position_scale.requires_grad_(len(self.layers) > 1)  # the first layer has no use for it
+
+    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
+        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes); `pred_objs` (B, Q, 1),
+        logits of being an object; `pred_points` (B, Q, 2), x, y; `pred_boxes` (B, Q, 4), cx, cy, w, h, which may leave
+        [0, 1]."""
+        assert len(levels) == 1, f"SAP-DETR attends one level, not {len(levels)}"
+        level = levels[0]
+        batch = level.features.shape[0]
+        start = self.points.sigmoid().expand(batch, -1, -1)  # (B, Q, 2)
+        distances = self.distances.sigmoid().expand(batch, -1, -1)  # (B, Q, 4)
+        queries = self._start(level, start)
+        cell, head_cell = start.new_tensor(self.cell), start.new_tensor(self.head_cell)
+
+        points, head_points, head_distances = start, start, distances
+        predictions = []
+        for index, layer in enumerate(self.layers):
+            queries = layer(queries, self._positions(points, distances, queries if index else None), level)
+            normed = self.norm(queries)
+            pred_points = move_points(self.point_heads[index](normed), head_points, start, head_cell)
+            pred_distances = move_sides(self.distance_heads[index](normed), head_distances)
+            predictions.append(
+                {
+                    "pred_logits": self.class_heads[index](normed),
+                    "pred_boxes": boxes_around(pred_points, pred_distances),
+                    "pred_objs": self.object_head(normed),
+                    "pred_points": pred_points,
+                }
+            )
+            # The same heads on what is not normed refine the references. The next layer's heads build on the distances
+            # before they are cut from the graph, so a gradient crosses one layer.
+            head_distances = move_sides(self.distance_heads[index](queries), distances)
+            new_points = move_points(self.point_heads[index](queries), points, start, cell)
+            head_points = points if self.late else new_points
+            points, distances = new_points.detach(), head_distances.detach()
+        return predictions
+
+    def _start(self, level: FeatureLevel, points: Tensor) -> Tensor:
+        """Content (B, Q, C) of the queries before the first layer."""
+        if self.initial_content is None:
+            return points.new_zeros(*points.shape[:2], level.features.shape[1])
+        grid = (2 * points - 1)[:, None]  # (B, 1, Q, 2)
+        features = self.initial_content(level.features)
+        return F.grid_sample(features, grid, align_corners=False)[:, :, 0].mT  # between cell centres, 0 outside
+
+    def _positions(self, points: Tensor, distances: Tensor, queries: Tensor | None) -> QueryPositions:
+        """`queries` (B, Q, C) scale what is compared with the map's positions; None, in the first layer, does not."""
+
+        def encode(places: Tensor) -> Tensor:
+            # x before y, while the map's encoding has y first; the layers' projections make up for it.
+            encoding = sine_encoding(places.flip(-1), num_channels=self.hidden_dim, temperature=TEMPERATURE)
+            return encoding.to(points.dtype)
+
+        point = encode(points)  # (B, Q, C)
+        box = encode(corners_around(points, distances).unflatten(-1, (2, 2))).flatten(-2)  # (B, Q, 2 C)
+        scale = 1 if queries is None else self.position_scale(queries)
+        return QueryPositions(
+            points=points,
+            distances=distances,
+            point_sine=point * scale,
+            box_sine=box if queries is None else box * scale.repeat(1, 1, 2),
+            point=self.point_position(point),
+            box=self.box_position(box),
+        )
+
+
+def _convolutions(width: int) -> nn.Sequential:
+    """Three of 3 x 3, each with a GroupNorm of 32 groups and ReLU."""
+    parts = [(nn.Conv2d(width, width, 3, padding=1), GroupNorm(32, width), nn.ReLU()) for _ in range(3)]
+    return nn.Sequential(*(module for part in parts for module in part))

@@ -1,0 +1,39 @@
+"""Side-directed Gaussian (SAP-DETR): each head looks around a point between the salient point and the box's sides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import MLP
+from models.spatial_prior import gaussian_log_prior
+
+
+class SideDirectedGaussian(nn.Module):
+    """Predicts, for each head, where between the salient point and the sides of its box to look, and how closely.
+
+    `head` gives 4 numbers for each of N heads: first N x (x, y), shares of the way to a side - left and top where
+    negative, right and bottom where positive - then N x (x, y) inverse widths, not squashed.
+    """
+
+    def __init__(self, *, hidden_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head = MLP(hidden_dim, hidden_dim, hidden_dim, 4 * num_heads)
+
+    def forward(self, queries: Tensor, points: Tensor, distances: Tensor, *, height: int, width: int) -> Tensor:
+        """
+        Args:
+            queries: (B, Q, C).
+            points: (B, Q, 2), salient points.
+            distances: (B, Q, 4), left, top, right, bottom.
+            height, width: of the map. Points are relative to all of it, padding included, as published.
+        Returns:
+            (B, N, Q, height * width), to add to attention logits.
+        """
+        shares, scales = self.head(queries).unflatten(-1, (2, self.num_heads, 2)).unbind(-3)  # (B, Q, N, 2) each
+        shares = shares.tanh()
+        to_side = torch.where(shares > 0, distances[..., None, 2:], distances[..., None, :2])
+        size = points.new_tensor([width, height])
+        centres = (points[..., None, :] + shares * to_side) * size  # (B, Q, N, 2), in cells
+        return gaussian_log_prior(centres, scales, height=height, width=width).transpose(1, 2).flatten(3)

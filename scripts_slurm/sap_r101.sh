@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# scripts/sap_r101.sh under SLURM: sbatch this file from the repository, or bash it in a shell of salloc. Two nodes:
+# sbatch --nodes=2 FILE.
+#SBATCH --job-name=sap_r101
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --gres=gpu:4
+#SBATCH --cpus-per-task=4
+#SBATCH --time=5-00:00:00
+#SBATCH --output=slurm-%x-%j.out
+here=$(dirname "${BASH_SOURCE[0]}")
+[[ -f $here/launch.sh ]] || here=$SLURM_SUBMIT_DIR/scripts_slurm # sbatch runs a copy that lies elsewhere
+exec bash "$here/launch.sh" sap_r101 "$@"
