@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,18 @@ from models.build import build_model, read_checkpoint
 from models.inspection import Sampling, cell_of, watch, watch_sampling
 from models.ops import MSDeformAttn
 from models.sam_detr.semantics_aligner import SemanticsAligner
+from models.sap_detr.decoder import SAPDecoder
 from util.box_ops import cxcywh_to_xyxy
 from util.checkpoint import load_weights
 from util.command_line import run_command
 from util.logger import log, progress, whole_file
 from util.padded_images import pad_images
 from util.visualize import contact_sheet, draw_detections, side_by_side
-from util.visualize_points import draw_salient_points, sampling_sheet, view_around
+from util.visualize_points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 PREFIX = "det_res_"
-MOST_QUERIES = 6  # rows of a salient-point picture
+MOST_QUERIES = 6  # rows of a picture of points
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="",
         metavar="{X,Y,best}",
         help="also draw where the encoder's deformable attention looks from this place, in fractions of width and "
-        "height (0.5,0.5: the middle), or from the centre of the best detection",
+        "height (0.5,0.5: the middle), or from the centre of the best detection; and the decoder's, where it has one",
     )
     parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     args = parser.parse_args(argv)
@@ -82,8 +84,8 @@ def run(args: argparse.Namespace) -> None:
     network, _, postprocess = build_model(settings)
     load_weights(network, checkpoint["model"], source=args.resume)
     network.to(device).eval()
-    if args.salient_points and not _has(network, SemanticsAligner):
-        raise ValueError(f"--salient_points: the network of {args.resume} has no Semantics Aligner")
+    if args.salient_points and not any(_has(network, kind) for kind in SALIENT):
+        raise ValueError(f"--salient_points: the network of {args.resume} has none, it is a {settings.model}")
     if args.sampling_points and not _has(network.encoder, MSDeformAttn):
         raise ValueError(
             f"--sampling_points: the encoder of {args.resume} has no deformable attention; pass a multi-scale model"
@@ -98,8 +100,10 @@ def run(args: argparse.Namespace) -> None:
     for path in progress(paths, description="images", every=50):
         image = truth[path.name][0] if path.name in truth else open_image(path)
         tensor = transforms(image)
-        with watch(network, SemanticsAligner, see_salient_points) as layers:
+        with ExitStack() as hooks:
+            seen = [hooks.enter_context(watch(network, kind, look)) for kind, look in SALIENT.items()]
             found = detect(network, postprocess, tensor, image.size, device)
+        layers = [layer for calls in seen for call in calls for layer in call]
         # A class head has outputs for the gaps between category ids too.
         keep = found["scores"] >= args.threshold
         if categories.names:
@@ -120,10 +124,17 @@ def run(args: argparse.Namespace) -> None:
             save(draw_points(image, found, layers, categories.names), folder / f"{PREFIX}points_{path.stem}.png")
         if args.sampling_points and (position or len(found["scores"])):
             where = position or (found["boxes"][0].view(2, 2).mean(0) / torch.tensor(image.size)).tolist()
-            # Once more: of which position to keep the points is known only now, and all positions' are too many.
-            with watch_sampling(network.encoder, cell_of(where)) as encoder_layers:
+            # Once more: of which positions and queries to keep the points is known only now, and all are too many.
+            best = found["queries"][:MOST_QUERIES]
+            with (
+                watch_sampling(network.encoder, cell_of(where)) as encoder_layers,
+                watch_sampling(network.decoder, lambda *_, queries=best: queries) as decoder_layers,
+            ):
                 detect(network, postprocess, tensor, image.size, device)
             save(draw_sampling(image, encoder_layers), folder / f"{PREFIX}sampling_{path.stem}.png")
+            if decoder_layers and len(best):
+                picture = draw_query_sampling(image, found, decoder_layers, categories.names)
+                save(picture, folder / f"{PREFIX}sampling_queries_{path.stem}.png")
     log(f"{len(paths)} picture(s) in {args.output or 'the folder of the images'}, named {PREFIX}*")
 
 
@@ -191,26 +202,66 @@ def _has(part: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(module, kind) for module in part.modules())
 
 
-def see_salient_points(aligner: SemanticsAligner, arguments: dict[str, Any], aligned: Any) -> tuple[Tensor, Tensor]:
-    """Reference boxes (Q, 4) as cx, cy, w, h and salient points (Q, P, 2), both relative to the image."""
-    return arguments["boxes"][0].cpu(), aligned.points[0].cpu()
+# Salient points of decoder layers, as reference boxes (Q, 4), cx, cy, w, h, and points (Q, P, 2) relative to the image.
+Layers = list[tuple[Tensor, Tensor]]
 
 
-def draw_points(
-    image: Image.Image, found: dict[str, Tensor], layers: list[tuple[Tensor, Tensor]], names: dict[int, str]
-) -> Image.Image:
+def see_aligner(aligner: SemanticsAligner, arguments: dict[str, Any], aligned: Any) -> Layers:
+    """The points that a layer found in the boxes that it was given."""
+    return [(arguments["boxes"][0].cpu(), aligned.points[0].cpu())]
+
+
+def see_sap_decoder(decoder: SAPDecoder, arguments: dict[str, Any], predictions: list[dict[str, Tensor]]) -> Layers:
+    """Every layer's point, with the box around it."""
+    return [(layer["pred_boxes"][0].cpu(), layer["pred_points"][0, :, None].cpu()) for layer in predictions]
+
+
+SALIENT: dict[type[nn.Module], Any] = {SemanticsAligner: see_aligner, SAPDecoder: see_sap_decoder}
+
+
+def best_queries(
+    found: dict[str, Tensor], names: dict[int, str], *, columns: int
+) -> Iterator[tuple[int, int, list[str]]]:
+    """For each of the best detections: its row, its query, and captions of a column for each layer."""
+    best = zip(*(found[key][:MOST_QUERIES].tolist() for key in ("queries", "labels", "scores")))
+    for row, (query, label, score) in enumerate(best):
+        title = f"{names.get(label, label)} {score:.2f}, query {query}"
+        yield row, query, [f"{title}, layer {layer + 1}" for layer in range(columns)]
+
+
+def draw_points(image: Image.Image, found: dict[str, Tensor], layers: Layers, names: dict[int, str]) -> Image.Image:
     """A row for each of the best detections, a column for each decoder layer."""
     size = torch.tensor([image.width, image.height])
     rows, captions = [], []
-    for query, label, score in zip(*(found[key][:MOST_QUERIES].tolist() for key in ("queries", "labels", "scores"))):
+    for _, query, titles in best_queries(found, names, columns=len(layers)):
         boxes = torch.stack([cxcywh_to_xyxy(box[query]) * size.repeat(2) for box, _ in layers])  # (layers, 4)
         view = view_around(boxes, size=image.size)
         rows.append(
             [draw_salient_points(image, box=b, points=p[query] * size, view=view) for b, (_, p) in zip(boxes, layers)]
         )
-        captions.append(
-            [f"{names.get(label, label)} {score:.2f}, query {query}, layer {i + 1}" for i in range(len(layers))]
+        captions.append(titles)
+    return contact_sheet(rows, captions)
+
+
+def draw_query_sampling(
+    image: Image.Image, found: dict[str, Tensor], layers: list[Sampling], names: dict[int, str]
+) -> Image.Image:
+    """A row for each of the best detections, of which `layers` have the points; a column for each decoder layer."""
+    size = torch.tensor(image.size)
+    rows, captions = [], []
+    for row, _, titles in best_queries(found, names, columns=len(layers)):
+        references = torch.stack([layer.reference[row, 0, :2] for layer in layers]) * size
+        places = torch.stack([layer.points[row].flatten(1, 2) for layer in layers]) * size  # (layers, heads, n, 2)
+        areas = torch.stack([layer.weights[row].flatten(1) for layer in layers]) * places.shape[2]
+        seen = torch.cat([places.flatten(0, 2).clamp(min=0).minimum(size), references, found["boxes"][row].view(2, 2)])
+        view = view_around(seen.repeat(1, 2), size=image.size, share=0.1)
+        rows.append(
+            [
+                draw_sampling_points(image, reference=reference, points=points, areas=area, view=view)
+                for reference, points, area in zip(references, places, areas)
+            ]
         )
+        captions.append(titles)
     return contact_sheet(rows, captions)
 
 

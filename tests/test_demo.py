@@ -4,7 +4,16 @@ import shutil
 
 import pytest
 import torch
-from helpers import MULTISCALE, OFFICIAL_MULTISCALE, REPOSITORY, build_tiny, evaluate, save
+from helpers import (
+    MULTISCALE,
+    OFFICIAL_MULTISCALE,
+    REPOSITORY,
+    TINY_DEFORMABLE,
+    TINY_SAP,
+    build_tiny,
+    evaluate,
+    save,
+)
 from PIL import Image, ImageChops
 
 import demo
@@ -14,6 +23,7 @@ from models.build import build_model, read_checkpoint
 from models.inspection import watch
 from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.checkpoint import load_weights, save_file
+from util.padded_images import pad_images
 
 
 @pytest.fixture
@@ -94,8 +104,9 @@ def test_official_file_is_drawn_as_ours(folder, tmp_path):
 def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
     network, postprocess, args = rebuild(trained / "checkpoint.pth")
     tensor = EvalTransforms(short_side=args.eval_size)(Image.open(next(folder.glob("*.jpg"))).convert("RGB"))
-    with watch(network, SemanticsAligner, demo.see_salient_points) as layers:
+    with watch(network, SemanticsAligner, demo.see_aligner) as seen:
         watched = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
+    layers = [layer for (layer,) in seen]
     plain = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
     assert len(layers) == args.dec_layers  # nothing was added after the hooks came off
     torch.testing.assert_close(watched, plain, rtol=0, atol=0)
@@ -135,6 +146,48 @@ def test_points_of_a_multiscale_network(multiscale, folder, tmp_path, monkeypatc
     x0, y0, x1, y1 = demo.detect(network, postprocess, tensor, (8, 8), torch.device("cpu"))["boxes"][0].tolist()
     cell = [(int((x0 + x1) / 2) + 0.5) / 8, (int((y0 + y1) / 2) + 0.5) / 8]
     assert [layer.reference[0, 0].tolist() for layer in drawn[0]] == 2 * [cell]
+
+
+@pytest.mark.parametrize(
+    ("network", "flag", "kinds"),
+    [
+        ([*TINY_DEFORMABLE, "--with_box_refine"], ["--sampling_points", "best"], ["sampling", "sampling_queries"]),
+        ([*TINY_DEFORMABLE, "--aligner"], ["--salient_points"], ["points"]),
+        (TINY_SAP, ["--salient_points"], ["points"]),
+    ],
+    ids=["deformable", "aligned", "sap"],
+)
+def test_points_of_other_families(network, flag, kinds, folder, tmp_path, monkeypatch):
+    """A column for each layer, a row for each of the best detections, and what is drawn is the network's own."""
+    detector, settings = build_tiny("--eval_size", "64", network=network)
+    save(detector, settings, tmp_path / "checkpoint.pth")
+    drawn = []
+    for name in ("draw_salient_points", "draw_sampling_points"):
+        draw = getattr(demo, name)
+        monkeypatch.setattr(demo, name, lambda image, draw=draw, **what: drawn.append(what) or draw(image, **what))
+    output = tmp_path / "drawn"
+    flags = ["--resume", str(tmp_path / "checkpoint.pth"), "--images", str(folder), "--output", str(output)]
+    assert demo.main([*flags, *flag, "--limit", "1", "--threshold", "0", "--device", "cpu"]) == 0
+    path = min(folder.glob("*.jpg"))
+    assert {p.name for p in output.glob("*.png")} == {f"det_res_{kind}_{path.stem}.png" for kind in kinds}
+    rows, columns = demo.MOST_QUERIES, settings["dec_layers"]
+    assert len(drawn) == rows * columns
+
+    image = Image.open(path).convert("RGB")
+    size = torch.tensor(image.size)
+    detector.eval()
+    with torch.no_grad():
+        outputs = detector(pad_images([EvalTransforms(short_side=64)(image)]))
+    (found,) = build_model(build_parser().parse_args(network))[2](outputs, size.flip(0)[None])
+    query = found["queries"][0]
+    last = drawn[columns - 1]
+    if "pred_points" in outputs:
+        torch.testing.assert_close(last["points"], outputs["pred_points"][0, query][None] * size)
+        torch.testing.assert_close(last["box"], found["boxes"][0])
+    if "sampling" in kinds:  # refined: the last layer looks around the box of the one before
+        torch.testing.assert_close(last["reference"], outputs["aux_outputs"][-1]["pred_boxes"][0, query, :2] * size)
+        assert last["points"].shape == (4, 3 * 3, 2)  # heads; levels and points
+        torch.testing.assert_close(last["areas"].mean(1), torch.ones(4))
 
 
 def test_no_detection_no_place_to_look_from(multiscale, folder, tmp_path):
