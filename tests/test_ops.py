@@ -218,6 +218,8 @@ def test_shapes_are_checked_without_reading_a_tensor(path):
         (lambda v, s, x, w: (v, s[:2], x, w), r"has 47 cells, value 49"),
         (lambda v, s, x, w: (v, [*s, (0, 3)], x, w), r"at least 1 each level, got .*\(0, 3\)"),
         (lambda v, s, x, w: (v, torch.tensor(s), x, w), "level_shapes: a tensor"),
+        (lambda v, s, x, w: (v, [7, 5], x, w), r"one \(height, width\) .* got \[7, 5\]"),
+        (lambda v, s, x, w: (v, [(7.0, 5.0), *s[1:]], x, w), r"one \(height, width\) .* got \[\(7.0"),
         (lambda v, s, x, w: (v, s, x[..., :1], w), r"expected \(2, 5, 2, 3, 3, 2\).*got \(2, 5, 2, 3, 3, 1\)"),
         (lambda v, s, x, w: (v, s, x[:, :, :, :, 0], w), r"locations: expected \(B, Q, heads, levels, points, 2\)"),
         (lambda v, s, x, w: (v, s, x[:1], w), r"locations: expected \(2, 5, .*got \(1, 5,"),
@@ -352,10 +354,16 @@ def test_bad_input_of_the_module():
     module, (query, reference, tokens, shapes, padding) = example_module()
     with pytest.raises(ValueError, match=r"reference: expected \(2, 6, 3\) with 2 or 4 .* got \(2, 6, 3, 1\)"):
         module(query, reference[..., :1], tokens, shapes, padding)
-    with pytest.raises(ValueError, match=r"level_shapes: expected 3 levels, got \[\(7, 5\)\]"):
-        module(query, reference, tokens, [(7, 5)], padding)
-    with pytest.raises(ValueError, match=r"padding: expected \(2, 49\), got \(2, 48\)"):
+    with pytest.raises(ValueError, match=r"level_shapes: expected 3 levels, got \[\(7, 7\)\]"):
+        module(query, reference, tokens, [(7, 7)], padding)
+    with pytest.raises(ValueError, match=r"padding: expected \(2, 49\) of torch.bool, got \(2, 48\)"):
         module(query, reference, tokens, shapes, padding[:, 1:])
+    with pytest.raises(ValueError, match=r"padding: .* got \(2, 49\) of torch.float32"):
+        module(query, reference, tokens, shapes, padding.float())
+    with pytest.raises(ValueError, match=r"query: expected 3 dimensions, the last of 24, got \(6, 24\)"):
+        module(query[0], reference, tokens, shapes, padding)
+    with pytest.raises(ValueError, match=r"value: expected 3 dimensions, the last of 24, got \(2, 49, 20\)"):
+        module(query, reference, tokens[..., :20], shapes, padding)
     with pytest.raises(ValueError, match="has 49 cells, value 48"):
         module(query, reference, tokens[:, 1:], shapes, padding[:, 1:])
 
