@@ -12,6 +12,7 @@ time in relation to the speed at which this device copies a large tensor: 100% i
 
 import argparse
 import contextlib
+import ctypes
 import statistics
 import sys
 import time
@@ -36,6 +37,7 @@ SHAPES = {
     "Deformable DETR decoder": (FOUR, 300),
 }
 HEADS, CHANNELS, POINTS = 8, 32, 4
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def example(levels: list, queries: int | None, *, batch: int, device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -95,6 +97,8 @@ class Memory:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
+            with contextlib.suppress(OSError, AttributeError):  # what earlier rows freed would count as in use (glibc)
+                ctypes.CDLL(None).malloc_trim(0)
             try:
                 Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (Linux)
             except OSError:
@@ -168,15 +172,23 @@ def measure(name: str, args, dtype: torch.dtype, speed: float, paths: list[str])
         print(f"{name:24} {str(dtype).removeprefix('torch.'):9} {path:9}", *cells, flush=True)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="float64 and float16 as well")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--batch", type=int, default=1, help="images at once")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds to take the median of, after a first to warm up")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: as PyTorch chooses")
+    parser.add_argument("--batch", type=positive, default=1, help="images at once")
+    parser.add_argument("--repeats", type=positive, default=3, help="rounds to take medians of, after one to warm up")
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: as PyTorch chooses")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
     if args.threads:
         torch.set_num_threads(args.threads)
 

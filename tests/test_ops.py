@@ -1,8 +1,10 @@
 """Deformable attention: numbers by hand, all paths equal, PyTorch's rules for operators, and a build that may fail."""
 
 import ctypes
+import importlib.util
 import math
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -218,6 +220,8 @@ def test_shapes_are_checked_without_reading_a_tensor(path):
         (lambda v, s, x, w: (v, s[:2], x, w), r"has 47 cells, value 49"),
         (lambda v, s, x, w: (v, [*s, (0, 3)], x, w), r"at least 1 each level, got .*\(0, 3\)"),
         (lambda v, s, x, w: (v, torch.tensor(s), x, w), "level_shapes: a tensor"),
+        (lambda v, s, x, w: (v, [7, 5], x, w), r"one \(height, width\) .* got \[7, 5\]"),
+        (lambda v, s, x, w: (v, [(7.0, 5.0), *s[1:]], x, w), r"one \(height, width\) .* got \[\(7.0"),
         (lambda v, s, x, w: (v, s, x[..., :1], w), r"expected \(2, 5, 2, 3, 3, 2\).*got \(2, 5, 2, 3, 3, 1\)"),
         (lambda v, s, x, w: (v, s, x[:, :, :, :, 0], w), r"locations: expected \(B, Q, heads, levels, points, 2\)"),
         (lambda v, s, x, w: (v, s, x[:1], w), r"locations: expected \(2, 5, .*got \(1, 5,"),
@@ -352,10 +356,16 @@ def test_bad_input_of_the_module():
     module, (query, reference, tokens, shapes, padding) = example_module()
     with pytest.raises(ValueError, match=r"reference: expected \(2, 6, 3\) with 2 or 4 .* got \(2, 6, 3, 1\)"):
         module(query, reference[..., :1], tokens, shapes, padding)
-    with pytest.raises(ValueError, match=r"level_shapes: expected 3 levels, got \[\(7, 5\)\]"):
-        module(query, reference, tokens, [(7, 5)], padding)
-    with pytest.raises(ValueError, match=r"padding: expected \(2, 49\), got \(2, 48\)"):
+    with pytest.raises(ValueError, match=r"level_shapes: expected 3 levels, got \[\(7, 7\)\]"):
+        module(query, reference, tokens, [(7, 7)], padding)
+    with pytest.raises(ValueError, match=r"padding: expected \(2, 49\) of torch.bool, got \(2, 48\)"):
         module(query, reference, tokens, shapes, padding[:, 1:])
+    with pytest.raises(ValueError, match=r"padding: .* got \(2, 49\) of torch.float32"):
+        module(query, reference, tokens, shapes, padding.float())
+    with pytest.raises(ValueError, match=r"query: expected 3 dimensions, the last of 24, got \(6, 24\)"):
+        module(query[0], reference, tokens, shapes, padding)
+    with pytest.raises(ValueError, match=r"value: expected 3 dimensions, the last of 24, got \(2, 49, 20\)"):
+        module(query, reference, tokens[..., :20], shapes, padding)
     with pytest.raises(ValueError, match="has 49 cells, value 48"):
         module(query, reference, tokens[:, 1:], shapes, padding[:, 1:])
 
@@ -382,9 +392,7 @@ def forget() -> None:
 def fake_compiler(folder: Path, body: str) -> str:
     """A program that appends a line to calls.txt for each compilation, then does what `body` says."""
     script = folder / "compiler"
-    script.write_text(
-        f'#!/bin/sh\nif [ "$1" = --version ]; then echo fake 1.0; exit 0; fi\necho x >> {folder}/calls.txt\n{body}\n'
-    )
+    script.write_text(f"#!/bin/sh\necho x >> {folder}/calls.txt\n{body}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return str(script)
 
@@ -408,16 +416,31 @@ def test_a_failed_build_is_one_warning_and_the_plain_path(fresh, monkeypatch, ca
     assert "line 7: no such thing" in text
 
 
-@pytest.mark.parametrize("variable", ["CXX", "TORCH_EXTENSIONS_DIR", "MS_DEFORM_ATTN"])
-def test_no_compiler_no_folder_or_not_wanted(variable, fresh, monkeypatch):
-    (fresh / "file").write_text("")
-    settings = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(fresh / "file"), "MS_DEFORM_ATTN": "plain"}
-    compiler = fake_compiler(fresh, "exit 1")
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv(variable, settings[variable])
-    reason = kernels.why_not("cpu")
-    told = {"CXX": "no-such-compiler is in PATH", "TORCH_EXTENSIONS_DIR": "cache folder", "MS_DEFORM_ATTN": "is set"}
-    assert told[variable] in reason
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("CXX", "no-such-compiler", "CXX=no-such-compiler: there is no such program"),
+        ("CXX", '"c++', 'CXX="c\\+\\+: No closing quotation'),
+        ("CXX", " ", "CXX= : there is no such program"),
+        ("PATH", "/nowhere", "no C\\+\\+ compiler: none of .* is in PATH"),
+        ("TORCH_EXTENSIONS_DIR", __file__, "cache folder .*Not a directory"),
+        ("TORCH_EXTENSIONS_DIR", "", "no cache folder: who is that.* Set TORCH_EXTENSIONS_DIR"),
+        ("MS_DEFORM_ATTN", "plain", "MS_DEFORM_ATTN=plain is set"),
+    ],
+)
+def test_no_compiler_no_folder_or_not_wanted(variable, value, reason, fresh, monkeypatch):
+    def nobody():
+        raise RuntimeError("who is that?")
+
+    monkeypatch.setattr(Path, "home", nobody)  # as for a user without a name, without HOME
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if variable == "PATH":
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", fake_compiler(fresh, "exit 1"))
+    monkeypatch.setenv(variable, value)
+    assert re.search(reason, kernels.why_not("cpu"))
+    assert doctor.main() == 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert run_once().shape == (2, 5, 16)
@@ -467,6 +490,18 @@ def test_a_library_that_does_not_load(fresh, monkeypatch):
     assert "does not load" in kernels.why_not("cpu")
 
 
+def test_a_library_that_is_there_needs_no_compiler(fresh, monkeypatch):
+    """Built where there is one, used where there is none: on a compute node, say."""
+    monkeypatch.delenv("CXX", raising=False)
+    compiled_or_skip()
+    library = build.cpu_recipe().library
+    monkeypatch.setenv("PATH", "/nowhere")
+    forget()
+    assert kernels.why_not("cpu") is None
+    monkeypatch.setenv("CXX", "other")  # who names a compiler wants its library
+    assert build.cpu_recipe().library != library
+
+
 def test_the_name_of_a_library_tells_what_it_depends_on(fresh, monkeypatch):
     monkeypatch.setenv("CXX", fake_compiler(fresh, "exit 1"))
     first = build.cpu_recipe().library.name
@@ -477,20 +512,98 @@ def test_the_name_of_a_library_tells_what_it_depends_on(fresh, monkeypatch):
     assert "torch9.9.0-" in build.cpu_recipe().library.name
 
 
-def test_architectures(monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX 9.0")
-    assert build.wanted_architectures() == ["8.0", "9.0"]
-    with pytest.raises(build.BuildError, match="'Hopper'"):
-        build.cuda_recipe("Hopper")
+@pytest.fixture
+def fake_nvcc(fresh, monkeypatch) -> Path:
+    """An nvcc in a folder with a blank in its name, which knows three GPUs. Returns that folder."""
+    program = fresh / "tool kit" / "bin" / "nvcc"
+    program.parent.mkdir(parents=True)
+    listing = 'if [ "$1" = --list-gpu-code ]; then printf "sm_80\\nsm_90\\nsm_100\\n"; exit 0; fi'
+    build_it = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+    program.write_text(f"#!/bin/sh\n{listing}\n{build_it}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(fresh / "tool kit"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return fresh
+
+
+def test_architectures(fake_nvcc, monkeypatch, capsys):
+    assert build.wanted_architectures() == ["8.0", "9.0", "10.0"]  # of the default list what nvcc knows
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX 9.0a")
+    assert build.main(["cuda"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["cuda sm_80", "cuda sm_90"]
+    assert len(list(fake_nvcc.glob("cache/sam_detr_ops/ms_deform_attn_cuda-sm_*.so"))) == 2
+    for wrong, line in {
+        "Hopper": "TORCH_CUDA_ARCH_LIST: 'Hopper' is no compute capability such as 9.0 or 9.0+PTX",
+        "9.0 90": "TORCH_CUDA_ARCH_LIST: '90' is no compute capability such as 9.0 or 9.0+PTX",
+        "7.0": f"TORCH_CUDA_ARCH_LIST: 7.0 is unknown to {fake_nvcc}/tool kit/bin/nvcc, which has 8.0 9.0 10.0",
+    }.items():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        assert build.main(["cuda"]) == 2
+        assert capsys.readouterr().err == line + "\n"
+
+
+def test_make_without_compilers(fresh, monkeypatch, capsys):
+    """Skips a device that nobody asked for; to make nothing, or not what was asked for, is a failure."""
+
+    def absent():
+        raise build.NoCompiler("no nvcc: nowhere")
+
+    monkeypatch.setattr(build, "find_nvcc", absent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("CXX", fake_compiler(fresh, 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'))
+    assert build.main([]) == 0
+    assert "cuda: skipped, no nvcc: nowhere" in capsys.readouterr().out
+    assert build.main(["cuda"]) == 1
+    assert capsys.readouterr().out == "cuda: FAILED, no nvcc: nowhere\n"
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert build.main([]) == 1
+    assert "failed with status 1:\n(no message)" in capsys.readouterr().out
+    assert build.main(["gpu"]) == 2
+
+
+@pytest.mark.parametrize("interpreter", ["no-such-python", "torchless"])
+def test_make_without_pytorch(interpreter, tmp_path):
+    if interpreter == "torchless":
+        script = tmp_path / "python"
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')  # without site-packages
+        script.chmod(0o755)
+        interpreter = str(script)
+    command = ["bash", str(REPOSITORY / "models/ops/make.sh")]
+    made = subprocess.run(command, env={**os.environ, "PYTHON": interpreter}, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert made.stderr.splitlines() == [
+        f"{interpreter} has no PyTorch: run scripts/setup.sh, or name another interpreter with PYTHON"
+    ]
 
 
 def test_make_as_a_program(tmp_path):
-    """From any folder; leaves a library that loads."""
+    """From any folder; leaves a library that loads. A relative cache folder is one of the caller's."""
     compiled_or_skip()
-    environment = {**os.environ, "PYTHON": sys.executable, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHON": sys.executable, "TORCH_EXTENSIONS_DIR": "a b"}
     command = ["bash", str(REPOSITORY / "models/ops/make.sh"), "cpu"]
     made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    (library,) = tmp_path.glob("sam_detr_ops/*.so")
-    assert str(library) in made.stdout
-    assert ctypes.CDLL(str(library)).has_threads() in (0, 1)
-    assert build.main(["gpu"]) == 2
+    (library,) = tmp_path.glob("a b/sam_detr_ops/*.so")
+    assert library.name in made.stdout
+    assert ctypes.CDLL(str(library)).forward_float32
+
+
+def test_the_benchmark(monkeypatch, capsys):
+    """A row for each shape, type and path; bad arguments are refused in a line."""
+    path = REPOSITORY / "benchmarks" / "ms_deform_attn.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "SHAPES", {"small": ([(5, 4), (2, 3)], None), "few": ([(5, 4)], 3)})
+    monkeypatch.setattr(benchmark, "copy_speed", lambda *arguments: 1e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--repeats", "1", "--batch", "2"])
+    benchmark.main()
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith(("small", "few"))]
+    paths = [*([] if kernels.why_not("cpu") else ["compiled"]), "plain", "autograd"]
+    assert rows == [[name, t, p] for name in ("small", "few") for t in ("float32", "bfloat16") for p in paths]
+    for wrong in (["--repeats", "0"], ["--dtypes", "int8"], ["--device", "cuda"], ["--threads", "x"]):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.main()

@@ -3,10 +3,11 @@
 On a machine with a GPU `python models/ops/test.py` runs them in earnest.
 """
 
+import contextlib
 import ctypes
-import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ SOURCE = build.CSRC / "ms_deform_attn_cuda.cu"
 def emulated(tmp_path_factory) -> ctypes.CDLL:
     """The CUDA source compiled as C++ with cuda_emulation.h in front of it."""
     try:
-        compiler = build.cpu_recipe().compiler
+        compiler = build.find_cxx()
     except build.BuildError as error:
         pytest.skip(str(error))
     library = tmp_path_factory.mktemp("emulated") / "library.so"
     header = Path(__file__).with_name("cuda_emulation.h")
-    command = [*shlex.split(compiler), "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-include", str(header)]
+    command = [*compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-include", str(header)]
     result = subprocess.run([*command, "-x", "c++", str(SOURCE), "-o", str(library)], capture_output=True, text=True)
     if result.returncode and "ms_deform_attn_cuda.cu" not in result.stderr:
         pytest.skip(f"the emulation needs C++20, coroutines and 16-bit floats: {result.stderr[-300:]}")
@@ -112,18 +113,38 @@ def test_emulated_edges(emulated):
     many = [(1, 1)] * (kernels.MAX_CUDA_LEVELS + 1)
     with pytest.raises(AssertionError):
         forward(emulated, many, torch.zeros(1, 33, 1, 1), torch.zeros(1, 1, 1, 33, 1, 2), torch.zeros(1, 1, 1, 33, 1))
+    for dimensions in ([1, 2**31, 1, 1, 1, 1, 1], [2**16, 1, 2**8, 1, 1, 2**8, 1]):  # cells, rows past 32 bits
+        status = emulated.forward(0, 0, None, kernels.integers([1, 1]), kernels.integers(dimensions), *[None] * 4)
+        assert status != 0
+
+
+def test_a_driver_that_is_too_old_is_a_reason(monkeypatch):
+    """Code that compiles may still not run: then the plain path, not an error in every call."""
+    library = SimpleNamespace(probe=lambda index: 35 * index, error_text=lambda status: b"insufficient driver")
+    monkeypatch.setattr(kernels, "open_library", lambda recipe: library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.delenv("MS_DEFORM_ATTN", raising=False)
+    for function in (kernels.load_cuda, kernels.why_not):
+        function.cache_clear()
+    try:
+        assert kernels.why_not("cuda", 0) is None
+        assert kernels.why_not("cuda", 1) == "the kernels do not run on cuda:1: insufficient driver"
+    finally:
+        for function in (kernels.load_cuda, kernels.why_not):
+            function.cache_clear()
 
 
 def test_nvcc_compiles_the_source(tmp_path):
     """To an object file: a GPU or its runtime library is not needed for that."""
     try:
-        recipe = build.cuda_recipe("9.0")
+        recipe, nvcc = build.cuda_recipe("9.0"), build.find_nvcc()
     except build.BuildError as error:
         pytest.skip(str(error))
     flags = [flag for flag in recipe.flags if flag != "-shared"]
     output = tmp_path / "kernels.o"
     result = subprocess.run(
-        [recipe.compiler, *flags, "-c", str(SOURCE), "-o", str(output), "-Xptxas", "-v"], capture_output=True, text=True
+        [*nvcc, *flags, "-c", str(SOURCE), "-o", str(output), "-Xptxas", "-v"], capture_output=True, text=True
     )
     if result.returncode and "ms_deform_attn_cuda.cu" not in result.stderr:
         pytest.skip(f"nvcc does not work here: {result.stderr[-300:]}")

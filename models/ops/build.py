@@ -2,12 +2,14 @@
 
 The kernels are C functions on plain pointers. No header of PyTorch or Python enters, so a build takes seconds (CUDA:
 about half a minute), works with every compiler and CUDA toolkit that supports the GPU, and cannot disagree with
-PyTorch's own interface. A library is named after everything that it depends on; a change of one makes a new file.
+PyTorch's own interface. A library is named after its source, flags, processor, and the versions of PyTorch and its
+CUDA; a change of one makes a new file. A library that is there is used, also where no compiler is (any more).
 """
 
 import contextlib
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,79 +35,82 @@ class BuildError(RuntimeError):
     """Why there is no library; the message is for the user."""
 
 
+class NoCompiler(BuildError):
+    """There is none here, and none was named."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one library is made. `target` is its processor: a vector extension, or sm_90 and the like."""
 
     source: Path
-    compiler: str
-    version: str
+    find_compiler: Callable[[], list[str]]
     flags: tuple[str, ...]
     target: str
+    chosen: str = ""  # the compiler that the user named: another one's library will not do
 
     @property
     def library(self) -> Path:
-        parts = (self.source.read_text(encoding="utf-8"), self.compiler, self.version, *self.flags, torch.__version__)
+        parts = (self.source.read_text(encoding="utf-8"), self.chosen, *self.flags, torch.__version__)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
         cuda = f"-cu{torch.version.cuda}" if self.source.suffix == ".cu" else ""
         name = f"{self.source.stem}-{self.target}-torch{torch.__version__.split('+')[0]}{cuda}-{digest}.so"
         return cache_folder() / name
 
-    def command(self, output: Path) -> list[str]:
-        return [*shlex.split(self.compiler), *self.flags, str(self.source), "-o", str(output)]
-
 
 def cache_folder() -> Path:
     """PyTorch's folder for compiled extensions: TORCH_EXTENSIONS_DIR, else one in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions") / "sam_detr_ops"
-
-
-def compiler_version(compiler: str) -> str:
-    """First lines of what `compiler --version` says. Raises BuildError where it cannot be run."""
-    command = shlex.split(compiler)
-    if not command or shutil.which(command[0]) is None:
-        raise BuildError(f"no compiler {compiler!r}")
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(folder) / "sam_detr_ops"
     try:
-        return subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"{compiler!r} does not run: {error}") from error
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user without a name, as in some containers
+        raise BuildError(f"no cache folder: {error} Set TORCH_EXTENSIONS_DIR.") from error
+    return Path(cache) / "torch_extensions" / "sam_detr_ops"
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler as the start of a command. CXX chooses it, and may hold flags."""
+    if wanted := os.environ.get("CXX"):
+        try:
+            words = shlex.split(wanted)
+        except ValueError as error:
+            raise BuildError(f"CXX={wanted}: {error}") from error
+        if not words or shutil.which(words[0]) is None:
+            raise BuildError(f"CXX={wanted}: there is no such program")
+        return words
+    names = ("c++", "g++", "clang++")
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise NoCompiler(f"no C++ compiler: none of {', '.join(names)} is in PATH (CXX can name one)")
+    return [compiler]
 
 
 def cpu_recipe() -> Recipe:
-    """For this processor, by the vector extension that PyTorch uses on it; CXX chooses the compiler."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next((name for name in names if shutil.which((shlex.split(name) or [""])[0])), None)
-    if compiler is None:
-        raise BuildError(f"no C++ compiler: none of {', '.join(names)} is in PATH (CXX can name one)")
+    """For this processor, by the vector extension that PyTorch uses on it."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-O3", "-std=c++17", "-fPIC", "-shared", *VECTOR_FLAGS.get(capability, [])]
     if sys.platform != "darwin":  # Apple's clang has no OpenMP: the kernel is then built without threads
         flags.append("-fopenmp")
-    target = f"{os.uname().machine}-{capability.lower().replace(' ', '')}"
-    return Recipe(CSRC / "ms_deform_attn_cpu.cpp", compiler, compiler_version(compiler), tuple(flags), target)
+    target = f"{platform.machine()}-{capability.lower().replace(' ', '')}"
+    return Recipe(CSRC / "ms_deform_attn_cpu.cpp", find_cxx, tuple(flags), target, os.environ.get("CXX", ""))
 
 
-def find_nvcc() -> str:
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return str(Path(home) / "bin" / "nvcc")
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        raise BuildError("no nvcc: it is not in PATH, CUDA_HOME/bin or /usr/local/cuda/bin")
-    return nvcc
+def find_nvcc() -> list[str]:
+    homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    for name in (*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if nvcc := shutil.which(name):
+            return [nvcc]
+    raise NoCompiler("no nvcc: it is not in PATH, CUDA_HOME/bin or /usr/local/cuda/bin")
 
 
 def cuda_recipe(architecture: str) -> Recipe:
-    """For GPUs of one compute capability, e.g. "9.0"; such code also runs on later minor versions (8.0 on 8.6)."""
-    if not re.fullmatch(r"\d+\.\d[a-f]?", architecture):
-        raise BuildError(f"CUDA architecture {architecture!r}: expected a compute capability such as 9.0")
+    """For GPUs of one compute capability, e.g. "9.0"."""
     number = architecture.replace(".", "")
-    nvcc = find_nvcc()
     # The runtime is linked in: it shares the device's primary context with PyTorch's, whichever version that is.
     flags = ["-O3", "-std=c++17", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
     flags += [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"]
-    return Recipe(CSRC / "ms_deform_attn_cuda.cu", nvcc, compiler_version(nvcc), tuple(flags), f"sm_{number}")
+    return Recipe(CSRC / "ms_deform_attn_cuda.cu", find_nvcc, tuple(flags), f"sm_{number}")
 
 
 @contextlib.contextmanager
@@ -132,6 +137,7 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
         library = recipe.library
         if library.exists():
             return library
+        compiler = recipe.find_compiler()
         library.parent.mkdir(parents=True, exist_ok=True)
         asked = time.time()
         with locked(library.with_suffix(".lock")):
@@ -143,7 +149,7 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 output = Path(folder) / "library.so"
                 try:
-                    run(recipe.command(output), timeout=timeout)
+                    run([*compiler, *recipe.flags, str(recipe.source), "-o", str(output)], timeout=timeout)
                 except BuildError as error:
                     failure.write_text(str(error))
                     raise
@@ -154,48 +160,75 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
         raise BuildError(f"cache folder {cache_folder()}: {error}") from error
 
 
-def run(command: list[str], *, timeout: float) -> None:
+def run(command: list[str], *, timeout: float) -> str:
+    """What the command prints. Raises BuildError with its last words if it cannot be run, fails, or takes too long."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{shlex.join(command)} took more than {timeout:.0f} s") from error
     if result.returncode:
         words = "\n".join((result.stderr or result.stdout).strip().splitlines()[-15:])
-        raise BuildError(f"{shlex.join(command)} failed with status {result.returncode}:\n{words}")
+        raise BuildError(f"{shlex.join(command)} failed with status {result.returncode}:\n{words or '(no message)'}")
+    return result.stdout
 
 
 def wanted_architectures() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, else those of the GPUs in this machine, else all of a default list that nvcc knows."""
+    """TORCH_CUDA_ARCH_LIST, else those of the GPUs in this machine, else all of a default list that nvcc knows.
+
+    Raises:
+        ValueError: naming an entry of the list that is no compute capability, or one that nvcc does not know.
+        BuildError: without nvcc, which is asked what it knows.
+    """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
-    if listed:
-        return list(dict.fromkeys(name.removesuffix("+PTX") for name in listed))
-    if torch.cuda.is_available():
+    for name in listed:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: {name!r} is no compute capability such as 9.0 or 9.0+PTX")
+    # A library always holds PTX; what "a" and "f" would add is not used.
+    wanted = list(dict.fromkeys(re.sub(r"[af]?(\+PTX)?$", "", name) for name in listed))
+    if not wanted and torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
         return sorted({"{}.{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
-    known = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    return [name for name in DEFAULT_ARCHITECTURES.split() if "sm_" + name.replace(".", "") in known]
+    codes = run([*find_nvcc(), "--list-gpu-code"], timeout=60).split()
+    known = [f"{code[3:-1]}.{code[-1]}" for code in codes if re.fullmatch(r"sm_\d+", code)]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(
+            f"TORCH_CUDA_ARCH_LIST: {unknown[0]} is unknown to {find_nvcc()[0]}, which has {' '.join(known)}"
+        )
+    return wanted or [name for name in DEFAULT_ARCHITECTURES.split() if name in known]
 
 
 def main(devices: list[str]) -> int:
-    """Builds what can be built here and says so; status 1 if something that has a compiler failed."""
+    """Builds what can be built here and says so.
+
+    Returns 2 for bad arguments; 1 if something failed, or if there is no compiler for a device that was named, or none
+    at all; else 0.
+    """
     if unknown := set(devices) - {"cpu", "cuda"}:
-        print(f"{', '.join(sorted(unknown))}: expected cpu, cuda or nothing (both)")
+        print(f"{', '.join(sorted(unknown))}: expected cpu, cuda or nothing (both)", file=sys.stderr)
         return 2
-    status = 0
+    made = failed = 0
     for device in devices or ("cpu", "cuda"):
         try:
             recipes = [cpu_recipe()] if device == "cpu" else [cuda_recipe(name) for name in wanted_architectures()]
         except BuildError as error:
-            print(f"{device}: skipped, {error}")
+            fails = bool(devices) or not isinstance(error, NoCompiler)
+            failed += fails
+            print(f"{device}: {'FAILED' if fails else 'skipped'}, {error}")
             continue
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
         for recipe in recipes:
             start = time.time()
             try:
-                print(f"{device} {recipe.target}: {build(recipe)} ({time.time() - start:.0f} s)")
+                print(f"{device} {recipe.target}: {build(recipe)} ({time.time() - start:.0f} s)", flush=True)
+                made += 1
             except BuildError as error:
-                status = 1
+                failed += 1
                 print(f"{device} {recipe.target}: FAILED, {error}")
-    return status
+    return int(failed > 0 or made == 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m models.ops.doctor`: which path deformable attention takes on this machine's devices, and why."""
 
 import os
+import shlex
 import sys
 
 import torch
@@ -19,7 +20,7 @@ def diagnose(device: torch.device) -> list[str]:
 
 def describe(find) -> str:
     try:
-        return str(find())
+        return shlex.join(find())
     except build.BuildError as error:
         return str(error)
 
@@ -27,9 +28,9 @@ def describe(find) -> str:
 def main() -> int:
     version = torch.version.cuda or torch.version.hip or "none"
     print(f"torch {torch.__version__}, CUDA {version}, CPU capability {torch.backends.cpu.get_cpu_capability()}")
-    print(f"C++ compiler: {describe(lambda: build.cpu_recipe().compiler)}")
+    print(f"C++ compiler: {describe(build.find_cxx)}")
     print(f"CUDA compiler: {describe(build.find_nvcc)}")
-    print(f"libraries: {build.cache_folder()}")
+    print(f"libraries: {describe(lambda: [str(build.cache_folder())])}")
     for variable in ("MS_DEFORM_ATTN", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR"):
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")

@@ -57,7 +57,15 @@ def check_level_shapes(level_shapes: Sequence[tuple[int, int]], length: int) -> 
     """Raises ValueError unless the levels have cells, `length` of them together."""
     if isinstance(level_shapes, Tensor):
         raise ValueError("level_shapes: a tensor; pass Python ints, reading them from a GPU would stop it")
-    if not level_shapes or any(len(shape) != 2 or min(shape) < 1 for shape in level_shapes):
+    try:
+        fine = len(level_shapes) > 0 and all(
+            not isinstance(size, (float, Tensor)) and size >= 1
+            for height, width in level_shapes
+            for size in (height, width)
+        )
+    except (TypeError, ValueError):  # no pairs, or not of numbers
+        fine = False
+    if not fine:
         raise ValueError(f"level_shapes: expected one (height, width) of at least 1 each level, got {level_shapes}")
     cells = sum(height * width for height, width in level_shapes)
     if cells != length:

@@ -26,9 +26,13 @@ def load_cpu() -> ctypes.CDLL:
 
 
 @functools.cache
-def load_cuda(major: int, minor: int) -> ctypes.CDLL:
-    library = open_library(build.cuda_recipe(f"{major}.{minor}"))
+def load_cuda(index: int) -> ctypes.CDLL:
+    """Raises BuildError where the library cannot be made or loaded, or where the driver does not take it."""
+    library = open_library(build.cuda_recipe("{}.{}".format(*torch.cuda.get_device_capability(index))))
     library.error_text.restype = ctypes.c_char_p
+    with torch.cuda.device(index):
+        if status := library.probe(index):
+            raise build.BuildError(f"the kernels do not run on cuda:{index}: {library.error_text(status).decode()}")
     return library
 
 
@@ -54,7 +58,7 @@ def why_not(device_type: str, index: int | None = None) -> str | None:
         if device_type == "cpu":
             load_cpu()
         else:
-            load_cuda(*torch.cuda.get_device_capability(index))
+            load_cuda(index)
     except build.BuildError as error:
         return str(error)
     return None
@@ -131,12 +135,12 @@ def cuda_call(name: str, value: Tensor, sizes: list[int], locations: Tensor, *te
     if value.numel() == 0 or (name == "forward" and tensors[-1].numel() == 0):
         return  # nothing to launch
     device = value.device
-    library = load_cuda(*torch.cuda.get_device_capability(device))
+    library = load_cuda(device.index)
     stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
     settings = (ctypes.c_int(CUDA_TYPES[value.dtype]), ctypes.c_int(device.index), stream)
     extra = (ctypes.c_int(ordered),) if name == "backward" else ()
-    status = getattr(library, name)(
-        *settings, *extra, integers(sizes), dimensions(value, locations), *(pointer(tensor) for tensor in tensors)
-    )
+    arguments = (*settings, *extra, integers(sizes), dimensions(value, locations), *map(pointer, tensors))
+    with torch.cuda.device(device):  # the library makes it current, this puts back what was
+        status = getattr(library, name)(*arguments)
     if status:
         raise RuntimeError(f"deformable attention, {name} on {device}: {library.error_text(status).decode()}")

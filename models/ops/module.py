@@ -71,12 +71,17 @@ class MSDeformAttn(nn.Module):
             level_shapes: height and width of each level, Python ints.
             padding: (B, L), True at cells that count as zeros (no renormalisation of the weights, as published).
         """
-        locations = self.locate(query, reference, level_shapes)
+        hidden_dim = self.value_proj.in_features
+        for name, tensor in (("query", query), ("value", value)):
+            if tensor.ndim != 3 or tensor.shape[2] != hidden_dim:
+                raise ValueError(f"{name}: expected 3 dimensions, the last of {hidden_dim}, got {tuple(tensor.shape)}")
         check_level_shapes(level_shapes, value.shape[1])
+        locations = self.locate(query, reference, level_shapes)
         value = self.value_proj(value)
         if padding is not None:
-            if padding.shape != value.shape[:2]:
-                raise ValueError(f"padding: expected {tuple(value.shape[:2])}, got {tuple(padding.shape)}")
+            if padding.shape != value.shape[:2] or padding.dtype != torch.bool:
+                expected = f"{tuple(value.shape[:2])} of torch.bool"
+                raise ValueError(f"padding: expected {expected}, got {tuple(padding.shape)} of {padding.dtype}")
             value = value.masked_fill(padding[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, self.weigh(query)))

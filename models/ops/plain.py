@@ -14,6 +14,15 @@ def coordinate_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
+def grids_of(locations: Tensor) -> Tensor:
+    """(B, Q, N, levels, points, 2) -> (B * N, Q, levels, points, 2), as grid_sample counts: -1 to 1.
+
+    What is infinite or no number is outside, where it gives 0 and gets no gradient, as in the official kernels.
+    """
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
+    return grids.nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4)
+
+
 def plain_ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Sum over levels and points of weight * value interpolated at the location.
 
@@ -30,7 +39,7 @@ def plain_ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, wei
         batch, _, heads, channels = value.shape
         queries = locations.shape[1]
         levels = value.to(dtype).split([h * w for h, w in zip(sizes[::2], sizes[1::2])], dim=1)
-        grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)  # (B * N, Q, levels, points, 2)
+        grids = grids_of(locations.to(dtype))
         weights = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (B * N, Q, levels, points)
 
         output = 0
@@ -49,13 +58,13 @@ def plain_backward(
     """Gradients of value, locations and weights of plain_ms_deform_attn, given that of its output (B, Q, N * C).
 
     What autograd would do, but nothing of the size of the sampled values is kept from the forward: they are sampled
-    again, level by level. For an image of 800 x 1066 pixels the peak is 288 instead of 413 MiB per encoder layer.
+    again, level by level. For an image of 800 x 1066 pixels the peak is some 350 instead of 505 MiB an encoder layer.
     """
     dtype = coordinate_dtype(value)
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     levels = value.to(dtype).split([h * w for h, w in zip(sizes[::2], sizes[1::2])], dim=1)
-    grids = (2 * locations.to(dtype) - 1).transpose(1, 2).flatten(0, 1)  # (B * N, Q, levels, points, 2)
+    grids = grids_of(locations.to(dtype))
     wide_weights = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (B * N, Q, levels, points)
     grad = grad_output.to(dtype).transpose(1, 2).reshape(batch * heads, channels, queries, 1)
 

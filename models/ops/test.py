@@ -112,16 +112,13 @@ def check_numerical_gradients(device: str, channels: int) -> str:
 
 
 def check_outside(device: str) -> str:
-    """Points beyond the border by half a cell or more count as zero and get no gradient."""
+    """Points beyond the border by half a cell or more, or nowhere, count as zero and get no gradient."""
     value, _, weights = example(EVEN, channels=32, device=device, dtype=torch.float32)
-    for place in (-0.26, 1.26, 1e30, -1e30):  # 0.25 is half a cell and more on every level
+    # 0.25 is half a cell and more on every level.
+    for place in (-0.26, 1.26, 1e30, -1e30, 3e38, torch.inf, -torch.inf, torch.nan):
         locations = torch.full((*weights.shape, 2), float(place), device=device)
         for tensor in with_gradients(lambda v, *rest: ms_deform_attn(v, EVEN, *rest), (value, locations, weights)):
             assert not tensor.any(), f"location {place}: {tensor.abs().max():.1e}"
-    for place in (torch.inf, torch.nan):  # such a run is lost, but nothing outside the tensors may be touched
-        locations = torch.full((*weights.shape, 2), place, device=device)
-        output = ms_deform_attn(value, EVEN, locations, weights)
-        assert bool(((output == 0) | output.isnan()).all()), f"location {place}: {output}"
     return "0, with gradients 0"
 
 

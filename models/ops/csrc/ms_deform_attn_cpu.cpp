@@ -244,12 +244,3 @@ Problem problem(const int64_t* sizes, const int64_t* dimensions, int threads) {
 
 EXPORT_FOR(float, float32)
 EXPORT_FOR(double, float64)
-
-// Whether this build uses threads; not where the compiler has no OpenMP.
-EXPORT int has_threads() {
-#ifdef _OPENMP
-  return 1;
-#else
-  return 0;
-#endif
-}

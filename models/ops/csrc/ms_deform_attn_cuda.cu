@@ -24,8 +24,8 @@ constexpr int kBand = 4;        // rows of a map that one warp owns in the order
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Problem {
-  int64_t batch, length, queries, rows;
-  int heads, channels, levels, points;
+  int64_t batch, length;
+  int queries, rows, heads, channels, levels, points;
   int height[kMaxLevels], width[kMaxLevels], start[kMaxLevels];
 };
 
@@ -91,8 +91,8 @@ __device__ inline void store(const Wide<T> (&in)[VECTOR], T* target) {
   }
 }
 
-// 16 bytes can be added with one request from compute capability 9.0 on.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// 16 bytes can be added with one request from compute capability 9.0 and CUDA 12.1 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 10 + __CUDACC_VER_MINOR__ >= 121
 constexpr bool kAddQuads = true;
 #else
 constexpr bool kAddQuads = false;
@@ -173,13 +173,13 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Shares shares[ROWS][CHUNK + 1];
 
   const int local = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = p.levels * p.points;
-  const int64_t first_row = int64_t(blockIdx.x) * ROWS, row = first_row + local;
+  const int first_row = int(blockIdx.x) * ROWS, row = first_row + local;
   const int64_t stride = int64_t(p.heads) * p.channels;
 
   for (int tile = 0; tile < p.channels; tile += LANES * VECTOR) {
     const int channel = tile + lane * VECTOR;
     const bool busy = row < p.rows && channel < p.channels;
-    const T* head = value + row / (p.queries * p.heads) * p.length * stride + row % p.heads * p.channels + channel;
+    const T* head = value + row / (p.queries * p.heads) * p.length * stride + row % p.heads * int64_t(p.channels) + channel;
     W sum[VECTOR] = {};
     for (int begin = 0; begin < total; begin += CHUNK) {
       const int count = min(CHUNK, total - begin);
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = threadIdx.x; i < ROWS * count; i += kThreads) {
         const int r = i / count, k = i % count, level = (begin + k) / p.points;
         if (first_row + r >= p.rows) break;
-        const int64_t index = (first_row + r) * total + begin + k;
+        const int64_t index = int64_t(first_row + r) * total + begin + k;
         Place<W> place;
         Corners corner = {{-1, -1, -1, -1}};
         if (locate(locations[2 * index], locations[2 * index + 1], p.height[level], p.width[level], place)) {
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    if (busy) store<T, VECTOR>(sum, out + row * p.channels + channel);
+    if (busy) store<T, VECTOR>(sum, out + int64_t(row) * p.channels + channel);
   }
 }
 
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Gradient gradients[ROWS][CHUNK];
 
   const int local = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = p.levels * p.points;
-  const int64_t first_row = int64_t(blockIdx.x) * ROWS, row = first_row + local;
+  const int first_row = int(blockIdx.x) * ROWS, row = first_row + local;
   const int64_t stride = int64_t(p.heads) * p.channels;
 
   for (int begin = 0; begin < total; begin += CHUNK) {
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
       Corners corner = {{-1, -1, -1, -1}};
       Point point = {0, 0, 0, 0};
       if (first_row + r < p.rows) {  // beyond, the lanes go through the motions: all of a warp must shuffle
-        const int64_t index = (first_row + r) * total + begin + k;
+        const int64_t index = int64_t(first_row + r) * total + begin + k;
         Place<W> place;
         if (locate(locations[2 * index], locations[2 * index + 1], p.height[level], p.width[level], place)) {
           const Cells cells = cells_of(place, p.height[level], p.width[level], p.start[level]);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t head =
           row / (p.queries * p.heads) * p.length * stride + row % p.heads * int64_t(p.channels) + channel;
       W g[VECTOR] = {};
-      if (busy) load<T, VECTOR>(grad_out + row * p.channels + channel, g);
+      if (busy) load<T, VECTOR>(grad_out + int64_t(row) * p.channels + channel, g);
       for (int k = 0; k < count; ++k) {
         const Corners corner = corners[local][k];
         const Point point = points[local][k];
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < ROWS * count; i += kThreads) {
       const int r = i / count, k = i % count, level = (begin + k) / p.points;
       if (first_row + r >= p.rows) break;
-      const int64_t index = (first_row + r) * total + begin + k;
+      const int64_t index = int64_t(first_row + r) * total + begin + k;
       const W weight = points[r][k].weight;
       grad_weights[index] = gradients[r][k].weight;
       grad_locations[2 * index] = weight * W(p.width[level]) * gradients[r][k].x;
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = int64_t(p.heads) * p.channels;
   W* map = grad_value + (b * p.length + p.start[level]) * stride + int64_t(n) * p.channels;
 
-  const int64_t items = p.queries * p.points;
+  const int64_t items = int64_t(p.queries) * p.points;
   for (int64_t begin = 0; begin < items; begin += 32) {
     const int64_t item = begin + lane;
     Place<W> place = {0, 0, 0, 0};
@@ -409,27 +409,31 @@ void launch(const Problem& p, cudaStream_t stream, Pass pass, const void* const*
 // 16 bytes at a time where channels and addresses allow, with as few lanes as hold a row.
 template <typename T>
 void choose(const Problem& p, cudaStream_t stream, Pass pass, const void* const* tensors) {
-  if constexpr (sizeof(T) < 8) {
-    constexpr int VECTOR = 16 / sizeof(T);
-    bool aligned = p.channels % VECTOR == 0;
-    for (int i = 0; i < (pass == Pass::kForward ? 4 : 5); ++i)
-      aligned = aligned && reinterpret_cast<uintptr_t>(tensors[i]) % 16 == 0;
-    if (aligned) {
-      const int lanes = p.channels / VECTOR;
-      if (lanes <= 4) return launch<T, VECTOR, 4>(p, stream, pass, tensors);
-      if (lanes <= 8) return launch<T, VECTOR, 8>(p, stream, pass, tensors);
-      if (lanes <= 16) return launch<T, VECTOR, 16>(p, stream, pass, tensors);
-      return launch<T, VECTOR, 32>(p, stream, pass, tensors);
-    }
-  }
-  launch<T, 1, 32>(p, stream, pass, tensors);
+  constexpr int VECTOR = 16 / sizeof(T);
+  bool aligned = p.channels % VECTOR == 0;
+  for (int i = 0; i < (pass == Pass::kForward ? 4 : 5); ++i)
+    aligned = aligned && reinterpret_cast<uintptr_t>(tensors[i]) % 16 == 0;
+  const int lanes = p.channels / VECTOR;
+  if (!aligned) return launch<T, 1, 32>(p, stream, pass, tensors);
+  if (lanes <= 4) return launch<T, VECTOR, 4>(p, stream, pass, tensors);
+  if (lanes <= 8) return launch<T, VECTOR, 8>(p, stream, pass, tensors);
+  if (lanes <= 16) return launch<T, VECTOR, 16>(p, stream, pass, tensors);
+  launch<T, VECTOR, 32>(p, stream, pass, tensors);
+}
+
+// Makes the device current; the caller puts back what was.
+cudaError_t enter(int device) {
+  int before = device;
+  const cudaError_t status = cudaGetDevice(&before);
+  return status == cudaSuccess && before != device ? cudaSetDevice(device) : status;
 }
 
 int run(int type, int device, cudaStream_t stream, const int64_t* sizes, const int64_t* dimensions, Pass pass,
         const void* const* tensors) {
   const int64_t* d = dimensions;  // B, L, N, C, levels, Q, points
-  if (d[4] > kMaxLevels) return int(cudaErrorInvalidValue);
-  Problem p = {d[0], d[1], d[5], d[0] * d[5] * d[2], int(d[2]), int(d[3]), int(d[4]), int(d[6]), {}, {}, {}};
+  const int64_t most = INT32_MAX - kThreads, rows = d[0] * d[5] * d[2];  // cells and rows are counted in 32 bits
+  if (d[4] > kMaxLevels || d[1] > most || rows > most) return int(cudaErrorInvalidValue);
+  Problem p = {d[0], d[1], int(d[5]), int(rows), int(d[2]), int(d[3]), int(d[4]), int(d[6]), {}, {}, {}};
   int start = 0;
   for (int level = 0; level < p.levels; ++level) {
     p.height[level] = int(sizes[2 * level]);
@@ -438,10 +442,7 @@ int run(int type, int device, cudaStream_t stream, const int64_t* sizes, const i
     start += p.height[level] * p.width[level];
   }
   if (p.rows == 0) return 0;
-  int before = device;
-  cudaError_t status = cudaGetDevice(&before);
-  if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
-  if (status != cudaSuccess) return int(status);
+  if (const cudaError_t status = enter(device); status != cudaSuccess) return int(status);
   switch (type) {  // as CUDA_TYPES in kernels.py
     case 0: choose<float>(p, stream, pass, tensors); break;
     case 1: choose<double>(p, stream, pass, tensors); break;
@@ -449,9 +450,7 @@ int run(int type, int device, cudaStream_t stream, const int64_t* sizes, const i
     case 3: choose<BFloat>(p, stream, pass, tensors); break;
     default: return int(cudaErrorInvalidValue);
   }
-  status = cudaGetLastError();
-  if (before != device) cudaSetDevice(before);
-  return int(status);
+  return int(cudaGetLastError());
 }
 
 }  // namespace
@@ -467,6 +466,13 @@ extern "C" int backward(int type, int device, cudaStream_t stream, int ordered, 
                         const void* weights, void* grad_value, void* grad_locations, void* grad_weights) {
   const void* tensors[] = {grad_out, value, locations, weights, grad_value, grad_locations, grad_weights};
   return run(type, device, stream, sizes, dimensions, ordered ? Pass::kOrderedBackward : Pass::kBackward, tensors);
+}
+
+// 0 if the driver takes this code on the device: a build may succeed that is too new for the driver.
+extern "C" int probe(int device) {
+  if (const cudaError_t status = enter(device); status != cudaSuccess) return int(status);
+  cudaFuncAttributes attributes;
+  return int(cudaFuncGetAttributes(&attributes, forward_kernel<float, 4, 8>));
 }
 
 extern "C" const char* error_text(int status) { return cudaGetErrorString(cudaError_t(status)); }
