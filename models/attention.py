@@ -49,5 +49,5 @@ def attend(
         logits = logits + bias
     if padding is not None:
         logits = logits.masked_fill(padding[:, None, None, :], -torch.inf)
-    weights = F.dropout(logits.softmax(-1), dropout, training=dropout > 0)
+    weights = F.dropout(logits.softmax(-1), dropout)  # of 0 is nothing
     return weights @ value

@@ -13,6 +13,7 @@ from torchvision.ops import roi_align
 from main import build_parser
 from models import build_model
 from models.position_encoding import sine_encoding
+from models.sam_detr import roi_sampling, semantics_aligner
 from models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
 from models.sam_detr.semantics_aligner import AlignedQueries, SemanticsAligner
 from util.box_ops import cxcywh_to_xyxy
@@ -52,9 +53,9 @@ def test_roi_align_weights_equal_torchvision(height, width):
     boxes = cxcywh_to_xyxy(boxes) * torch.tensor([width, height] * 2)  # (2, Q, 4), in cells
     columns = roi_align_weights(boxes[..., 0], boxes[..., 2], length=width, num_bins=7)
     rows = roi_align_weights(boxes[..., 1], boxes[..., 3], length=height, num_bins=7)
-    ours = torch.einsum("bqph, bchw, bqrw -> bqcpr", rows, features, columns)
+    ours = roi_sampling.roi_align(features.permute(0, 2, 3, 1), rows, columns)  # (2, Q, 7, 7, 3)
     wanted = roi_align(features, list(boxes), output_size=7, sampling_ratio=-1, aligned=True)
-    torch.testing.assert_close(ours.flatten(0, 1), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.movedim(-1, 2).flatten(0, 1), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -133,8 +134,12 @@ ALIGNERS = [
 
 
 @pytest.mark.parametrize("options", ALIGNERS, ids=str)
-def test_outputs_and_gradients_equal_the_plain_formula(options):
+@pytest.mark.parametrize("large", [False, True], ids=["small map", "large map"])
+def test_outputs_and_gradients_equal_the_plain_formula(large, options, monkeypatch):
     channels, heads = 16, 4
+    if large:  # what is done on maps of thousands of cells, with boxes in groups of three
+        monkeypatch.setattr(semantics_aligner, "POOL_FIRST", 0)
+        monkeypatch.setattr(roi_sampling, "AT_ONCE", 3 * 2 * 7 * 13 * channels)
     aligner = SemanticsAligner(hidden_dim=channels, num_heads=heads, **options).double()
     for parameter in aligner.parameters():
         nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
@@ -168,8 +173,20 @@ def test_outputs_and_gradients_equal_the_plain_formula(options):
     assert ungated == ({"queries"} if not aligner.reweight else set()) | (
         {"boxes"} if aligner.search_range == "image" else set()
     )
-    torch.testing.assert_close(outputs, wanted, rtol=0, atol=1e-9)
-    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(outputs, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("pool_first", "largest"), [(semantics_aligner.POOL_FIRST, 29_400), (2**20, 240_000)])
+def test_nothing_of_the_size_of_points_times_cells_is_kept_for_backward(pool_first, largest, monkeypatch):
+    """On a map of 100 x 100 cells, 6 queries keep 49 bins' weights of 100 columns, but not those of 4 points and all
+    cells, unless pooling is put off."""
+    monkeypatch.setattr(semantics_aligner, "POOL_FIRST", pool_first)
+    aligner = SemanticsAligner(hidden_dim=8, num_heads=4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        aligner(torch.randn(1, 6, 8), torch.rand(1, 6, 4), torch.randn(1, 8, 100, 100, requires_grad=True))
+    assert max(kept) == largest
 
 
 def test_without_a_valid_ratio_the_whole_map_is_image():

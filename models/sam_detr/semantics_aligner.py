@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from models.layers import MLP
 from models.position_encoding import sine_encoding
-from models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
+from models.sam_detr.roi_sampling import bilinear_weights, roi_align, roi_align_weights
 
 ROI_SIZE = 7
+# A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image), to
+# pool the boxes first and to weigh their bins takes less memory and time; on smaller maps it takes more.
+POOL_FIRST = 2**15
 
 
 @dataclass
@@ -101,31 +104,34 @@ class SemanticsAligner(nn.Module):
         centres, sizes = boxes[..., :2], boxes[..., 2:]
         # RoIAlign has no gradient with respect to boxes, in the reference neither.
         with torch.no_grad():
-            cells = valid_ratio[:, None] * valid_ratio.new_tensor([width, height])  # (B, 1, 2)
-            low, high = (centres - sizes / 2) * cells, (centres + sizes / 2) * cells
+            extent = valid_ratio[:, None] * valid_ratio.new_tensor([width, height])  # (B, 1, 2), of the image, in cells
+            low, high = (centres - sizes / 2) * extent, (centres + sizes / 2) * extent
             columns = roi_align_weights(low[..., 0], high[..., 0], length=width, num_bins=ROI_SIZE)  # (B, Q, 7, W)
             rows = roi_align_weights(low[..., 1], high[..., 1], length=height, num_bins=ROI_SIZE)  # (B, Q, 7, H)
 
+        cells = features.permute(0, 2, 3, 1)  # (B, H, W, C)
         scales = None
         if self.resample == "points":
-            offsets, scales = self._find_points(features, rows, columns)  # (B, Q, P, 2) in [-1, 1]
+            large = self.search_range == "box" and self.num_points * height * width > POOL_FIRST
+            pooled = roi_align(cells, rows, columns) if large else None  # (B, Q, 7, 7, C)
+            narrow = self._narrow(pooled) if large else roi_align(self._narrow(cells), rows, columns)
+            offsets, scales = self._find_points(narrow)  # (B, Q, P, 2) in [-1, 1]
             if self.search_range == "box":
                 points = centres[:, :, None] + offsets * sizes[:, :, None] / 2
-                in_bins = (offsets + 1) * (ROI_SIZE / 2) - 0.5
-                columns = bilinear_weights(in_bins[..., 0], ROI_SIZE) @ columns  # (B, Q, P, W)
-                rows = bilinear_weights(in_bins[..., 1], ROI_SIZE) @ rows  # (B, Q, P, H)
+                x, y = bilinear_weights((offsets + 1) * (ROI_SIZE / 2) - 0.5, ROI_SIZE).unbind(-2)  # (B, Q, P, 7) each
+                content = _sample_bins(pooled, y, x) if large else _sample(cells, y @ rows, x @ columns)
             else:
                 points = (offsets + 1) / 2
-                in_cells = points * cells[:, :, None] - 0.5
-                columns = bilinear_weights(in_cells[..., 0].clamp(0, width - 1), width)
-                rows = bilinear_weights(in_cells[..., 1].clamp(0, height - 1), height)
-            content = _sample(features, rows, columns)  # (B, Q, P, C)
+                in_map = points * extent[:, :, None] - 0.5
+                columns = bilinear_weights(in_map[..., 0].clamp(0, width - 1), width)  # (B, Q, P, W)
+                rows = bilinear_weights(in_map[..., 1].clamp(0, height - 1), height)  # (B, Q, P, H)
+                content = _sample(cells, rows, columns)
         else:
             points = centres[:, :, None]  # (B, Q, 1, 2)
             if self.resample == "average":
-                content = _sample(features, rows.mean(2, keepdim=True), columns.mean(2, keepdim=True))
+                content = _sample(cells, rows.mean(2, keepdim=True), columns.mean(2, keepdim=True))
             else:
-                content = _pool(features, rows, columns).amax((3, 4))[:, :, None]  # (B, Q, 1, C)
+                content = roi_align(cells, rows, columns).amax((2, 3))[:, :, None]  # (B, Q, 1, C)
 
         # Without gradient, as in the reference: the point head learns through the sampled content (and the prior) only.
         position = sine_encoding(points.detach(), num_channels=content.shape[-1]).to(content.dtype)
@@ -134,26 +140,30 @@ class SemanticsAligner(nn.Module):
             position = position * self.position_gate(queries).unflatten(-1, (self.num_heads, -1)).sigmoid()
         return AlignedQueries(content, position, points, scales)
 
-    def _find_points(self, features: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Offsets in [-1, 1] and, if asked for, scales of the salient points: (B, Q, P, 2) each."""
-        # The 1 x 1 convolution runs on the map, not on the seven by seven bins of every box. Its bias is added after
-        # the pooling, because the weights of a bin that hangs over the border do not sum to 1.
-        narrow = nn.functional.conv2d(features, self.reduce.weight)  # (B, C / 4, H, W)
-        pooled = _pool(narrow, rows, columns) + self.reduce.bias[:, None, None]  # (B, Q, C / 4, 7, 7)
-        found = self.point_head(pooled.relu().flatten(2)).unflatten(-1, (-1, self.num_points, 2))
+    def _narrow(self, x: Tensor) -> Tensor:
+        """The 1 x 1 convolution, (..., C) -> (..., C / 4). Without its bias, which comes after the pooling, because the
+        weights of a bin that hangs over the border do not sum to 1."""
+        return nn.functional.linear(x, self.reduce.weight.flatten(1))
+
+    def _find_points(self, narrow: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From pooled channels (B, Q, 7, 7, C / 4): offsets in [-1, 1] and, if asked for, scales of the salient points,
+        (B, Q, P, 2) each."""
+        narrow = (narrow + self.reduce.bias).relu().movedim(-1, 2)  # published weights take channels first
+        found = self.point_head(narrow.flatten(2)).unflatten(-1, (-1, self.num_points, 2))
         offsets = found[:, :, 0].tanh()
         return offsets, found[:, :, 1] if found.shape[2] == 2 else None
 
 
-def _pool(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """RoIAlign: (B, C, H, W), (B, Q, 7, H), (B, Q, 7, W) -> (B, Q, C, 7, 7)."""
-    batch, channels, _, width = features.shape
-    by_row = rows.flatten(1, 2) @ features.permute(0, 2, 1, 3).flatten(2)  # (B, Q * 7, C * W)
-    by_row = by_row.view(batch, rows.shape[1], -1, channels, width).transpose(2, 3).flatten(2, 3)  # (B, Q, C * 7, W)
-    return (by_row @ columns.mT).unflatten(2, (channels, -1))
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Weight of every cell: (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, H * W)."""
+    return (rows[..., :, None] * columns[..., None, :]).flatten(3)
 
 
-def _sample(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Weighted sums over the map: (B, C, H, W), (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, C)."""
-    weights = rows[..., :, None] * columns[..., None, :]  # (B, Q, P, H, W)
-    return (weights.flatten(1, 2).flatten(2) @ features.flatten(2).mT).unflatten(1, rows.shape[1:3])
+def _sample(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted sums over the map: (B, H, W, C), (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, C)."""
+    return (_products(rows, columns).flatten(1, 2) @ cells.flatten(1, 2)).unflatten(1, rows.shape[1:3])
+
+
+def _sample_bins(pooled: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted sums over the bins of each box: (B, Q, 7, 7, C), (B, Q, P, 7) twice -> (B, Q, P, C)."""
+    return _products(rows, columns) @ pooled.flatten(2, 3)
