@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from datasets.coco_eval import CocoEvaluator
-from util.logger import MetricAverager, progress
+from util.logger import MetricAverager, log, progress
+from util.prefetch import on_device
+from util.profiler import StepProfiler
 
 
 def train_one_epoch(
@@ -25,14 +30,24 @@ def train_one_epoch(
     epoch: int,
     clip_max_norm: float,
     zero_grad: bool = True,
+    accumulate: int = 1,
+    amp: torch.dtype | None = None,
+    scaler: GradScaler | None = None,
+    profiler: StepProfiler | None = None,
     print_every: int,
 ) -> dict[str, float]:
-    """Train on every batch of `loader`; `scheduler` steps after each.
+    """Train on every batch of `loader`; `scheduler` steps after each step of the optimiser.
+
+    Nothing here waits for a GPU but the matching, once for each batch; what is shown is read when it is shown.
 
     Args:
         clip_max_norm: largest norm of all gradients together; 0 leaves them as they are.
         zero_grad: whether every step starts from gradients of zero; False adds to what the last step left, clipped.
-        print_every: iterations between two lines where the output is no terminal.
+        accumulate: batches to a step, whose gradients are those of one large batch; an incomplete rest is left out.
+        amp: what the network computes in where that is safe (matching and losses stay in float32); None: as it is.
+        scaler: scales the loss, so that gradients of float16 do not vanish; skips a step whose gradients overflow.
+        profiler: times the first steps.
+        print_every: iterations between two lines where the output is no terminal, and between looks at the loss.
     Returns:
         Averages over the epoch and all processes: `loss`, each weighted term, each unweighted one with the suffix
         `_unscaled`, `class_error`, and `lr`.
@@ -41,25 +56,66 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    averager = MetricAverager()
-    steps = progress(loader, description=f"epoch {epoch}", every=print_every)
-    for iteration, (images, targets) in enumerate(steps):
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True).unpack()
-        loss, metrics = _losses(criterion, model(images), targets)
-        if not torch.isfinite(loss):
-            raise ValueError(_not_finite(metrics, targets, epoch=epoch, iteration=iteration))
-        if zero_grad:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip_max_norm > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
-        lr = optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
-        averager.update({**metrics, "lr": lr})
-        steps.set(loss=loss, lr=lr)
+    averager, watch = MetricAverager(), LossWatch(epoch)
+    profiler = profiler or StepProfiler(steps=0, device=device)
+    total = len(loader) // accumulate
+    batches = _timed(on_device(_timed(loader, profiler, "data"), device), profiler, "transfer")
+    steps = progress(_groups(batches, accumulate), description=f"epoch {epoch}", total=total, every=print_every)
+    with _timed_matching(criterion, profiler):
+        for iteration, group in enumerate(steps):
+            if zero_grad:
+                optimizer.zero_grad(set_to_none=True)
+            group = [(images, targets.unpack()) for images, targets in group]
+            together = [target for _, targets in group for target in targets]
+            num_boxes = criterion.count(together, torch.empty(0, device=device)) if accumulate > 1 else None
+            for part, (images, targets) in enumerate(group):
+                with _without_exchange(model) if part < accumulate - 1 else nullcontext():
+                    with profiler.section("forward"):
+                        outputs = _predict(model, images, amp)
+                    with profiler.section("loss"):
+                        loss, metrics = _losses(criterion, outputs, targets, num_boxes=num_boxes, parts=accumulate)
+                    with profiler.section("backward"):
+                        (scaler.scale(loss) if scaler else loss).backward()
+                watch.add(metrics, targets, iteration)
+                averager.update(metrics)
+            lr = optimizer.param_groups[0]["lr"]
+            with profiler.section("optimiser"):
+                if scaler:
+                    scaler.unscale_(optimizer)
+                if clip_max_norm > 0:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
+                if scaler:
+                    scaler.step(optimizer)
+                    scaler.update()
+                else:
+                    optimizer.step()
+                scheduler.step()
+            averager.update({"lr": lr})
+            if (iteration + 1) % print_every == 0 or iteration + 1 == total:
+                watch.check()
+            steps.set(loss=metrics["loss"], lr=lr)
+            if table := profiler.step():
+                log(table)
     return averager.averages()
+
+
+class LossWatch:
+    """Finds losses that are not finite without waiting for each: they are looked at together, now and then."""
+
+    def __init__(self, epoch: int):
+        self.epoch = epoch
+        self._seen: list[tuple[dict[str, Tensor], list, int]] = []
+
+    def add(self, metrics: dict[str, Tensor], targets: list, iteration: int) -> None:
+        self._seen.append((metrics, [t["image_id"] for t in targets], iteration))
+
+    def check(self) -> None:
+        """Raises ValueError for the first loss since the last look that is not finite."""
+        losses = torch.stack([metrics["loss"] for metrics, _, _ in self._seen])
+        for (metrics, images, iteration), finite in zip(self._seen, torch.isfinite(losses).tolist()):
+            if not finite:
+                raise ValueError(_not_finite(metrics, images, epoch=self.epoch, iteration=iteration))
+        self._seen.clear()
 
 
 @torch.no_grad()
@@ -71,6 +127,7 @@ def evaluate(
     loader: Iterable,
     evaluator: CocoEvaluator,
     device: torch.device,
+    amp: torch.dtype | None = None,
     print_every: int,
 ) -> dict[str, Any]:
     """Losses, and COCO figures of the detections, on every batch of `loader`.
@@ -84,15 +141,15 @@ def evaluate(
     averager = MetricAverager()
     # Without DDP's wrapper: the processes may have unlike numbers of batches here, and nothing is to be exchanged.
     network = model
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel):
         network = model.module
         # Learned norms have seen other batches in each process. All evaluate with those of rank 0, which are saved.
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
-    for images, targets in progress(loader, description="evaluation", every=print_every):
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True).unpack()
-        outputs = network(images)
+    batches = on_device(loader, device)
+    for images, targets in progress(batches, description="evaluation", total=len(loader), every=print_every):
+        targets = targets.unpack()
+        outputs = _predict(network, images, amp)
         averager.update(_losses(criterion, outputs, targets)[1])
         sizes = torch.stack([t["orig_size"] for t in targets])
         detections = postprocess(outputs, sizes)
@@ -100,20 +157,86 @@ def evaluate(
     return {**averager.averages(), "coco_eval_bbox": list(evaluator.summarize().values())}
 
 
-def _losses(criterion: nn.Module, outputs: dict[str, Any], targets: list) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise, and what the log calls its parts."""
-    terms = criterion(outputs, targets)
+def _groups(batches: Iterable, number: int) -> Iterator[list]:
+    """Lists of so many batches; an incomplete rest is left out."""
+    group = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == number:
+            yield group
+            group = []
+
+
+def _timed(items: Iterable, profiler: StepProfiler, section: str) -> Iterator:
+    """The same, the wait for each timed."""
+    iterator = iter(items)
+    while True:
+        with profiler.section(section):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
+
+
+@contextmanager
+def _timed_matching(criterion: nn.Module, profiler: StepProfiler) -> Iterator[None]:
+    """Time the matcher apart from the loss that calls it."""
+    matcher = criterion.matcher
+
+    def timed(*args: Any) -> Any:
+        with profiler.section("matching"):
+            return matcher(*args)
+
+    criterion.matcher = timed if profiler.active else matcher
+    try:
+        yield
+    finally:
+        criterion.matcher = matcher
+
+
+def _without_exchange(model: nn.Module):
+    """Keep the gradients of this process to itself for now."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _predict(model: nn.Module, images: Any, amp: torch.dtype | None) -> dict[str, Any]:
+    """The detector's dict, in float32 at least."""
+    if amp is None:
+        return model(images)
+    with torch.autocast(images.images.device.type, dtype=amp):
+        outputs = model(images)
+    return _widen(outputs)
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _widen(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_widen(part) for part in value]
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _losses(
+    criterion: nn.Module, outputs: dict[str, Any], targets: list, *, num_boxes: Tensor | None = None, parts: int = 1
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to minimise, and what the log calls its parts, detached. For a batch that comes in `parts`, all divided
+    by the number of boxes of the whole, the log's are as many times as large: their average is that of the batch."""
+    terms = criterion(outputs, targets, num_boxes)
     weighted = criterion.weighted(terms)
     loss = sum(weighted.values())
-    unscaled = {f"{name}_unscaled": value for name, value in terms.items()}
-    return loss, {"loss": loss, **weighted, **unscaled, "class_error": terms["class_error"]}
+    metrics = {"loss": loss, **weighted, **{f"{name}_unscaled": value for name, value in terms.items()}}
+    metrics = {name: value.detach() for name, value in metrics.items()}
+    if parts > 1:
+        summed = {"loss", *weighted, *(f"{name}_unscaled" for name in weighted)}
+        metrics = {name: value * parts if name in summed else value for name, value in metrics.items()}
+    return loss, {**metrics, "class_error": terms["class_error"]}
 
 
-def _not_finite(metrics: dict[str, Tensor], targets: list, *, epoch: int, iteration: int) -> str:
+def _not_finite(metrics: dict[str, Tensor], image_ids: list[Tensor], *, epoch: int, iteration: int) -> str:
     terms = {name: value.item() for name, value in metrics.items() if not torch.isfinite(value)}
     bad = [f"{name} = {value}" for name, value in terms.items() if name != "loss" and not name.endswith("_unscaled")]
-    images = [int(t["image_id"]) for t in targets]
     return (
         f"the loss is not finite in epoch {epoch}, iteration {iteration}: {', '.join(bad) or 'their sum'}; "
-        f"image ids {images}. Try a smaller --lr, and look at these images and their boxes"
+        f"image ids {[int(i) for i in image_ids]}. Try a smaller --lr, and look at these images and their boxes"
     )

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ from util.command_line import run_command
 from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
 from util.logger import append_json_line, log, read_json_lines, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
+from util.profiler import StepProfiler
 from util.visualize import plot_training_curves
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,6 +223,26 @@ def build_parser() -> Parser:
     group.add_argument("--cache_mode", action="store_true", help="hold the image files in memory, once a node")
     group.add_argument("--num_workers", default=2, type=whole)
 
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--amp", default="off", choices=AMP, help="16-bit arithmetic in the network; matching and losses stay float32"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the network, for any size of image")
+    group.add_argument("--tf32", action="store_true", help="products of float32 rounded to 10 bits on recent GPUs")
+    group.add_argument("--no_tf32", dest="tf32", action="store_false", help="the default")
+    group.add_argument(
+        "--channels_last", action="store_true", default=None, help="memory format of images; the default on a CPU"
+    )
+    group.add_argument("--no_channels_last", dest="channels_last", action="store_false")
+    group.add_argument("--accumulate", default=1, type=whole, help="batches to a step, as one large batch")
+    group.add_argument("--pad_to_multiple", default=1, type=whole, help="pad batches to multiples of so many pixels")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same numbers in every run, or an error",
+    )
+    group.add_argument("--profile", default=0, type=whole, help="show where the time of the first so many steps goes")
+
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="", help="where to save; empty: nowhere")
     group.add_argument("--device", default="auto", help="auto: a GPU where there is one")
@@ -245,10 +269,11 @@ def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
     at_least = {
         1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
-        "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every",
+        "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every "
+        "accumulate pad_to_multiple",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
-        "obj_loss_coef inner_loss_coef",
+        "obj_loss_coef inner_loss_coef profile",
     }
     for least, names in at_least.items():
         for name in names.split():
@@ -284,6 +309,14 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def set_arithmetic(*, tf32: bool, deterministic: bool) -> None:
+    """For the whole process. PyTorch's own default lets convolutions use TF32 and products not."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint: dict[str, Any]) -> None:
     """Let the checkpoint decide what shapes the network, but for flags that the user gave: if these do not fit, loading
     the weights says so. What the weights themselves tell always follows them. Raises ValueError for another family."""
@@ -316,18 +349,30 @@ def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
 
 def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoader | None, DataLoader]:
     """Batches for training (None without a training set; incomplete last ones dropped, as published) and evaluation."""
-    options = {"collate_fn": collate, "num_workers": args.num_workers, "pin_memory": torch.cuda.is_available()}
+    options = {
+        "collate_fn": partial(collate, multiple=args.pad_to_multiple),
+        "num_workers": args.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+    }
     order = DistributedEvalSampler(length=len(val_set), rank=get_rank(), world_size=get_world_size())
     val_loader = DataLoader(val_set, args.batch_size, sampler=order, **options)
     if train_set is None:
         return None, val_loader
-    if len(train_set) < args.batch_size * get_world_size():
+    if len(train_set) < args.batch_size * args.accumulate * get_world_size():
+        times = f" --accumulate {args.accumulate}" if args.accumulate > 1 else ""
         raise ValueError(
-            f"--batch_size {args.batch_size} in {get_world_size()} process(es) is more than the {len(train_set)} "
-            "training images; make it smaller"
+            f"--batch_size {args.batch_size}{times} in {get_world_size()} process(es) is more than the "
+            f"{len(train_set)} training images; make it smaller"
         )
     order = DistributedSampler(train_set, num_replicas=get_world_size(), rank=get_rank(), seed=args.seed)
     return DataLoader(train_set, args.batch_size, sampler=order, drop_last=True, **options), val_loader
+
+
+def compiled_graphs() -> int:
+    """How often torch.compile compiled; it stops, and runs uncompiled what is left, at 8 for one piece of code."""
+    from torch._dynamo.utils import counters  # takes seconds to import
+
+    return counters["stats"]["unique_graphs"]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
@@ -356,6 +401,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     """Everything after the command line. `given` are the names of the flags that the user passed. Raises ValueError."""
     check_settings(args)
     device = choose_device(args.device)
+    set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
     ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=device.type)
     torch.manual_seed(args.seed + ranks.rank)
 
@@ -390,8 +436,10 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         if args.backbone_weights == "none" and args.backbone_norm == "frozen":
             log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
     network.to(device)
-    if device.type == "cpu":
+    if args.channels_last or (args.channels_last is None and device.type == "cpu"):
         network.to(memory_format=torch.channels_last)  # convolutions run faster so; a step of the quick start by 15 %
+    if args.compile:
+        network.compile(dynamic=True)
     n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     log(f"{n_parameters:,} trainable parameters; {get_world_size()} process(es) on {device.type}")
     model: nn.Module = network
@@ -412,6 +460,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             loader=val_loader,
             evaluator=evaluator,
             device=device,
+            amp=AMP[args.amp],
             print_every=args.print_every,
         )
         log(evaluator.table())
@@ -440,14 +489,16 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     )
     if checkpoint and "epoch" in checkpoint and "start_epoch" not in given:
         args.start_epoch = checkpoint["epoch"] + 1
+    steps = len(train_loader) // args.accumulate  # of an epoch
     scheduler = build_scheduler(
         optimizer,
         schedule=args.lr_schedule,
-        total_steps=args.epochs * len(train_loader),
-        drop_step=args.lr_drop * len(train_loader),
+        total_steps=args.epochs * steps,
+        drop_step=args.lr_drop * steps,
         warmup_steps=args.warmup_iters,
-        first_step=args.start_epoch * len(train_loader),
+        first_step=args.start_epoch * steps,
     )
+    scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
     if checkpoint:
         log(f"going on from {args.resume} with epoch {args.start_epoch}")
         if checkpoint["official"] or "optimizer" not in checkpoint:
@@ -456,9 +507,12 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             restore_optimizer(optimizer, checkpoint, source=args.resume)
             if args.legacy_no_zero_grad:
                 restore_gradients(network, checkpoint)
+            if scaler and "scaler" in checkpoint:
+                scaler.load_state_dict(checkpoint["scaler"])
 
     if args.start_epoch >= args.epochs:
         log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
+    profiler = StepProfiler(steps=args.profile, device=device)
     start = time.time()
     for epoch in range(args.start_epoch, args.epochs):
         # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never interrupted.
@@ -474,8 +528,14 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             epoch=epoch,
             clip_max_norm=args.clip_max_norm,
             zero_grad=not args.legacy_no_zero_grad,
+            accumulate=args.accumulate,
+            amp=AMP[args.amp],
+            scaler=scaler,
+            profiler=profiler,
             print_every=args.print_every,
         )
+        if args.compile:
+            log(f"torch.compile: {compiled_graphs()} graphs so far")
         if output and is_main():
             # The first things written: by now every training image was read and no loss was odd.
             output.mkdir(parents=True, exist_ok=True)
@@ -488,6 +548,8 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
                 "settings": settings,
                 "categories": categories.to_list(),
             }
+            if scaler:
+                content["scaler"] = scaler.state_dict()
             if args.legacy_no_zero_grad:  # what the next step adds to
                 content["gradients"] = {
                     name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None

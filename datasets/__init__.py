@@ -53,7 +53,9 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
     return dataset
 
 
-def collate(batch: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> tuple[PaddedImages, TargetBatch]:
-    """Pad the images of a batch to one size, and pack their targets."""
+def collate(
+    batch: Sequence[tuple[Tensor, dict[str, Tensor]]], *, multiple: int = 1
+) -> tuple[PaddedImages, TargetBatch]:
+    """Pad the images of a batch to one size, of a `multiple` of so many pixels, and pack their targets."""
     images, targets = zip(*batch)
-    return pad_images(images), TargetBatch.pack(targets)
+    return pad_images(images, multiple=multiple), TargetBatch.pack(targets)

@@ -62,7 +62,7 @@ def cardinality_error(
     """
     logits = outputs["pred_logits"]
     found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
-    there = torch.as_tensor([len(t["labels"]) for t in targets], device=logits.device)
+    there = torch.as_tensor([len(t["labels"]) for t in targets]).to(logits.device, non_blocking=True)
     return {"cardinality_error": (found - there).abs().to(logits.dtype).mean()}
 
 
@@ -98,23 +98,29 @@ class SetCriterion(nn.Module):
         self.matcher, self.losses, self.final_losses = matcher, list(losses), list(final_losses)
         self.weights, self.auxiliary = dict(weights), auxiliary
 
-    def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+    def count(self, targets: Targets, like: Tensor) -> Tensor:
+        """What losses are divided by: the number of boxes, at least 1; a scalar of the type and device of `like`."""
+        num_boxes = like.new_full((), sum(len(t["labels"]) for t in targets))  # filled there: nothing is sent
+        if self.training:
+            # The mean over the processes, so that the mean of their gradients is the gradient of the joint batch. In
+            # evaluation the processes have unlike numbers of batches and must not wait for each other.
+            num_boxes = reduce_mean({"num_boxes": num_boxes})["num_boxes"]
+        return num_boxes.clamp(min=1)
+
+    def forward(self, outputs: dict[str, Any], targets: Targets, num_boxes: Tensor | None = None) -> dict[str, Tensor]:
         """
         Args:
             outputs: the detector's dict. If it has `enc_outputs`, predictions that queries were chosen from, these are
                 matched and penalised as a layer is, every object being of class 0; suffix `_enc`.
             targets: for each image `labels` (n,), int64, and `boxes` (n, 4) as normalised cx, cy, w, h.
+            num_boxes: of `count`, where these images are a part of a larger batch.
         Returns:
             Every term, unweighted. `total` makes the weighted sum.
         """
         predictions = [*(outputs["aux_outputs"] if self.auxiliary else []), outputs]
         matches = self.matcher(predictions, targets)
-        num_boxes = outputs["pred_logits"].new_tensor(sum(len(t["labels"]) for t in targets))
-        if self.training:
-            # The mean over the processes, so that the mean of their gradients is the gradient of the joint batch. In
-            # evaluation the processes have unlike numbers of batches and must not wait for each other.
-            num_boxes = reduce_mean({"num_boxes": num_boxes})["num_boxes"]
-        num_boxes = num_boxes.clamp(min=1)
+        if num_boxes is None:
+            num_boxes = self.count(targets, outputs["pred_logits"])
 
         terms: dict[str, Tensor] = {}
         for loss in (*self.losses, *self.final_losses):
@@ -132,5 +138,9 @@ class SetCriterion(nn.Module):
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms that training minimises, times their weights."""
-        plain = {name: re.sub(r"_(\d+|enc)$", "", name) for name in terms}
-        return {name: term * self.weights[plain[name]] for name, term in terms.items() if plain[name] in self.weights}
+        return {name: term * self.weights[_plain(name)] for name, term in terms.items() if _plain(name) in self.weights}
+
+
+def _plain(name: str) -> str:
+    """The name of a term without the layer that it is of."""
+    return re.sub(r"_(\d+|enc)$", "", name)

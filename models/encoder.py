@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
 from models.ops import MSDeformAttn
+from models.ops.plain import coordinate_dtype
 
 
 class DenseEncoderLayer(nn.Module):
@@ -163,4 +164,4 @@ def reference_points(levels: list[FeatureLevel]) -> Tensor:
         x = (torch.arange(width, device=ratios.device) + 0.5) / (ratios[:, index, None, 0] * width)  # (B, W)
         grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], -1)
         points.append(grid.flatten(1, 2))  # (B, H * W, 2), relative to the valid image
-    return (torch.cat(points, 1)[:, :, None] * ratios[:, None]).to(levels[0].features.dtype)
+    return (torch.cat(points, 1)[:, :, None] * ratios[:, None]).to(coordinate_dtype(levels[0].features))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.ops.plain import coordinate_dtype
 from models.position_encoding import grid_points, sine_encoding
 
 
@@ -43,7 +44,7 @@ class FeatureLevel:
     @property
     def valid_ratio(self) -> Tensor:
         """(B, 2): share of the map's width and height that is image, not padding."""
-        return valid_ratio(self.padding).to(self.features.dtype)
+        return valid_ratio(self.padding).to(coordinate_dtype(self.features))
 
     def with_tokens(self, tokens: Tensor) -> FeatureLevel:
         """The same level holding other features, given as (B, L, C)."""

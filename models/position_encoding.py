@@ -28,10 +28,9 @@ def grid_points(padding: Tensor, *, centred: bool = True) -> Tensor:
 
     `padding` (B, H, W), True where padded -> (B, H, W, 2), x, y in [0, 1] on valid cells, float32.
     """
-    valid = (~padding).float()
 
     def relative(axis: int) -> Tensor:
-        count = valid.cumsum(axis)
+        count = (~padding).cumsum(axis).float()  # summed as integers: of floats CUDA has no deterministic sum
         if not centred:
             return count / (count.narrow(axis, -1, 1) + 1e-6)
         centre = count - 0.5

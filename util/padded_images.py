@@ -21,14 +21,20 @@ class PaddedImages:
         images = self.images.to(*args, **kwargs)
         return PaddedImages(images, self.padding.to(images.device, non_blocking=kwargs.get("non_blocking", False)))
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until that stream is done with it."""
+        self.images.record_stream(stream)
+        self.padding.record_stream(stream)
+
     def pin_memory(self) -> PaddedImages:
         """Called by DataLoader when it pins a batch."""
         return PaddedImages(self.images.pin_memory(), self.padding.pin_memory())
 
 
-def pad_images(images: Sequence[Tensor]) -> PaddedImages:
-    """Stack images (3, H_i, W_i) into one batch of the largest height and the largest width among them."""
-    height, width = max(i.shape[1] for i in images), max(i.shape[2] for i in images)
+def pad_images(images: Sequence[Tensor], *, multiple: int = 1) -> PaddedImages:
+    """Stack images (3, H_i, W_i) into one batch of the largest height and the largest width among them, rounded up to a
+    `multiple`."""
+    height, width = (-(-max(i.shape[axis] for i in images) // multiple) * multiple for axis in (1, 2))
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     padding = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
     for image, row, pad in zip(images, batch, padding):

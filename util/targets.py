@@ -41,6 +41,11 @@ class TargetBatch:
     def to(self, *args, **kwargs) -> TargetBatch:
         return TargetBatch({name: value.to(*args, **kwargs) for name, value in self.fields.items()}, self.counts)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until that stream is done with it."""
+        for value in self.fields.values():
+            value.record_stream(stream)
+
     def pin_memory(self) -> TargetBatch:
         """Called by DataLoader when it pins a batch."""
         return TargetBatch({name: value.pin_memory() for name, value in self.fields.items()}, self.counts)
