@@ -45,6 +45,7 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
         train=train,
         categories=categories,
         max_objects=args.num_queries,
+        seed=args.seed,
     )
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         dataset.check_files()

@@ -7,8 +7,10 @@ alone goes through EvalTransforms too. Random numbers come from torch's global g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -93,6 +95,16 @@ class RandomCrop(nn.Module):
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
         target = {**target, "boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
         return F.crop(image, top, left, height, width), target
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, PyTorch's random numbers on the CPU are a function of `key`, whole numbers from 0 on; outside they go on
+    as if none had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would seed the GPUs too.
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        yield
 
 
 def _randint(low: int, high: int) -> int:
