@@ -25,7 +25,7 @@ from util.box_ops import xyxy_to_cxcywh
 
 
 class CocoDetection(Dataset):
-    """`dataset[i]` is (image, target): a normalised float32 tensor (3, H, W) and a dict of
+    """`dataset[i]` is (image, target): what `transforms` make of the image, a tensor (3, H, W), and a dict of
 
     - `labels` int64 (n,), labels of `categories`; `boxes` float32 (n, 4), cxcywh in fractions of the image;
     - `image_id` int64 (); `orig_size` int64 (2,), (height, width) of the upright image; `size` the same of the tensor.

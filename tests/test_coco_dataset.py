@@ -391,6 +391,7 @@ def test_build_dataset_and_collate(tmp_path):
     for i, target in enumerate(targets):
         torch.testing.assert_close(target, val[i][1], rtol=0, atol=0)
     assert images.images.shape == (2, 3, 60, 100)  # 60 x 80, and 60 x 120 limited to 50 x 100
+    assert images.images.dtype == torch.uint8
     assert images.padding[0, :, 80:].all()
     assert images.padding[1, 50:].all()
     assert images.padding.sum() == 60 * 20 + 10 * 100
