@@ -352,7 +352,11 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
     options = {
         "collate_fn": partial(collate, multiple=args.pad_to_multiple),
         "num_workers": args.num_workers,
+        "persistent_workers": args.num_workers > 0,  # started once, not anew for each epoch
         "pin_memory": torch.cuda.is_available(),
+        # A loader draws a number when its workers start, which in a resumed run is another epoch: not from the numbers
+        # that the network's dropout draws.
+        "generator": torch.Generator(),
     }
     order = DistributedEvalSampler(length=len(val_set), rank=get_rank(), world_size=get_world_size())
     val_loader = DataLoader(val_set, args.batch_size, sampler=order, **options)
@@ -452,7 +456,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         )
 
     def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
-        evaluator = CocoEvaluator(val_set.coco, categories)
+        evaluator = CocoEvaluator(val_set.ground_truth, categories)
         stats = evaluate(
             model=model,
             criterion=criterion,
@@ -472,7 +476,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         stats, evaluator = evaluate_now()
         if output and is_main():
             output.mkdir(parents=True, exist_ok=True)
-            write_json(output / "detections.json", evaluator.results)
+            write_json(output / "detections.json", evaluator.results, indent=None)
             write_json(output / "eval.json", {**stats, "resume": args.resume, "settings": settings})
             log(f"detections and figures are in {output}")
         return
@@ -518,6 +522,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never interrupted.
         torch.manual_seed(args.seed + ranks.rank + 1_000_003 * epoch)
         train_loader.sampler.set_epoch(epoch)
+        train_set.set_epoch(epoch)
         train_stats = train_one_epoch(
             model=model,
             criterion=criterion,

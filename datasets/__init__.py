@@ -8,18 +8,19 @@ from pathlib import Path
 
 from torch import Tensor, distributed
 
+from datasets.byte_images import ByteImages
 from datasets.categories import Categories
 from datasets.coco import CocoDetection
 from datasets.transforms import EvalTransforms, TrainTransforms
-from util.padded_images import PaddedImages, pad_images
+from util.padded_images import pad_images
 from util.targets import TargetBatch
 
 
 def build_dataset(split: str, args: Namespace, categories: Categories | None = None) -> CocoDetection:
     """The split "train" or "val" of the data set at `args.coco_path`, in the folder layout of COCO 2017.
 
-    `categories` are those of the network, for a split other than the one that defined them. The main process also looks
-    for damaged image files.
+    Its images are uint8, which `collate` makes batches of. `categories` are those of the network, for a split other
+    than the one that defined them. The main process also looks for damaged image files.
 
     Raises:
         ValueError: unknown `args.dataset_file`, or anything wrong with the data; one line each.
@@ -35,9 +36,11 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
         )
     train = split == "train"
     if train:
-        transforms = TrainTransforms(short_sides=args.train_sizes, max_size=args.max_size, crop=args.crop_augmentation)
+        transforms = TrainTransforms(
+            short_sides=args.train_sizes, max_size=args.max_size, crop=args.crop_augmentation, normalize=False
+        )
     else:
-        transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size)
+        transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size, normalize=False)
     dataset = CocoDetection(
         image_folder=root / f"{split}2017",
         annotation_file=root / "annotations" / f"instances_{split}2017.json",
@@ -45,6 +48,7 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
         train=train,
         categories=categories,
         max_objects=args.num_queries,
+        seed=args.seed,
     )
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         dataset.check_files()
@@ -53,9 +57,9 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
     return dataset
 
 
-def collate(
-    batch: Sequence[tuple[Tensor, dict[str, Tensor]]], *, multiple: int = 1
-) -> tuple[PaddedImages, TargetBatch]:
-    """Pad the images of a batch to one size, of a `multiple` of so many pixels, and pack their targets."""
+def collate(batch: Sequence[tuple[Tensor, dict[str, Tensor]]], *, multiple: int = 1) -> tuple[ByteImages, TargetBatch]:
+    """Pad the images (uint8) of a batch to one size, of a `multiple` of so many pixels, and pack their targets.
+    `to(device)` normalises the images."""
     images, targets = zip(*batch)
-    return pad_images(images, multiple=multiple), TargetBatch.pack(targets)
+    padded = pad_images(images, multiple=multiple)
+    return ByteImages(padded.images, padded.padding), TargetBatch.pack(targets)

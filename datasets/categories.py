@@ -38,8 +38,8 @@ class Categories:
         names: dict[int, str] = {}
         for entry in categories:
             identity, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
-            if type(identity) is not int or not isinstance(name, str):
-                raise ValueError(f"{file}: category {entry!r} needs an integer 'id' and a text 'name'")
+            if type(identity) is not int or abs(identity) >= 2**63 or not isinstance(name, str):
+                raise ValueError(f"{file}: category {entry!r} needs an integer 'id' of 64 bits and a text 'name'")
             if identity in names:
                 raise ValueError(
                     f"{file}: category id {identity} is both {names[identity]!r} and {name!r}; give each its own id"

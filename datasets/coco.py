@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from datasets.categories import Categories
+from datasets.ground_truth import GroundTruth
 from datasets.image_cache import ImageCache, share_files
+from datasets.image_list import ImageList, ImageRecord
 from datasets.images import check_image, read_image
+from datasets.transforms import seeded
 from util.box_ops import xyxy_to_cxcywh
 
 
-class ImageRecord(NamedTuple):
-    id: int
-    file_name: str  # relative to the image folder
-    size: tuple[int, int] | None  # (width, height) that the annotation file gives, if it gives any
-
-
 class CocoDetection(Dataset):
-    """`dataset[i]` is (image, target): a normalised float32 tensor (3, H, W) and a dict of
+    """`dataset[i]` is (image, target): what `transforms` make of the image, a tensor (3, H, W), and a dict of
 
     - `labels` int64 (n,), labels of `categories`; `boxes` float32 (n, 4), cxcywh in fractions of the image;
     - `image_id` int64 (); `orig_size` int64 (2,), (height, width) of the upright image; `size` the same of the tensor.
 
     Crowd regions are no targets. Boxes are clipped to the image and dropped where nothing is left; images without boxes
     stay. `transforms` is called with (RGB image, target) as datasets.transforms describes. `categories` are those of a
-    trained network; without them they come from the annotation file. `coco` is the ground truth for the evaluator,
-    crowds included, and None for a training set, which would keep every annotation a second time in each process.
+    trained network; without them they come from the annotation file. `ground_truth` is what the evaluator
+    compares with, crowds included, and None for a training set.
+
+    What is random in `transforms` is a function of (`seed`, epoch, index): neither the number of workers nor where a
+    run is taken up again changes what is seen. Call `set_epoch` before iterating over an epoch.
 
     Raises:
         ValueError: anything wrong with the annotations or files, in one line that names the file, the id, the value and
@@ -57,6 +52,7 @@ class CocoDetection(Dataset):
         train: bool,
         categories: Categories | None = None,
         max_objects: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
         self.transforms = transforms
@@ -66,37 +62,46 @@ class CocoDetection(Dataset):
             categories.check_covers(found, file=str(self.annotation_file))
         self.categories = categories or found
 
-        self.images = _image_records(content["images"], self.annotation_file)
+        records = _image_records(content["images"], self.annotation_file)
         _check_annotations(content, self.annotation_file)
-        self._require_files()
+        self._require_files(records)
+        # Tensors in place of lists of objects: datasets/image_list.py says why.
+        self.images = ImageList(records)
         self._boxes, self._labels, self._first = self._objects(content["annotations"])
         if max_objects is not None:
             self._require_at_most(max_objects)
-        self.coco = None if train else _ground_truth(content)
+        self.ground_truth = None if train else GroundTruth.from_content(content)
         self._cache: ImageCache | None = None
+        self._seed = seed
+        self._epoch = torch.tensor(0).share_memory_()  # workers that are there already see it change
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Let random transforms draw the numbers of another epoch."""
+        self._epoch.fill_(epoch)
+
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        record = self.images[index]
+        index = range(len(self))[index]
         image = self.read_image(index)
         orig_size = (image.height, image.width)
-        rows = slice(self._first[index], self._first[index + 1])
-        boxes, labels = torch.from_numpy(self._boxes[rows]), torch.from_numpy(self._labels[rows])
+        start, end = self._first[index : index + 2].tolist()
+        boxes, labels = self._boxes[start:end], self._labels[start:end]
         boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([image.width, image.height] * 2))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes[keep], format="XYXY", canvas_size=orig_size),
             "labels": labels[keep],
         }
-        image, target = self.transforms(image, target)
+        with seeded(self._seed, int(self._epoch), index):
+            image, target = self.transforms(image, target)
         height, width = image.shape[-2:]
         boxes = target["boxes"].as_subclass(Tensor)
         return image.as_subclass(Tensor), {
             "labels": target["labels"],
             "boxes": xyxy_to_cxcywh(boxes) / boxes.new_tensor([width, height, width, height]),
-            "image_id": torch.tensor(record.id),
+            "image_id": torch.tensor(self.images[index].id),
             "orig_size": torch.tensor(orig_size),
             "size": torch.tensor([height, width]),
         }
@@ -145,12 +150,12 @@ class CocoDetection(Dataset):
             f"replace the file, or correct or remove its entry in {self.annotation_file}"
         )
 
-    def _require_files(self) -> None:
+    def _require_files(self, records: Sequence[ImageRecord]) -> None:
         if not self.image_folder.is_dir():
             raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
         listings: dict[str, set[str]] = {}  # one listing of each folder is far quicker than asking for each file
         missing = []
-        for record in self.images:
+        for record in records:
             parent, name = os.path.split(record.file_name)
             if parent not in listings:
                 folder = self.image_folder / parent
@@ -159,28 +164,28 @@ class CocoDetection(Dataset):
                 missing.append(record)
         if missing:
             raise ValueError(
-                f"{self.image_folder}: {len(missing)} of the {len(self.images)} images in {self.annotation_file} are "
+                f"{self.image_folder}: {len(missing)} of the {len(records)} images in {self.annotation_file} are "
                 f"missing: {_first_few(f'{r.file_name!r} (image id {r.id})' for r in missing)}; "
                 "copy them there or remove their entries"
             )
 
-    def _objects(self, annotations: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _objects(self, annotations: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         """Non-crowd boxes (N, 4) float32 in xyxy pixels and labels (N,), in the order of the images, and where each
-        image's begin (images + 1,). Arrays in place of lists of dicts, so that data loading workers share them."""
+        image's begin (images + 1,)."""
         position = {record.id: i for i, record in enumerate(self.images)}
         objects = [a for a in annotations if not a.get("iscrowd")]
-        image = np.array([position[a["image_id"]] for a in objects], dtype=np.int64)
-        boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
+        image = torch.tensor([position[a["image_id"]] for a in objects], dtype=torch.int64)
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = np.array([self.categories.label_of[a["category_id"]] for a in objects], dtype=np.int64)
-        order = np.argsort(image, kind="stable")
-        first = np.searchsorted(image[order], np.arange(len(self.images) + 1))
-        return boxes[order].astype(np.float32), labels[order], first
+        labels = torch.tensor([self.categories.label_of[a["category_id"]] for a in objects], dtype=torch.int64)
+        order = torch.argsort(image, stable=True)
+        first = torch.searchsorted(image[order], torch.arange(len(self.images) + 1))
+        return boxes[order].float(), labels[order], first
 
     def _require_at_most(self, max_objects: int) -> None:
-        counts = np.diff(self._first)
-        crowded = np.flatnonzero(counts > max_objects)
-        if len(crowded):
+        counts = self._first.diff()
+        crowded = (counts > max_objects).nonzero().flatten().tolist()
+        if crowded:
             raise ValueError(
                 f"{self.annotation_file}: {len(crowded)} images have more objects than the {max_objects} queries can "
                 f"predict: {_first_few(f'image id {self.images[i].id} has {counts[i]}' for i in crowded)}; "
@@ -207,8 +212,8 @@ def _image_records(images: list[dict], file: Path) -> list[ImageRecord]:
     records: dict[int, ImageRecord] = {}
     for entry in images:
         identity, name = (entry.get("id"), entry.get("file_name")) if isinstance(entry, dict) else (None, None)
-        if type(identity) is not int or not isinstance(name, str):
-            raise ValueError(f"{file}: image {entry!r:.200} needs an integer 'id' and a text 'file_name'")
+        if type(identity) is not int or abs(identity) >= 2**63 or not isinstance(name, str):
+            raise ValueError(f"{file}: image {entry!r:.200} needs an integer 'id' of 64 bits and a text 'file_name'")
         if identity in records:
             raise ValueError(
                 f"{file}: image id {identity} is listed twice, for {records[identity].file_name!r} and {name!r}; "
@@ -240,26 +245,6 @@ def _check_annotations(content: dict, file: Path) -> None:
                 f"{where} has bbox {box!r:.200}; it must be four finite numbers [left, top, width, height] "
                 "without a negative size: correct or remove it"
             )
-
-
-def _ground_truth(content: dict) -> COCO:
-    """pycocotools' index of the annotations, with what box evaluation needs and some files leave out."""
-    annotations = [
-        {
-            "id": number,  # pycocotools takes an object with id 0 for unmatched, and loses all but one of equal ids
-            "image_id": a["image_id"],
-            "category_id": a["category_id"],
-            "bbox": a["bbox"],
-            "area": a["area"] if isinstance(a.get("area"), (int, float)) else a["bbox"][2] * a["bbox"][3],
-            "iscrowd": int(bool(a.get("iscrowd"))),
-        }
-        for number, a in enumerate(content["annotations"], 1)
-    ]
-    coco = COCO()
-    coco.dataset = {"images": content["images"], "annotations": annotations, "categories": content["categories"]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def _first_few(items: Iterable[str], limit: int = 3) -> str:

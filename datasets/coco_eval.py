@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor, distributed
+from faster_coco_eval import COCO, COCOeval_faster
+from torch import Tensor
 
 from datasets.categories import Categories
+from datasets.ground_truth import GroundTruth
+from util.distributed import all_gather_object
 
 # In the order of COCOeval.stats. AP and AR average over IoU 0.50:0.95; 50 and 75 after AP are one IoU each, s, m, l the
 # size of the object, numbers after AR the detections allowed in an image.
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+class Detections(NamedTuple):
+    """Those of some images, one image after the other."""
+
+    image_ids: np.ndarray  # (images,) int64, also of images without a detection
+    counts: np.ndarray  # (images,) int64, detections of each
+    category_ids: np.ndarray  # (n,) int64
+    boxes: np.ndarray  # (n, 4) float64: left, top, width, height in pixels
+    scores: np.ndarray  # (n,) float64
+
+    @classmethod
+    def none(cls) -> Detections:
+        empty = np.zeros(0, np.int64)
+        return cls(empty, empty, empty, np.zeros((0, 4)), np.zeros(0))
+
+    def by_image(self) -> Detections:
+        """Sorted by image id; of an image that is here more than once only what comes first."""
+        image_ids, chosen = np.unique(self.image_ids, return_index=True)
+        counts = self.counts[chosen]
+        begins = (np.cumsum(self.counts) - self.counts)[chosen]
+        # Row k of an image lies k after its begin; the rows before the image in the new order are taken off again.
+        row = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
+        return Detections(image_ids, counts, self.category_ids[row], self.boxes[row], self.scores[row])
+
+
 class CocoEvaluator:
     """Collect detections with `update`, then call `summarize` once, in every process.
 
-    The figures are over the images that were updated, in whichever process, each counted once.
+    The figures are over the images that were updated, in whichever process, each counted once: with the detections that
+    it got first, in the process of the lowest rank.
     """
 
-    def __init__(self, coco: COCO, categories: Categories) -> None:
-        self.coco, self.categories = coco, categories
-        self._detections: dict[int, np.ndarray] = {}  # image id -> (n, 6): category id, x, y, w, h, score
+    def __init__(self, ground_truth: GroundTruth, categories: Categories) -> None:
+        self.ground_truth, self.categories = ground_truth, categories
+        table = np.array(sorted(categories.category_ids.items()), np.int64)  # a category always exists
+        self._labels, self._category_ids = table.T
+        self._batches = [Detections.none()]
         self._table = ""
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -35,64 +62,91 @@ class CocoEvaluator:
 
         Detections whose label is no category are dropped: the class head also has outputs for the gaps between ids.
         """
-        for image_id, prediction in predictions.items():
-            assert image_id in self.coco.imgs, f"image id {image_id} is not in the ground truth"
-            scores, labels, boxes = (
-                prediction[key].detach().to("cpu", torch.float64).numpy() for key in ("scores", "labels", "boxes")
+        image_ids = np.array(list(predictions), np.int64)
+        assert np.isin(image_ids, self.ground_truth.images).all(), f"not all of {image_ids} are in the ground truth"
+        found = list(predictions.values())
+        # float64 holds every label exactly. One tensor of all images, because each of them waits for the GPU.
+        labels, scores, boxes = (
+            torch.cat([f[key].detach() for f in found]).to("cpu", torch.float64).numpy()
+            for key in ("labels", "scores", "boxes")
+        )
+        place = np.searchsorted(self._labels, labels).clip(max=len(self._labels) - 1)
+        known = self._labels[place] == labels
+        image = np.repeat(np.arange(len(found)), [len(f["scores"]) for f in found])
+        boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        self._batches.append(
+            Detections(
+                image_ids=image_ids,
+                counts=np.bincount(image[known], minlength=len(found)),
+                category_ids=self._category_ids[place[known]],
+                boxes=boxes[known],
+                scores=scores[known],
             )
-            known = np.isin(labels, list(self.categories.category_ids))
-            ids = [self.categories.category_ids[int(label)] for label in labels[known]]
-            boxes = boxes[known]
-            self._detections[int(image_id)] = np.column_stack(
-                [np.array(ids, dtype=np.float64), boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores[known]]
-            )
+        )
 
-    def synchronize(self) -> None:
-        """Give every process the detections of all. An image that several saw keeps those of the lowest rank."""
-        if not distributed.is_available() or not distributed.is_initialized():
-            return
-        parts: list[dict[int, np.ndarray]] = [{} for _ in range(distributed.get_world_size())]
-        distributed.all_gather_object(parts, self._detections)
-        self._detections = {}
-        for part in parts:
-            self._detections = {**part, **self._detections}
+    @property
+    def detections(self) -> Detections:
+        """What this process has collected or, after `summarize`, what all have; by image id."""
+        self._batches = [Detections(*map(np.concatenate, zip(*self._batches))).by_image()]
+        return self._batches[0]
 
     @property
     def results(self) -> list[dict]:
         """The detections as COCO results, by image id."""
-        return [
-            {"image_id": image_id, "category_id": int(category), "bbox": [x, y, w, h], "score": score}
-            for image_id, rows in sorted(self._detections.items())
-            for category, x, y, w, h, score in rows.tolist()
-        ]
+        found = self.detections
+        return _rows(
+            image_id=np.repeat(found.image_ids, found.counts),
+            category_id=found.category_ids,
+            bbox=found.boxes,
+            score=found.scores,
+        )
 
     def summarize(self) -> dict[str, float]:
-        """Synchronise and compute the twelve figures, named as in FIGURES; -1 where no object could give one."""
-        self.synchronize()
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):  # pycocotools prints its progress
-            evaluation = COCOeval(self.coco, self._indexed_results(), "bbox")
-            evaluation.params.imgIds = sorted(self._detections)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            output.seek(0)
-            output.truncate()
-            evaluation.summarize()
-        self._table = output.getvalue().rstrip("\n")
+        """Gather what all processes have, and compute the twelve figures, named as in FIGURES; -1 where no object could
+        give one."""
+        self._batches = all_gather_object(self.detections)
+        found, truth = self.detections, self.ground_truth
+        expected = self._indexed(
+            image_id=truth.image_ids,
+            category_id=truth.category_ids,
+            bbox=truth.boxes,
+            area=truth.areas,
+            iscrowd=truth.crowd.astype(np.int64),
+        )
+        detected = self._indexed(
+            image_id=np.repeat(found.image_ids, found.counts),
+            category_id=found.category_ids,
+            bbox=found.boxes,
+            area=found.boxes[:, 2] * found.boxes[:, 3],
+            score=found.scores,
+        )
+        lines: list[str] = []
+        evaluation = COCOeval_faster(expected, detected, "bbox", print_function=lines.append)
+        evaluation.params.imgIds = found.image_ids.tolist()
+        evaluation.evaluate()
+        evaluation.accumulate()
+        lines.clear()  # of its progress
+        evaluation.summarize()
+        self._table = "\n".join(lines[: len(FIGURES)])  # beyond them it prints figures of its own
         return dict(zip(FIGURES, evaluation.stats.tolist()))
 
     def table(self) -> str:
         """What `summarize` found, as pycocotools' twelve lines."""
         return self._table
 
-    def _indexed_results(self) -> COCO:
-        """What COCO.loadRes makes of `results`; that fails where there is no detection at all."""
-        annotations = [
-            {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-            for number, result in enumerate(self.results, 1)
-        ]
-        detections = COCO()
-        detections.dataset = {key: self.coco.dataset[key] for key in ("images", "categories")}
-        detections.dataset["annotations"] = annotations
-        detections.createIndex()
-        return detections
+    def _indexed(self, **columns: np.ndarray) -> COCO:
+        """Annotations or detections as the evaluation library takes them."""
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": identity} for identity in self.ground_truth.images.tolist()],
+            "categories": [{"id": identity} for identity in self.ground_truth.categories.tolist()],
+            # It takes an object with id 0 for unmatched, and loses all but one of equal ids: files have both.
+            "annotations": _rows(id=np.arange(1, len(columns["bbox"]) + 1), **columns),
+        }
+        coco.createIndex()
+        return coco
+
+
+def _rows(**columns: np.ndarray) -> list[dict]:
+    """A dict of plain numbers and lists for each row of columns of equal length."""
+    return [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]

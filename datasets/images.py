@@ -66,6 +66,6 @@ def _turns(image: Image.Image, size: tuple[int, int] | None) -> bool:
     upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these four swap the axes
     if size not in (None, image.size, upright):
         raise ValueError(
-            f"it is {upright[0]} x {upright[1]} pixels, but its annotations were made for {size[0]} x {size[1]}"
+            f"it is {upright[0]} x {upright[1]} pixels, but its annotations were made for {size[0]:g} x {size[1]:g}"
         )
     return orientation != 1 and size in (None, upright)

@@ -1,17 +1,23 @@
 """The published DETR presets for training and evaluation, as torchvision v2 transforms.
 
+Images are resized as uint8 tensors, several times as fast as by PIL. The pixels are PIL's but for a few in ten
+thousand, which are off by one or two of 255: docs/log.md has the figures, benchmarks/loader.py measures them.
+
 All take (PIL image, target) with `target["boxes"]` as tv_tensors.BoundingBoxes (n, 4) in xyxy pixels and
-`target["labels"]` (n,), and return (float32 tensor (3, H, W), target) with the boxes in pixels of that tensor. An image
-alone goes through EvalTransforms too. Random numbers come from torch's global generator only.
+`target["labels"]` (n,), and return (float32 tensor (3, H, W), target) with the boxes in pixels of that tensor; without
+`normalize` the tensor is uint8. An image alone goes through EvalTransforms too. Random numbers come from torch's global
+generator only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -23,8 +29,9 @@ SHORT_SIDES = tuple(range(480, 801, 32))
 class EvalTransforms(v2.Compose):
     """Resize to one short side, normalise."""
 
-    def __init__(self, *, short_side: int = 800, max_size: int | None = 1333) -> None:
-        super().__init__([ResizeShortSide(short_sides=[short_side], max_size=max_size), *_to_normalised_tensor()])
+    def __init__(self, *, short_side: int = 800, max_size: int | None = 1333, normalize: bool = True) -> None:
+        resize = ResizeShortSide(short_sides=[short_side], max_size=max_size)
+        super().__init__([ToTensor(), resize, *([Normalize()] if normalize else [])])
 
 
 class TrainTransforms(v2.Compose):
@@ -38,12 +45,13 @@ class TrainTransforms(v2.Compose):
         max_size: int | None = 1333,
         crop: bool = True,
         flip: float = 0.5,
+        normalize: bool = True,
     ) -> None:
         resize = ResizeShortSide(short_sides=short_sides, max_size=max_size)
         if crop:
             zoom = v2.Compose([ResizeShortSide(short_sides=[400, 500, 600]), RandomCrop(sides=(384, 600)), resize])
             resize = v2.RandomChoice([resize, zoom])
-        super().__init__([v2.RandomHorizontalFlip(flip), resize, *_to_normalised_tensor()])
+        super().__init__([ToTensor(), v2.RandomHorizontalFlip(flip), resize, *([Normalize()] if normalize else [])])
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
@@ -57,6 +65,25 @@ def resized_size(height: int, width: int, short_side: int, max_size: int | None)
         short_side = max(1, round(max_size * short / long))
     long_side = int(short_side * long / short)
     return (short_side, long_side) if height <= width else (long_side, short_side)
+
+
+class ToTensor(v2.Transform):
+    """PIL image in RGB -> uint8 (3, H, W), with the colours of a pixel side by side in memory as PIL has them: resizing
+    is faster so."""
+
+    _transformed_types = (Image.Image,)
+
+    def transform(self, inpt: Image.Image, params: dict) -> tv_tensors.Image:
+        return tv_tensors.Image(torch.from_numpy(np.array(inpt)).permute(2, 0, 1))
+
+
+class Normalize(v2.Transform):
+    """uint8 (3, H, W) -> float32, by ImageNet's mean and standard deviation."""
+
+    _transformed_types = (tv_tensors.Image,)
+
+    def transform(self, inpt: tv_tensors.Image, params: dict) -> Tensor:
+        return normalize(inpt.as_subclass(Tensor))
 
 
 class ResizeShortSide(v2.Transform):
@@ -85,20 +112,34 @@ class RandomCrop(nn.Module):
         super().__init__()
         self.sides = sides
 
-    def forward(self, image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+    def forward(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
         low, high = self.sides
-        height, width = (_randint(min(low, side), min(high, side)) for side in (image.height, image.width))
-        top, left = _randint(0, image.height - height), _randint(0, image.width - width)
+        whole = F.get_size(image)
+        height, width = (_randint(min(low, side), min(high, side)) for side in whole)
+        top, left = _randint(0, whole[0] - height), _randint(0, whole[1] - width)
         boxes = F.crop(target["boxes"], top, left, height, width)
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
         target = {**target, "boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
         return F.crop(image, top, left, height, width), target
 
 
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) to float32: less ImageNet's mean, over its standard deviation, of colours from 0 to 1."""
+    mean, std = (255 * images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    # In the usual order of dimensions whatever that of the bytes is.
+    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, PyTorch's random numbers on the CPU are a function of `key`, whole numbers from 0 on; outside they go on
+    as if none had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would seed the GPUs too.
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        yield
+
+
 def _randint(low: int, high: int) -> int:
     """A whole number from low..high, both included."""
     return int(torch.randint(low, high + 1, ()))
-
-
-def _to_normalised_tensor() -> list[nn.Module]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

@@ -12,6 +12,7 @@ from PIL import Image
 from datasets import build_dataset, collate
 from datasets.categories import Categories
 from datasets.coco import CocoDetection
+from datasets.image_list import ImageList, ImageRecord
 from datasets.images import read_image, to_rgb
 from datasets.transforms import EvalTransforms, TrainTransforms
 
@@ -86,8 +87,8 @@ def test_targets_by_hand(tmp_path, capsys):
     _, empty = dataset[1]
     assert empty["boxes"].shape == (0, 4)
     assert empty["labels"].shape == (0,)
-    assert sorted(dataset.coco.getAnnIds()) == [1, 2, 3, 4, 5], "the evaluator sees the crowd"
-    assert load(tmp_path, train=True).coco is None
+    assert dataset.ground_truth.crowd.tolist() == [False, False, True, False, False], "the evaluator sees the crowd"
+    assert load(tmp_path, train=True).ground_truth is None
     assert len(pickle.loads(pickle.dumps(dataset))[0]) == 2  # what workers started by spawn do
     assert capsys.readouterr().out == ""
 
@@ -101,13 +102,23 @@ def test_files_that_leave_out_what_boxes_do_not_need(tmp_path):
     write(tmp_path, data)
     dataset = load(tmp_path)
     assert dataset[0][1]["labels"].tolist() == [2, 5, 2]
-    assert [(a["area"], a["iscrowd"]) for a in dataset.coco.loadAnns(dataset.coco.getAnnIds(7))] == [
-        (96, 0),
-        (2500, 0),
-        (400, 0),
-        (25, 0),
-        (0, 0),
+    assert dataset.ground_truth.areas.tolist() == [96, 2500, 400, 25, 0]
+    assert not dataset.ground_truth.crowd.any()
+
+
+def test_a_list_of_images_gives_back_what_it_got():
+    records = [
+        ImageRecord(7, "a.png", (40, 30)),
+        ImageRecord(-(2**62), "", None),
+        ImageRecord(3, "sub/é日\ud800.jpg", (20.5, 2**24 + 1)),  # JSON can hold half of a character
     ]
+    images = ImageList(records)
+    assert list(images) == list(pickle.loads(pickle.dumps(images))) == records
+    assert images[-1] == records[-1]
+    assert len(images) == 3
+    with pytest.raises(IndexError):
+        images[3]
+    assert list(ImageList([ImageRecord(1, "", None)])) == [(1, "", None)]
 
 
 def test_annotations_in_any_order(tmp_path):
@@ -147,6 +158,8 @@ def change(path, value):
         (change(["categories"], []), ["'categories' is empty"]),
         (change(["images"], []), ["'images' is empty"]),
         (change(["images", 1, "id"], None), ["b.jpg", "integer 'id'"]),
+        (change(["images", 1, "id"], 2**63), ["b.jpg", "integer 'id' of 64 bits"]),
+        (change(["categories", 1, "id"], 2**63), ["dog", "integer 'id' of 64 bits"]),
         (change(["images", 0, "file_name"], None), ["'id': 7", "'file_name'"]),
         (change(["images", 1, "id"], 7), ["image id 7", "twice", "'a.png'", "'b.jpg'"]),
         (change(["annotations", 1, "category_id"], 4), ["annotation id 2", "image id 7", "category id 4", "define"]),
@@ -362,6 +375,7 @@ def layout(folder, **changes):
         "max_size": 100,
         "crop_augmentation": False,
         "cache_mode": False,
+        "seed": 0,
     }
     return Namespace(**{**settings, **changes})
 
@@ -377,6 +391,7 @@ def test_build_dataset_and_collate(tmp_path):
     for i, target in enumerate(targets):
         torch.testing.assert_close(target, val[i][1], rtol=0, atol=0)
     assert images.images.shape == (2, 3, 60, 100)  # 60 x 80, and 60 x 120 limited to 50 x 100
+    assert images.images.dtype == torch.uint8
     assert images.padding[0, :, 80:].all()
     assert images.padding[1, 50:].all()
     assert images.padding.sum() == 60 * 20 + 10 * 100
@@ -405,6 +420,7 @@ def test_real_images(name, num_classes, objects):
         max_size=1333,
         cache_mode=False,
         crop_augmentation=True,
+        seed=0,
     )
     val = build_dataset("val", args)
     assert val.categories.num_classes == num_classes

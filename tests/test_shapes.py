@@ -141,7 +141,7 @@ def test_ground_truth_given_back_is_perfect(folder):
         max_objects=6,
     )
     dataset.check_files()
-    evaluator = CocoEvaluator(dataset.coco, dataset.categories)
+    evaluator = CocoEvaluator(dataset.ground_truth, dataset.categories)
     for _, target in (dataset[i] for i in range(len(dataset))):
         evaluator.update(
             {

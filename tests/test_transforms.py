@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from datasets import collate
 from datasets.transforms import EvalTransforms, RandomCrop, TrainTransforms, resized_size
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -69,9 +70,20 @@ def test_a_side_never_vanishes():
 def test_pixels_are_pils_bilinear_and_imagenets_normalisation():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     tensor = EvalTransforms(short_side=40, max_size=None)(noise)  # shrinking shows whether it is antialiased
-    expected = np.asarray(noise.resize((53, 40), Image.Resampling.BILINEAR)) / 255
-    np.testing.assert_allclose(tensor.numpy().transpose(1, 2, 0), (expected - MEAN) / STD, atol=1e-5)
+    expected = np.asarray(noise.resize((53, 40), Image.Resampling.BILINEAR))
+    levels = 255 * (tensor.numpy().transpose(1, 2, 0) * STD + MEAN)
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
+    np.testing.assert_allclose(levels, expected, atol=1.001)
+    assert (abs(levels - expected) > 0.5).mean() < 0.02
     assert tensor.dtype == torch.float32
+
+    # Of bytes, normalised later: the same to the bit, and zero where padded.
+    unpadded = EvalTransforms(short_side=40, max_size=None, normalize=False)(noise)
+    batch, _ = collate([(unpadded, {"labels": torch.zeros(0)}), (unpadded[:, 7:, 9:], {"labels": torch.zeros(0)})])
+    images = batch.to("cpu")
+    assert torch.equal(images.images[0], tensor)
+    assert torch.equal(images.images[1, :, :33, :44], tensor[:, 7:, 9:])
+    assert not images.images[1].masked_select(images.padding[1]).any()
 
 
 def test_boxes_follow_the_pixels_through_flips_crops_and_sizes():

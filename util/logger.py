@@ -144,9 +144,9 @@ def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as readable JSON, whole or not at all; NaN and infinity become null."""
-    text = json.dumps(_without_nonfinite(value), allow_nan=False, indent=2) + "\n"
+def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as JSON, whole or not at all; NaN and infinity become null. One line where `indent` is None."""
+    text = json.dumps(_without_nonfinite(value), allow_nan=False, indent=indent) + "\n"
     with whole_file(path) as temporary:
         temporary.write_text(text)
 

@@ -1,0 +1,129 @@
+"""What data loading workers see and how much memory they take, with the loaders of main.py."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from datasets import build_dataset
+from datasets.coco import CocoDetection
+
+# More workers than cores are no fault here.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def loaders(data: Path, *flags: str):
+    """The training set, and what main.py makes of it and of the validation set."""
+    args = main.build_parser().parse_args(["--coco_path", str(data), "--train_sizes", "48", "64", "72", *flags])
+    train_set = build_dataset("train", args)
+    return train_set, *main.build_loaders(args, train_set, build_dataset("val", args))
+
+
+def epochs(data: Path, workers: int, which: list[int], *flags: str) -> list[list]:
+    """For each epoch its batches as (images, padding, *targets)."""
+    train_set, loader, _ = loaders(data, "--batch_size", "4", "--num_workers", str(workers), *flags)
+    seen = []
+    for epoch in which:
+        loader.sampler.set_epoch(epoch)
+        train_set.set_epoch(epoch)
+        batches = [
+            [images.images, images.padding, *(target[name] for target in targets.unpack() for name in sorted(target))]
+            for images, targets in loader
+        ]
+        seen.append(batches)
+    return seen
+
+
+def test_an_epoch_is_the_same_whoever_loads_it_and_wherever_a_run_begins(shapes):
+    """Images, boxes and order, to the bit; and the network's random numbers stay as they are."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, second = epochs(shapes, 0, [0, 1])
+    for workers in (1, 3):
+        torch.testing.assert_close(epochs(shapes, workers, [0, 1]), [first, second], rtol=0, atol=0)
+    for workers in (0, 3):
+        torch.testing.assert_close(epochs(shapes, workers, [1]), [second], rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(batch[0].shape) for batch in (*first, *second)}) > 2, "the test tells nothing"
+
+
+def test_random_numbers_differ_by_epoch_index_and_seed(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    images = [{"id": i, "file_name": f"{name}.png"} for i, name in enumerate("ab")]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+
+    def draw(seed: int, epoch: int, index: int) -> float:
+        dataset = CocoDetection(
+            image_folder=tmp_path,
+            annotation_file=tmp_path / "ann.json",
+            transforms=lambda image, target: (torch.rand(3, 4, 4), target),
+            train=True,
+            seed=seed,
+        )
+        dataset.set_epoch(epoch)
+        return dataset[index][0][0, 0, 0].item()
+
+    keys = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1) for index in (0, 1)]
+    drawn = [draw(*key) for key in keys]
+    assert len(set(drawn)) == len(keys)
+    assert drawn == [draw(*key) for key in keys]
+
+
+def test_workers_stay_and_learn_of_the_epoch(shapes):
+    train_set, train_loader, val_loader = loaders(shapes, "--num_workers", "2")
+    workers = [worker.pid for worker in iter(train_loader)._workers]
+    assert [worker.pid for worker in iter(train_loader)._workers] == workers
+    assert val_loader.persistent_workers
+    assert not loaders(shapes, "--num_workers", "0")[1].persistent_workers
+    # Started anew instead of copied, workers map the same memory as we do.
+    assert not train_set._boxes.is_shared()
+    spawned = torch.utils.data.DataLoader(train_set, num_workers=1, multiprocessing_context="spawn")
+    next(iter(spawned))
+    assert train_set._boxes.is_shared()
+
+
+def private_memory(process: int) -> int:
+    """Bytes that only this process has, copies of shared pages to which it wrote included."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the system does not tell a process's memory")
+def test_workers_do_not_grow(tmp_path):
+    """Three epochs over annotations that take 30 MB as Python objects: 5 MB for each worker when they were a list."""
+    count, step, name = 40_000, 40, f"{'long' * 50}.png"
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    annotation = {"category_id": 1, "bbox": [1, 1, 4, 4]}
+    content = {
+        "images": [{"id": i, "file_name": name, "width": 8, "height": 8} for i in range(count)],
+        "annotations": [{"id": 2 * i + k, "image_id": i, **annotation} for i in range(count) for k in (0, 1)],
+        "categories": [{"id": 1, "name": "x"}],
+    }
+    (tmp_path / "ann.json").write_text(json.dumps(content))
+    del content
+    dataset = CocoDetection(
+        image_folder=tmp_path / "images",
+        annotation_file=tmp_path / "ann.json",
+        transforms=lambda image, target: (torch.zeros(3, 8, 8), target),
+        train=False,
+    )
+    # A few images over and over for the workers' own memory; then every 40th, others in each epoch.
+    order = [[0] * 400, *(range(first, count, step) for first in (10, 20, 30))]
+    sampler = type("Order", (), {"__iter__": lambda self: iter(order.pop(0))})()
+    loader = torch.utils.data.DataLoader(
+        dataset, 20, sampler=sampler, num_workers=4, persistent_workers=True, collate_fn=len
+    )
+    used = []
+    while order:
+        iterator = iter(loader)
+        assert sum(iterator) >= 400
+        used.append([private_memory(worker.pid) for worker in iterator._workers])
+    growth = [(last - first) / 2**20 for first, last in zip(used[0], used[-1])]
+    assert max(growth) < 1.5, f"each worker's growth in MiB: {growth}"
