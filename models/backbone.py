@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -67,7 +69,18 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """`images` (B, 3, H, W), normalised -> one map (B, C_l, H_l, W_l) for each level."""
-        return list(self.body(images).values())
+        if not isinstance(self.body["bn1"], FrozenBatchNorm2d):
+            return list(self.body(images).values())
+        x = folded(self.body["conv1"], self.body["bn1"], images).relu_()
+        x = self.body["maxpool"](x)
+        maps = []
+        for name, stage in self.body.items():
+            if name.startswith("layer"):
+                for block in stage:
+                    x = _folded_block(block, x)
+                if name in self.body.return_layers:
+                    maps.append(x)
+        return maps
 
     def load_classifier_weights(self, state: dict[str, Tensor]) -> None:
         """Take over the weights of a torchvision ResNet classifier; its last layer and unused stages are left out.
@@ -85,3 +98,26 @@ class Backbone(nn.Module):
             )
         with torch.no_grad():
             self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+
+
+def folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    """norm(convolution(x)) in one pass over the map: what is frozen is a factor of the weights, and a bias.
+
+    The gradient of the weights passes through the factor; of the norm nothing is kept for it.
+    """
+    with torch.no_grad():
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+    weight = convolution.weight * scale[:, None, None, None]
+    c = convolution
+    return F.conv2d(x, weight, shift, c.stride, c.padding, c.dilation, c.groups)
+
+
+def _folded_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
+    """A residual block of torchvision's, its norms folded."""
+    y = folded(block.conv1, block.bn1, x).relu_()
+    y = folded(block.conv2, block.bn2, y)
+    if isinstance(block, Bottleneck):
+        y = folded(block.conv3, block.bn3, y.relu_())
+    y += x if block.downsample is None else folded(*block.downsample, x)
+    return y.relu_()

@@ -1,7 +1,6 @@
-"""The Semantics Aligner against its description written out plainly: torchvision's RoIAlign of every box, a small
-network on the bins, and grid_sample at the salient points."""
+"""The Semantics Aligner against its description written out plainly (benchmarks/plain.py): torchvision's RoIAlign of
+every box, a small network on the bins, and grid_sample at the salient points."""
 
-import copy
 import itertools
 
 import pytest
@@ -10,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from benchmarks.plain import plain
 from main import build_parser
 from models import build_model
-from models.position_encoding import sine_encoding
 from models.sam_detr import roi_sampling, semantics_aligner
 from models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
-from models.sam_detr.semantics_aligner import AlignedQueries, SemanticsAligner
+from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.box_ops import cxcywh_to_xyxy
 from util.padded_images import pad_images
 
@@ -77,48 +76,6 @@ def test_bilinear_weights_by_hand():
     torch.testing.assert_close(weights, torch.tensor(wanted))
 
 
-def plain_aligner(
-    aligner: SemanticsAligner, queries: Tensor, boxes: Tensor, features: Tensor, valid_ratio: Tensor
-) -> AlignedQueries:
-    """What SemanticsAligner does, in the order of the paper (section 3.3), with its weights; one box after another."""
-    batch, num_queries, channels = queries.shape
-    points_of_a_query = aligner.num_points if aligner.resample == "points" else 1
-    height, width = features.shape[2:]
-    cells = (valid_ratio * torch.tensor([width, height]))[:, None]  # (B, 1, 2)
-    in_cells = list((cxcywh_to_xyxy(boxes) * cells.repeat(1, 1, 2)).detach())
-    regions = roi_align(features, in_cells, output_size=7, sampling_ratio=-1, aligned=True)  # (B Q, C, 7, 7)
-    scales = None
-    points = boxes[:, :, None, :2]
-    if aligner.resample == "average":
-        content = regions.mean((2, 3))
-    elif aligner.resample == "maximum":
-        content = regions.flatten(2).max(2).values
-    else:
-        x = aligner.reduce(regions).relu().flatten(1)
-        *hidden, last = aligner.point_head.layers
-        for layer in hidden:
-            x = layer(x).relu()
-        x = last(x).view(batch, num_queries, -1, points_of_a_query, 2)
-        scales = x[:, :, 1] if x.shape[2] == 2 else None
-        offsets = x[:, :, 0].tanh()  # (B, Q, P, 2), -1 and 1 are the edges of the box
-        if aligner.search_range == "box":
-            points = boxes[:, :, None, :2] + offsets * boxes[:, :, None, 2:] / 2
-            grid = offsets.flatten(0, 1)[:, None]  # (B Q, 1, P, 2)
-            content = F.grid_sample(regions, grid, padding_mode="zeros", align_corners=False)
-        else:
-            points = (offsets + 1) / 2
-            grid = (points * valid_ratio[:, None, None] * 2 - 1).flatten(1, 2)[:, None]  # (B, 1, Q P, 2)
-            content = F.grid_sample(features, grid, padding_mode="border", align_corners=False)
-            content = content.view(batch, channels, num_queries, -1).transpose(1, 2).flatten(0, 1)
-    content = content.reshape(batch, num_queries, channels, -1).transpose(2, 3)  # (B, Q, P, C)
-    position = sine_encoding(points.detach(), num_channels=channels).to(content)
-    if aligner.reweight:  # each head has its own gates, be there a point for each or one for all
-        of_head = (batch, num_queries, aligner.num_heads, channels)
-        content = content * torch.sigmoid(aligner.content_gate(queries)).view(of_head)
-        position = position * torch.sigmoid(aligner.position_gate(queries)).view(of_head)
-    return AlignedQueries(content, position, points, scales)
-
-
 ALIGNERS = [
     {},
     {"predict_scales": True},
@@ -143,7 +100,6 @@ def test_outputs_and_gradients_equal_the_plain_formula(large, options, monkeypat
     aligner = SemanticsAligner(hidden_dim=channels, num_heads=heads, **options).double()
     for parameter in aligner.parameters():
         nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
-    plain = copy.deepcopy(aligner)
     boxes = torch.cat([BOXES[:8].expand(2, -1, -1), 0.1 + 0.7 * torch.rand(2, 7, 4, dtype=torch.float64)], 1)
     inputs = {
         "queries": torch.randn(2, 15, channels, dtype=torch.float64),
@@ -152,10 +108,9 @@ def test_outputs_and_gradients_equal_the_plain_formula(large, options, monkeypat
     }
     valid_ratio = torch.tensor([[1.0, 1.0], [9 / 13, 7 / 9]], dtype=torch.float64)
     results = []
-    for module in (aligner, plain):
+    for module in (aligner, plain(aligner)):
         leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-        call = module if module is aligner else lambda **values: plain_aligner(plain, **values)
-        aligned = call(**leaves, valid_ratio=valid_ratio)
+        aligned = module(**leaves, valid_ratio=valid_ratio)
         outputs = {name: value for name, value in vars(aligned).items() if value is not None}
         torch.manual_seed(1)  # the same random objective for both
         sum((value * torch.randn(value.shape)).sum() for value in outputs.values()).backward()
