@@ -183,16 +183,18 @@ def _timed(items: Iterable, profiler: StepProfiler, section: str) -> Iterator:
 def _timed_matching(criterion: nn.Module, profiler: StepProfiler) -> Iterator[None]:
     """Time the matcher apart from the loss that calls it."""
     matcher = criterion.matcher
+    match = matcher.match_all
 
     def timed(*args: Any) -> Any:
         with profiler.section("matching"):
-            return matcher(*args)
+            return match(*args)
 
-    criterion.matcher = timed if profiler.active else matcher
+    if profiler.active:
+        matcher.match_all = timed
     try:
         yield
     finally:
-        criterion.matcher = matcher
+        matcher.match_all = match
 
 
 def _without_exchange(model: nn.Module):

@@ -118,7 +118,11 @@ class SetCriterion(nn.Module):
             Every term, unweighted. `total` makes the weighted sum.
         """
         predictions = [*(outputs["aux_outputs"] if self.auxiliary else []), outputs]
-        matches = self.matcher(predictions, targets)
+        groups = [(predictions, targets)]
+        if "enc_outputs" in outputs:
+            objects = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+            groups.append(([outputs["enc_outputs"]], objects))
+        matches, *of_proposals = self.matcher.match_all(groups)
         if num_boxes is None:
             num_boxes = self.count(targets, outputs["pred_logits"])
 
@@ -128,10 +132,7 @@ class SetCriterion(nn.Module):
         for layer, (prediction, match) in enumerate(zip(predictions[:-1], matches)):
             for loss in self.losses:
                 terms |= {f"{name}_{layer}": v for name, v in loss(prediction, targets, match, num_boxes).items()}
-        if "enc_outputs" in outputs:
-            proposals = outputs["enc_outputs"]
-            objects = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
-            (match,) = self.matcher([proposals], objects)
+        for (match,), ((proposals,), objects) in zip(of_proposals, groups[1:]):
             for loss in self.losses:
                 terms |= {f"{name}_enc": v for name, v in loss(proposals, objects, match, num_boxes).items()}
         return terms

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -69,33 +70,46 @@ class HungarianMatcher:
         if not self.costs:
             raise ValueError("the matching costs are all 0; give --set_cost_class, --set_cost_bbox or --set_cost_giou")
 
-    @torch.no_grad()
     def __call__(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Tensor]]) -> list[Matches]:
-        """Match each prediction of a batch (one per decoder layer) on its own.
+        """Match each prediction of a batch (one per decoder layer) on its own."""
+        return self.match_all([(predictions, targets)])[0]
 
-        All of them are computed together, only between an image's own queries and objects, and reach the host in one
-        transfer. Costs that are not finite count as very large, so that the loss is computed and can be reported.
+    @torch.no_grad()
+    def match_all(
+        self, groups: Sequence[tuple[Sequence[dict[str, Any]], Sequence[dict[str, Tensor]]]]
+    ) -> list[list[Matches]]:
+        """The same for several groups of predictions and targets, whose numbers of queries may differ.
+
+        All costs are computed only between an image's own queries and objects, together for the predictions of a group,
+        and those of all groups reach the host in one transfer. Costs that are not finite count as very large, so that
+        the loss is computed and can be reported.
         """
-        names = [name for name in predictions[0] if name.startswith("pred_")]
-        stacked = {name: torch.stack([p[name] for p in predictions]) for name in names}  # (S, B, Q, ...)
-        costs = []
-        for image, target in enumerate(targets):
-            outputs = {name: values[:, image] for name, values in stacked.items()}
-            costs.append(sum(weight * cost(outputs, target) for weight, cost in self.costs).flatten())  # (S * Q * n,)
-        sizes = [len(target["labels"]) for target in targets]
+        costs, shapes = [], []
+        for predictions, targets in groups:
+            names = [name for name in predictions[0] if name.startswith("pred_")]
+            stacked = {name: torch.stack([p[name] for p in predictions]) for name in names}  # (S, B, Q, ...)
+            for image, target in enumerate(targets):
+                outputs = {name: values[:, image] for name, values in stacked.items()}
+                cost = sum(weight * cost(outputs, target) for weight, cost in self.costs)  # (S, Q, n)
+                costs.append(cost.flatten())
+                shapes.append(cost.shape)
+        device = costs[0].device
         on_host = torch.cat(costs).nan_to_num(nan=1e9, posinf=1e9, neginf=1e9).cpu().split([len(c) for c in costs])
-        per_image = [c.view(len(predictions), -1, n).numpy() if n else None for c, n in zip(on_host, sizes)]
+        found = iter([cost.view(shape).numpy() for cost, shape in zip(on_host, shapes)])
+        return [_assign([next(found) for _ in targets], len(predictions), device) for predictions, targets in groups]
 
-        starts = [sum(sizes[:image]) for image in range(len(sizes))]
-        rows = []
-        for step in range(len(predictions)):
-            for image, cost in enumerate(per_image):
-                if cost is not None:
-                    query, target = linear_sum_assignment(cost[step])
-                    rows += [(step, image, q, starts[image] + t) for q, t in zip(query, target)]
-        table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T
-        matches = []
-        for step in range(len(predictions)):
-            image, query, target = table[1:, table[0] == step].to(stacked["pred_logits"].device, non_blocking=True)
-            matches.append(Matches(image, query, target))
-        return matches
+
+def _assign(costs: list[np.ndarray], steps: int, device: torch.device) -> list[Matches]:
+    """The matches of each step under the costs (S, Q, n) of each image."""
+    rows, first = [], 0
+    for image, cost in enumerate(costs):
+        for step in range(steps):
+            query, target = linear_sum_assignment(cost[step])
+            rows += [(step, image, q, first + t) for q, t in zip(query, target)]
+        first += cost.shape[2]
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T
+    matches = []
+    for step in range(steps):
+        image, query, target = table[1:, table[0] == step].to(device, non_blocking=True)
+        matches.append(Matches(image, query, target))
+    return matches
