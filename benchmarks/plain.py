@@ -6,6 +6,8 @@
     cross-attention        the shared key repeated for every head
     spatial prior          one tensor with x and y distances of every head, query and cell
     deformable attention   grid_sample, differentiated by autograd
+    dense encoder          PyTorch's attention module
+    dropout                PyTorch's
     backbone               convolution, then torchvision's frozen BatchNorm; contiguous memory, not channels_last
     criterion              layer by layer; costs between all queries and all boxes of the batch; the GIoU of matched
                            pairs is the diagonal of a square matrix
@@ -27,6 +29,8 @@ from torchvision.ops import roi_align
 
 from models.backbone import Backbone
 from models.criterion import SetCriterion, Targets, box_losses
+from models.dropout import Dropout
+from models.encoder import DenseEncoderLayer
 from models.layers import FeatureLevel
 from models.matcher import HungarianMatcher, Matches
 from models.ops import MSDeformAttn
@@ -132,6 +136,11 @@ def plain_prior(points: Tensor, scales: Tensor, level: FeatureLevel) -> Tensor:
     return -(distances * scales[:, :, None]).square().sum(-1) / 8
 
 
+class PlainDenseEncoderLayer(DenseEncoderLayer):
+    def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+        return self.self_attention(where, where, tokens, key_padding_mask=padding, need_weights=False)[0]
+
+
 class PlainMSDeformAttn(MSDeformAttn):
     def forward(
         self,
@@ -216,6 +225,8 @@ PLAIN = {
     CrossAttention: PlainCrossAttention,
     SAMDecoderLayer: PlainSAMDecoderLayer,
     MSDeformAttn: PlainMSDeformAttn,
+    DenseEncoderLayer: PlainDenseEncoderLayer,
+    Dropout: nn.Dropout,
     Backbone: PlainBackbone,
     SetCriterion: PlainCriterion,
 }

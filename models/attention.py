@@ -6,8 +6,9 @@ Legend: B batch, N heads, Q queries, L positions attended, D width of a query an
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from models.dropout import dropout as dropped
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -49,5 +50,5 @@ def attend(
         logits = logits + bias
     if padding is not None:
         logits = logits.masked_fill(padding[:, None, None, :], -torch.inf)
-    weights = F.dropout(logits.softmax(-1), dropout)  # of 0 is nothing
+    weights = dropped(logits.softmax(-1), dropout, training=True)  # of 0 is nothing
     return weights @ value

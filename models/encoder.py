@@ -4,8 +4,11 @@ any number of levels (Deformable DETR, Zhu et al., ICLR 2021)."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attend, merge_heads, split_heads
+from models.dropout import Dropout
 from models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
 from models.ops import MSDeformAttn
 from models.ops.plain import coordinate_dtype
@@ -37,7 +40,7 @@ class DenseEncoderLayer(nn.Module):
             hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
         )
         self.norm2 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.position_scale = MLP(hidden_dim, hidden_dim, hidden_dim) if scale_position else None
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor) -> Tensor:
@@ -45,9 +48,20 @@ class DenseEncoderLayer(nn.Module):
         if self.position_scale is not None:
             position = position * self.position_scale(tokens)
         where = tokens + position
-        attended, _ = self.self_attention(where, where, tokens, key_padding_mask=padding, need_weights=False)
-        tokens = self.norm1(tokens + self.dropout(attended))
+        tokens = self.norm1(tokens + self.dropout(self._attend(where, tokens, padding)))
         return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+
+    def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+        attention = self.self_attention
+        drops = self.training and attention.dropout > 0
+        if tokens.device.type != "cpu" or not drops or torch.compiler.is_compiling():
+            return attention(where, where, tokens, key_padding_mask=padding, need_weights=False)[0]
+        # With dropout PyTorch has nothing fused on a CPU, and what it does instead takes longer than `attend`.
+        weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
+        query, key = F.linear(where, weight[: 2 * width], bias[: 2 * width]).chunk(2, -1)
+        parts = query, key, F.linear(tokens, weight[2 * width :], bias[2 * width :])
+        query, key, value = (split_heads(part, attention.num_heads) for part in parts)
+        return attention.out_proj(merge_heads(attend(query, key, value, padding=padding, dropout=attention.dropout)))
 
 
 class DenseEncoder(nn.Module):
@@ -105,7 +119,7 @@ class DeformableEncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
         self.norm2 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, tokens: Tensor, position: Tensor, padding: Tensor, reference: Tensor, shapes: list[tuple[int, int]]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import Dropout
 from models.ops.plain import coordinate_dtype
 from models.position_encoding import grid_points, sine_encoding
 
@@ -158,7 +159,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
         self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[activation]()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ NETWORKS = [
 def build(flags: str):
     """A network and a criterion whose every parameter and constant matters: random, with activations of usual size."""
     args = build_parser().parse_args(shlex.split(flags))
-    args.num_classes, args.dropout = 7, 0.0
+    args.num_classes, args.dropout = 7, 1e-13  # training drops nothing, but passes where it would
     torch.manual_seed(0)
     network, criterion, _ = build_model(args)
     network.double()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.deformable_detr.proposals import ProposedQueries
 from models.deformable_detr.queries import LearnedQueries
+from models.dropout import Dropout
 from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
 from models.ops import MSDeformAttn
 
@@ -67,7 +68,7 @@ class DeformableDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory, boxes: Tensor, level: int

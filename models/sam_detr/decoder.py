@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import attend, merge_heads, split_heads
+from models.dropout import Dropout
 from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
 from models.position_encoding import sine_encoding
 from models.sam_detr.semantics_aligner import SemanticsAligner
@@ -105,7 +106,7 @@ class SAMDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel) -> Tensor:
         """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image -> (B, Q, C)."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention import attend, merge_heads, split_heads
+from models.dropout import Dropout
 from models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
 from models.position_encoding import sine_encoding
 from models.sap_detr.points import (
@@ -148,7 +149,7 @@ class SAPDecoderLayer(nn.Module):
             hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
         )
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel) -> Tensor:
         """`queries` (B, Q, C) -> (B, Q, C)."""
