@@ -125,9 +125,11 @@ class RandomCrop(nn.Module):
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (..., 3, H, W) to float32: less ImageNet's mean, over its standard deviation, of colours from 0 to 1."""
-    mean, std = (255 * images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     # In the usual order of dimensions whatever that of the bytes is.
-    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    for colour, mean, std in zip(images.unbind(-3), IMAGENET_MEAN, IMAGENET_STD):  # numbers need no copy to a GPU
+        colour.sub_(255 * mean).div_(255 * std)
+    return images
 
 
 @contextmanager
