@@ -89,7 +89,7 @@ def build_parser() -> Parser:
     group.add_argument(
         "--legacy_no_zero_grad",
         action="store_true",
-        help="never zero gradients: add to the last step's, as the published SAP-DETR does",
+        help="never zero gradients: add to the last step's, as the published SAP-DETR does without --amp",
     )
 
     group = parser.add_argument_group("network (with --resume, what is not given comes from the checkpoint)")
@@ -336,7 +336,10 @@ def check_family(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags of other families, which would have no effect. Raises ValueError."""
     others = {name for family in FAMILIES.values() for name in family.settings}
     for name in sorted(given & others - set(FAMILIES[args.model].settings)):
-        raise ValueError(f"--{name} has no effect on --model {args.model}; leave it out, or choose another model")
+        flags = [action.option_strings[0] for action in build_parser()._actions if action.dest == name]
+        raise ValueError(
+            f"{' or '.join(flags)} has no effect on --model {args.model}; leave it out, or choose another model"
+        )
 
 
 def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
@@ -502,6 +505,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         warmup_steps=args.warmup_iters,
         first_step=args.start_epoch * steps,
     )
+    keep_gradients = args.legacy_no_zero_grad and args.amp == "off"  # with --amp the published loop zeroes them, too
     scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
     if checkpoint:
         log(f"going on from {args.resume} with epoch {args.start_epoch}")
@@ -509,7 +513,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:
             restore_optimizer(optimizer, checkpoint, source=args.resume)
-            if args.legacy_no_zero_grad:
+            if keep_gradients:
                 restore_gradients(network, checkpoint)
             if scaler and "scaler" in checkpoint:
                 scaler.load_state_dict(checkpoint["scaler"])
@@ -532,7 +536,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             device=device,
             epoch=epoch,
             clip_max_norm=args.clip_max_norm,
-            zero_grad=not args.legacy_no_zero_grad,
+            zero_grad=not keep_gradients,
             accumulate=args.accumulate,
             amp=AMP[args.amp],
             scaler=scaler,
@@ -555,7 +559,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             }
             if scaler:
                 content["scaler"] = scaler.state_dict()
-            if args.legacy_no_zero_grad:  # what the next step adds to
+            if keep_gradients:  # what the next step adds to
                 content["gradients"] = {
                     name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
                 }

@@ -6,12 +6,15 @@
 # trainable parameters  55.02 M
 # GFLOPs                published: 203; measured by us: not yet
 #
-# COCO_PATH is the folder of COCO, data/coco unless set (relative paths start at the repository). Further flags pass
-# through, e.g. --resume FILE. DRY_RUN=1 prints the command instead of running it.
+# Two nodes, as many images a step: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/r50_ms_smca_e12_8gpu.sh on the
+# first, the same with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths
+# start at the repository). Further flags pass through, e.g. --resume FILE. DRY_RUN=1 prints the command instead of
+# running it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-read -ra launch <<< "${LAUNCH:-torchrun --standalone --nproc_per_node=8}"
+images=16 gpus=8
+source scripts/nodes.sh
 
 exec ${DRY_RUN:+echo} "${launch[@]}" main.py \
-  --batch_size 2 --multiscale --smca --epochs 12 --lr_drop 10 \
+  --batch_size "$batch" --multiscale --smca --epochs 12 --lr_drop 10 \
   --coco_path "${COCO_PATH:-data/coco}" --output_dir output/r50_ms_smca_e12_8gpu "$@"

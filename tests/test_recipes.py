@@ -24,6 +24,8 @@ RECIPES = {
     "r50_dc5_e50_8gpu": (8, 1, 50, 40, ["--dilation"], "43.3", "58.07 M", "210"),
     "r50_dc5_smca_e12_8gpu": (8, 1, 12, 10, ["--dilation", "--smca"], "40.6", "58.12 M", "210"),
     "r50_dc5_smca_e50_8gpu": (8, 1, 50, 40, ["--dilation", "--smca"], "45.0", "58.12 M", "210"),
+    "r50_ms_e12_8gpu": (8, 2, 12, 10, ["--multiscale"], "41.1", "54.97 M", "203"),
+    "r50_ms_e50_8gpu": (8, 2, 50, 40, ["--multiscale"], "46.1", "54.97 M", "203"),
     "r50_ms_smca_e12_8gpu": (8, 2, 12, 10, ["--multiscale", "--smca"], "42.8", "55.02 M", "203"),
     "r50_ms_smca_e50_8gpu": (8, 2, 50, 40, ["--multiscale", "--smca"], "47.1", "55.02 M", "203"),
 }
@@ -84,6 +86,10 @@ def test_recipe(name, tmp_path):
     script = REPOSITORY / "scripts" / f"{name}.sh"
     launch = ["torchrun", "--standalone", f"--nproc_per_node={gpus}", "main.py"]
     assert run(script, cwd=tmp_path).split() == launch + flags_of(name)
+    on_two = run(script, cwd=tmp_path, NODES="2", NODE_RANK="1", MASTER_ADDR="first")
+    assert on_two.startswith("torchrun --nnodes=2 --node_rank=1 --master_addr=first ")
+    per_node, images = (int(re.search(rf"--{flag}[= ](\d+)", on_two)[1]) for flag in ("nproc_per_node", "batch_size"))
+    assert 2 * per_node * images == gpus * batch  # a step
     # a flag given again wins in argparse, so what the user adds has to come last
     added = ["--resume", "x.pth", "--epochs", "1"]
     got = run(script, *added, cwd=tmp_path, COCO_PATH="/sets/coco").split()
@@ -128,7 +134,9 @@ def test_recipe_builds_the_published_model(name, tmp_path):
     with torch.device("meta"):  # the shapes alone
         detector = build_model(args)[0]
     trainable = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
-    assert trainable == (55_021_546 if args.multiscale else SIZES[args.smca, epochs])
+    assert trainable == (
+        {True: 55_021_546, False: 54_972_298}[args.smca] if args.multiscale else SIZES[args.smca, epochs]
+    )
     assert detector.backbone.strides == ([8, 16, 32] if args.multiscale else [16 if args.dilation else 32])
 
 

@@ -271,6 +271,18 @@ def test_training_goes_on_from_an_official_file(shapes, tmp_path, capsys):
 # ---- Two processes
 
 
+def test_gradients_are_zeroed_with_amp(start, shapes, tmp_path):
+    """As in the published loop: there is nothing to carry on."""
+    flags = ["--amp", "bf16", "--epochs", "1", "--warmup_iters", "0", "--resume", str(start)]
+    weights = []
+    for extra in ([], ["--legacy_no_zero_grad"]):
+        run_main(shapes, *flags, *extra, "--output_dir", str(tmp_path / str(len(weights))), network=[])
+        checkpoint = torch.load(tmp_path / str(len(weights)) / "checkpoint.pth")
+        assert "gradients" not in checkpoint
+        weights.append(checkpoint["model"])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 def test_two_processes_train_without_zeroing(start, shapes, tmp_path):
     """With learned norms and batches of one image; both processes save and go on with the same gradients."""
     output = tmp_path / "output"

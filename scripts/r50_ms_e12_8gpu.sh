@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Multi-scale SAM-DETR, ResNet-50, 12 epochs on COCO 2017.
+#
+# hardware              8 GPUs x 2 images
+# AP on val2017         published: 41.1 (last epoch); measured by us: not yet
+# trainable parameters  54.97 M
+# GFLOPs                published: about 203; measured by us: not yet
+#
+# Two nodes, as many images a step: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/r50_ms_e12_8gpu.sh on the
+# first, the same with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths
+# start at the repository). Further flags pass through, e.g. --resume FILE. DRY_RUN=1 prints the command instead of
+# running it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+images=16 gpus=8
+source scripts/nodes.sh
+
+exec ${DRY_RUN:+echo} "${launch[@]}" main.py \
+  --batch_size "$batch" --multiscale --epochs 12 --lr_drop 10 \
+  --coco_path "${COCO_PATH:-data/coco}" --output_dir output/r50_ms_e12_8gpu "$@"
