@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--salient_points: the network of {args.resume} has none, it is a {settings.model}")
     if args.sampling_points and not _has(network.encoder, MSDeformAttn):
         raise ValueError(
-            f"--sampling_points: the encoder of {args.resume} has no deformable attention; pass a multi-scale SAM-DETR or a Deformable DETR"
+            f"--sampling_points: the encoder of {args.resume} has no deformable attention; "
+            "pass a multi-scale SAM-DETR or a Deformable DETR"
         )
     transforms = EvalTransforms(short_side=settings.eval_size, max_size=settings.max_size)
     categories = checkpoint_categories(checkpoint)
