@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -67,7 +68,7 @@ class CocoDetection(Dataset):
         self._require_files(records)
         # Tensors in place of lists of objects: datasets/image_list.py says why.
         self.images = ImageList(records)
-        self._boxes, self._labels, self._first = self._objects(content["annotations"])
+        self._boxes, self._labels, self._first = self._objects(records, content["annotations"])
         if max_objects is not None:
             self._require_at_most(max_objects)
         self.ground_truth = None if train else GroundTruth.from_content(content)
@@ -133,7 +134,8 @@ class CocoDetection(Dataset):
 
         def fault(index: int) -> str | None:
             try:
-                check_image(self.image_path(index), self.images[index].size)
+                record = self.images[index]
+                check_image(self.image_folder / record.file_name, record.size)
             except Exception as error:  # as above
                 return self._unreadable(index, error)
             return None
@@ -169,18 +171,18 @@ class CocoDetection(Dataset):
                 "copy them there or remove their entries"
             )
 
-    def _objects(self, annotations: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+    def _objects(self, records: Sequence[ImageRecord], annotations: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         """Non-crowd boxes (N, 4) float32 in xyxy pixels and labels (N,), in the order of the images, and where each
         image's begin (images + 1,)."""
-        position = {record.id: i for i, record in enumerate(self.images)}
+        position = {record.id: i for i, record in enumerate(records)}
         objects = [a for a in annotations if not a.get("iscrowd")]
-        image = torch.tensor([position[a["image_id"]] for a in objects], dtype=torch.int64)
-        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float64).reshape(-1, 4)
+        image = np.array([position[a["image_id"]] for a in objects], dtype=np.int64)
+        boxes = np.array([a["bbox"] for a in objects], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([self.categories.label_of[a["category_id"]] for a in objects], dtype=torch.int64)
-        order = torch.argsort(image, stable=True)
-        first = torch.searchsorted(image[order], torch.arange(len(self.images) + 1))
-        return boxes[order].float(), labels[order], first
+        labels = np.array([self.categories.label_of[a["category_id"]] for a in objects], dtype=np.int64)
+        order = np.argsort(image, kind="stable")
+        first = np.searchsorted(image[order], np.arange(len(records) + 1))
+        return tuple(torch.from_numpy(values) for values in (boxes[order].astype(np.float32), labels[order], first))
 
     def _require_at_most(self, max_objects: int) -> None:
         counts = self._first.diff()
