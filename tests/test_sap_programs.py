@@ -82,7 +82,7 @@ def test_training_writes_the_official_terms(trained_sap):
     for name in terms:
         weight = weights[name.rstrip("_01")]
         assert last[f"train_{name}"] == pytest.approx(weight * last[f"train_{name}_unscaled"], rel=1e-5)
-    assert last["train_loss"] < first["train_loss"]
+    assert last["train_loss_ce"] < first["train_loss_ce"]
     settings = read_json(trained_sap / "settings.json")
     network = {"model": "sap_detr", "num_queries": 16, "sdg": True, "newconvinit": True, "input_proj_norm": "none"}
     assert {name: settings[name] for name in network} == network
