@@ -40,6 +40,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import report
 from benchmarks.plain import plain
 from main import build_parser
 from models import build_model
@@ -231,25 +232,9 @@ def print_rows(config: str, result: dict, name: str, batch: int, paths: list[str
         print(*cells, flush=True)
 
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
 def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
 
 
@@ -261,13 +246,13 @@ def main() -> None:
     )
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=positive, default=2, help="of the CPU")
-    parser.add_argument("--size", type=positive, nargs=2, default=[640, 864], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--threads", type=report.positive, default=2, help="of the CPU")
+    parser.add_argument("--size", type=report.positive, nargs=2, default=[640, 864], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument(
-        "--batch", type=positive, nargs="+", default=[1, 4], help="for evaluation; training has the first"
+        "--batch", type=report.positive, nargs="+", default=[1, 4], help="for evaluation; training has the first"
     )
     parser.add_argument("--rounds", type=whole, default=3, help="to take medians of; 0: parameters and GFLOPs alone")
-    parser.add_argument("--flops_size", type=positive, nargs=2, default=[800, 1120], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--flops_size", type=report.positive, nargs=2, default=[800, 1120], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--request", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -281,7 +266,7 @@ def main() -> None:
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "device": args.device,
-        "name": device_name(args.device),
+        "name": torch.cuda.get_device_name() if args.device == "cuda" else report.processor(),
         "threads": args.threads,
         "size": args.size,
         "flops_size": args.flops_size,
@@ -289,10 +274,7 @@ def main() -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     results = {config: measure(config, args) for config in args.config}
-    if args.json:
-        temporary = args.json.with_name(args.json.name + ".part")
-        temporary.write_text(json.dumps({**about, "load_after": os.getloadavg()[0], "configs": results}, indent=1))
-        temporary.replace(args.json)
+    report.write(args.json, {**about, "configs": results})
 
 
 if __name__ == "__main__":

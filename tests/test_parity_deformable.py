@@ -13,6 +13,7 @@ from models.deformable_detr.official_weights import convert_official, from_offic
 
 FAMILY = "deformable_detr"
 VARIANTS = extract.FAMILIES[FAMILY]
+PREDICTED = ("pred_logits", "pred_boxes")
 
 
 def tolerances(variant: str) -> dict[str, dict[str, float]]:
@@ -46,6 +47,8 @@ PARAMETERS = {
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+    yield
+    cases.weight.cache_clear()
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -79,9 +82,7 @@ def test_the_same_parameters_train(case):
 
 
 def test_outputs_of_all_layers(case):
-    logits = case.ours.logits[:, :, case.figures["queries"]]
-    np.testing.assert_allclose(logits, case.figures["pred_logits"], **case.tolerances["outputs"])
-    np.testing.assert_allclose(case.ours.boxes, case.figures["pred_boxes"], **case.tolerances["outputs"])
+    cases.assert_same_outputs(case.ours.outputs, case.figures, PREDICTED, **case.tolerances["outputs"])
 
 
 def test_assignment_and_detections(case):
@@ -106,28 +107,16 @@ def test_proposals(case):
 
 
 def test_losses(case):
-    assert case.ours.losses.keys() == case.facts["losses"].keys()
-    for name, wanted in case.facts["losses"].items():
-        np.testing.assert_allclose(case.ours.losses[name], wanted, err_msg=name, **case.tolerances["losses"])
-    np.testing.assert_allclose(case.ours.total.item(), case.facts["total_loss"], **case.tolerances["losses"])
+    cases.assert_same_losses(case, **case.tolerances["losses"])
 
 
 def test_gradient_norm_of_every_parameter(case):
     ours = from_official(case.facts["state_dict"])
-    wanted = {ours[name]: norm for name, norm in case.facts["grad_norms"].items()}
-    assert wanted.keys() == case.gradients.keys()
-    for name, norm in wanted.items():
-        np.testing.assert_allclose(case.gradients[name], norm, err_msg=name, **case.tolerances["gradients"])
+    cases.assert_same_gradients(case, ours.__getitem__, **case.tolerances["gradients"])
 
 
 def test_float32(case):
-    in_float32, figures = case.in_float32, case.figures
-    assert in_float32.logits.dtype == in_float32.boxes.dtype == np.float32
-    np.testing.assert_allclose(in_float32.logits[:, :, figures["queries"]], figures["pred_logits"], **cases.FLOAT32)
-    np.testing.assert_allclose(in_float32.boxes, figures["pred_boxes"], **cases.FLOAT32)
-    assert torch.equal(in_float32.matches.query, case.ours.matches.query)
-    for name, wanted in case.facts["losses"].items():
-        np.testing.assert_allclose(in_float32.losses[name], wanted, err_msg=name, **cases.FLOAT32)
+    cases.assert_near_in_float32(case, PREDICTED)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,14 +5,12 @@ and points move; "q49" has a grid of 7 x 7 points, where the reach of a point in
 """
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference_fill
 import torch
-from parity import extract
-from test_parity import FULL, USUAL_SINE, evaluate, needs_full_figures
+from parity import cases, extract
+from parity.cases import FULL, USUAL_SINE, needs_full_figures
 
 from main import build_parser
 from models import build_model
@@ -26,52 +24,19 @@ VARIANTS = extract.FAMILIES["sap_detr"]
 OUTPUTS = {"rtol": 0, "atol": 1e-9 if USUAL_SINE else 1e-5}
 LOSSES = {"rtol": 1e-9 if USUAL_SINE else 1e-5, "atol": 1e-9}
 GRADIENTS = {"rtol": 1e-9 if USUAL_SINE else 1e-4, "atol": 1e-9 if USUAL_SINE else 1e-7}
-FLOAT32 = {"rtol": 1e-3, "atol": 1e-3}
 PREDICTED = ("pred_logits", "pred_boxes", "pred_objs", "pred_points")
-
-
-def read_figures(variant: str) -> tuple[dict, dict[str, np.ndarray]]:
-    if FULL.is_dir():
-        return extract.read_full(FULL, variant, family="sap_detr")
-    return extract.read_compact(variant, family="sap_detr")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def stacked(outputs: dict, name: str) -> np.ndarray:
-    """(layers, B, Q, ...)."""
-    return np.stack([layer[name].detach().numpy() for layer in (*outputs["aux_outputs"], outputs)])
+    yield
+    cases.weight.cache_clear()
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def case(request) -> SimpleNamespace:
-    """What the figures say (`facts`, `figures`) and what our network makes of the same weights; not the network."""
-    facts, figures = read_figures(request.param)
-    detector, criterion, postprocess = build_model(build_parser().parse_args(facts["args"]))
-    detector.eval()
-    criterion.eval()
-    grid = detector.decoder.points.detach().clone()
-    filled_as = facts.get("fill_names", {})
-    state = {
-        name: torch.from_numpy(reference_fill.weights(filled_as.get(name, name), tuple(shape)))
-        for name, shape in facts["state_dict"].items()
-    }
-    detector.double().load_state_dict(convert_official(state), strict=True)
-    ours = evaluate(detector, criterion, torch.float64)
-    ours.total.backward()
-    trainable = {name: p for name, p in detector.named_parameters() if p.requires_grad}
-    gradients = {name: p.grad.norm().item() for name, p in trainable.items()}
-    shapes = {name: list(value.shape) for name, value in detector.state_dict().items()}
-    detections = postprocess(ours.outputs, ours.sizes)
-    with torch.no_grad():
-        in_float32 = evaluate(detector, criterion, torch.float32)
-    return SimpleNamespace(
-        live="fill_names" in facts, facts=facts, figures=figures, grid=grid, shapes=shapes, ours=ours,
-        gradients=gradients, detections=detections, in_float32=in_float32,
-    )  # fmt: skip
+def case(request):
+    return cases.run("sap_detr", request.param, convert_official=convert_official)
 
 
 def test_every_name_and_shape_is_accounted_for_both_ways(case):
@@ -113,66 +78,38 @@ def test_the_same_parameters_train(case):
 
 
 def test_points_start_as_a_grid(case):
-    np.testing.assert_allclose(case.grid.numpy(), case.figures["init_refpoint_embed"], rtol=0, atol=2e-7)
+    points = build_model(build_parser().parse_args(case.facts["args"]))[0].decoder.points
+    np.testing.assert_allclose(points.detach().numpy(), case.figures["init_refpoint_embed"], rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("name", PREDICTED)
 def test_outputs_of_all_layers(case, name):
-    ours = stacked(case.ours.outputs, name)[:, :, case.figures["queries"]]
-    np.testing.assert_allclose(ours, case.figures[name], **OUTPUTS)
+    cases.assert_same_outputs(case.ours.outputs, case.figures, [name], **OUTPUTS)
 
 
 def test_assignment(case):
-    matches = case.ours.matches
-    first_target = 0
-    for image, number in enumerate(reference_fill.OBJECTS):
-        here = matches.image == image
-        np.testing.assert_array_equal(matches.query[here], case.figures[f"match_pred_{image}"])
-        np.testing.assert_array_equal(matches.target[here] - first_target, case.figures[f"match_target_{image}"])
-        first_target += number
+    cases.assert_same_matches(case.ours.matches, case.figures)
 
 
 def test_detections(case):
-    for image, found in enumerate(case.detections):
-        names = ("scores", "labels", "boxes")
-        wanted = {name: torch.from_numpy(case.figures[f"post_{name}_{image}"]) for name in names}
-        assert found["scores"].shape == (300,)
-        torch.testing.assert_close(found["scores"], wanted["scores"], **OUTPUTS)
-        if not case.live:
-            continue  # all queries have the same scores there, so their order means nothing
-        same = found["labels"][:, None] == wanted["labels"]
-        same &= (found["scores"][:, None] - wanted["scores"]).abs() < OUTPUTS["atol"]
-        same &= (found["boxes"][:, None] - wanted["boxes"]).abs().amax(-1) < 1000 * OUTPUTS["atol"]  # pixels
-        assert same.any(0).all()
-        assert same.any(1).all()
+    assert [found["scores"].shape for found in case.detections] == 2 * [(300,)]
+    if "fill_names" in case.facts:
+        cases.assert_same_detections(case.detections, case.figures, OUTPUTS["atol"])
+    for image, found in enumerate(case.detections):  # elsewhere all queries have the same scores, in any order
+        np.testing.assert_allclose(found["scores"], case.figures[f"post_scores_{image}"], **OUTPUTS)
 
 
 def test_losses(case):
-    assert case.ours.losses.keys() == case.facts["losses"].keys()
-    names = list(case.ours.losses)
-    assert len(names) == 5 * 6 + 1  # five terms a layer, and class_error of the last one
-    wanted = [case.facts["losses"][name] for name in names]
-    np.testing.assert_allclose([case.ours.losses[name] for name in names], wanted, **LOSSES)
-    np.testing.assert_allclose(case.ours.total.item(), case.facts["total_loss"], **LOSSES)
+    """Five terms a layer, and class_error of the last one."""
+    cases.assert_same_losses(case, terms=5 * 6 + 1, **LOSSES)
 
 
 def test_gradient_norm_of_every_parameter(case):
-    wanted = {from_official(name): norm for name, norm in case.facts["grad_norms"].items()}
-    assert wanted.keys() == case.gradients.keys()
-    for name, norm in wanted.items():
-        np.testing.assert_allclose(case.gradients[name], norm, err_msg=name, **GRADIENTS)
+    cases.assert_same_gradients(case, from_official, **GRADIENTS)
 
 
 def test_float32(case):
-    """All that is predicted and every loss term within 1e-3 of the float64 figures, and the same assignment."""
-    in_float32, figures = case.in_float32, case.figures
-    for name in PREDICTED:
-        ours = stacked(in_float32.outputs, name)
-        assert ours.dtype == np.float32
-        np.testing.assert_allclose(ours[:, :, figures["queries"]], figures[name], err_msg=name, **FLOAT32)
-    assert torch.equal(in_float32.matches.query, case.ours.matches.query)
-    for name, wanted in case.facts["losses"].items():
-        np.testing.assert_allclose(in_float32.losses[name], wanted, err_msg=name, **FLOAT32)
+    cases.assert_near_in_float32(case, PREDICTED)
 
 
 # With the published flags 50,391,687, of which 222,400 of the backbone and 612 of the points are frozen.
@@ -204,7 +141,7 @@ def test_number_of_parameters(change, total):
 
 
 def test_published_weights_of_the_losses():
-    facts, _ = read_figures("r50_live")
+    facts, _ = cases.read_figures("r50_live", family="sap_detr")
     args = build_parser().parse_args(facts["args"])
     criterion = FAMILIES["sap_detr"].criterion(args)
     weighted = criterion.weighted({name: torch.ones(()) for name in facts["losses"]})

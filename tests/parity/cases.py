@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,11 +51,8 @@ def evaluate(detector, criterion, dtype: torch.dtype) -> SimpleNamespace:
     targets = [t | {"boxes": t["boxes"].to(dtype)} for t in targets]
     outputs = detector(batch)
     losses = criterion(outputs, targets)
-    layers = [*outputs["aux_outputs"], outputs]
     return SimpleNamespace(
         outputs=outputs,
-        logits=np.stack([layer["pred_logits"].detach().numpy() for layer in layers]),
-        boxes=np.stack([layer["pred_boxes"].detach().numpy() for layer in layers]),
         matches=criterion.matcher([outputs], targets)[0],
         losses={name: loss.item() for name, loss in losses.items()},
         total=sum(criterion.weighted(losses).values()),
@@ -64,27 +62,83 @@ def evaluate(detector, criterion, dtype: torch.dtype) -> SimpleNamespace:
     )
 
 
-def run(family: str, variant: str, *, convert_official: Callable) -> SimpleNamespace:
-    """What the figures say (`facts`, `figures`) and what our network makes of the same weights: in float64 (`ours`,
-    `gradients`) through the deformable attention that is compiled where it can be, in float32 through the plain one."""
+def stacked(outputs: dict, name: str) -> np.ndarray:
+    """What all layers predict, the last one last: (layers, B, Q, ...)."""
+    return np.stack([layer[name].detach().numpy() for layer in (*outputs["aux_outputs"], outputs)])
+
+
+def run(
+    family: str,
+    variant: str,
+    *,
+    convert_official: Callable,
+    paths: tuple[Callable[[], AbstractContextManager], Callable[[], AbstractContextManager]] = (
+        nullcontext,
+        plain_path,
+    ),
+) -> SimpleNamespace:
+    """What the figures say (`facts`, `figures`) and what our network makes of the same weights, in float64 (`ours`,
+    `gradients`) and in float32 (`in_float32`); not the network.
+
+    `paths` say which deformable attention runs in the one and in the other: what can be compiled, then plain, unless
+    told otherwise. What they give as contexts is `calls`, in this order.
+    """
     facts, figures = read_figures(variant, family=family)
     detector, criterion, postprocess = build_model(build_parser().parse_args(["--model", family, *facts["args"]]))
     detector.eval()
     criterion.eval()
-    state = {name: weight(name, tuple(shape)) for name, shape in facts["state_dict"].items()}
+    filled_as = facts.get("fill_names", {})
+    state = {name: weight(filled_as.get(name, name), tuple(shape)) for name, shape in facts["state_dict"].items()}
     detector.double().load_state_dict(convert_official(state), strict=True)
-    ours = evaluate(detector, criterion, torch.float64)
-    ours.total.backward()
+    with paths[0]() as calls:
+        ours = evaluate(detector, criterion, torch.float64)
+        ours.total.backward()
     trainable = {name: p for name, p in detector.named_parameters() if p.requires_grad}
     gradients = {name: p.grad.norm().item() for name, p in trainable.items()}
     shapes = {name: list(value.shape) for name, value in detector.state_dict().items()}
     detections = postprocess(ours.outputs, ours.sizes)
-    with torch.no_grad(), plain_path():
+    with torch.no_grad(), paths[1]() as calls_in_float32:
         in_float32 = evaluate(detector, criterion, torch.float32)
     return SimpleNamespace(
         facts=facts, figures=figures, shapes=shapes, ours=ours, gradients=gradients, detections=detections,
-        in_float32=in_float32,
+        in_float32=in_float32, calls=(calls, calls_in_float32),
     )  # fmt: skip
+
+
+def assert_same_outputs(
+    outputs: dict, figures: dict[str, np.ndarray], names: Sequence[str], **tolerance: float
+) -> None:
+    """Of all layers; of those queries alone for which there are figures."""
+    for name in names:
+        ours = stacked(outputs, name)
+        if figures[name].shape[2] < ours.shape[2]:
+            ours = ours[:, :, figures["queries"]]
+        np.testing.assert_allclose(ours, figures[name], err_msg=name, **tolerance)
+
+
+def assert_same_losses(case: SimpleNamespace, *, terms: int | None = None, **tolerance: float) -> None:
+    """Every term, of which there must be so many, and their weighted sum."""
+    assert case.ours.losses.keys() == case.facts["losses"].keys()
+    assert terms is None or len(case.ours.losses) == terms
+    for name, wanted in case.facts["losses"].items():
+        np.testing.assert_allclose(case.ours.losses[name], wanted, err_msg=name, **tolerance)
+    np.testing.assert_allclose(case.ours.total.item(), case.facts["total_loss"], **tolerance)
+
+
+def assert_same_gradients(case: SimpleNamespace, our_name: Callable[[str], str], **tolerance: float) -> None:
+    wanted = {our_name(name): norm for name, norm in case.facts["grad_norms"].items()}
+    assert wanted.keys() == case.gradients.keys()
+    for name, norm in wanted.items():
+        np.testing.assert_allclose(case.gradients[name], norm, err_msg=name, **tolerance)
+
+
+def assert_near_in_float32(case: SimpleNamespace, names: Sequence[str]) -> None:
+    """Predictions and every loss term within 1e-3 of the float64 figures, and the same assignment."""
+    assert {stacked(case.in_float32.outputs, name).dtype for name in names} == {np.dtype(np.float32)}
+    assert_same_outputs(case.in_float32.outputs, case.figures, names, **FLOAT32)
+    assert torch.equal(case.in_float32.matches.query, case.ours.matches.query)
+    for name, wanted in case.facts["losses"].items():
+        np.testing.assert_allclose(case.in_float32.losses[name], wanted, err_msg=name, **FLOAT32)
 
 
 def assert_same_matches(matches, figures: dict[str, np.ndarray], *, prefix: str = "match") -> None:
