@@ -2,11 +2,13 @@
 
 `plain(module)` gives a copy with the same weights under the same names, in which these parts run as they are described:
 
-    Semantics Aligner      torchvision's RoIAlign, 7 x 7 x C for every query; its network on the bins; grid_sample
+    Semantics Aligner      torchvision's RoIAlign, 7 x 7 x C for every query; its network on the bins; grid_sample on
+                           those of a second, equal call
+    attention              all logits of all heads at once; the mean of the heads' weights is computed, too
     cross-attention        the shared key repeated for every head
     spatial prior          one tensor with x and y distances of every head, query and cell
     deformable attention   grid_sample, differentiated by autograd
-    dense encoder          PyTorch's attention module
+    dense encoder          PyTorch's attention module, which is asked for the weights
     dropout                PyTorch's
     backbone               convolution, then torchvision's frozen BatchNorm; contiguous memory, not channels_last
     criterion              layer by layer; costs between all queries and all boxes of the batch; the GIoU of matched
@@ -31,12 +33,12 @@ from models.backbone import Backbone
 from models.criterion import SetCriterion, Targets, box_losses
 from models.dropout import Dropout
 from models.encoder import DenseEncoderLayer
-from models.layers import FeatureLevel
+from models.layers import FeatureLevel, FeedForward
 from models.matcher import HungarianMatcher, Matches
 from models.ops import MSDeformAttn
 from models.ops.plain import plain_ms_deform_attn
 from models.position_encoding import sine_encoding
-from models.sam_detr.decoder import CrossAttention, SAMDecoderLayer
+from models.sam_detr.decoder import CrossAttention, SAMDecoderLayer, SelfAttention
 from models.sam_detr.semantics_aligner import AlignedQueries, SemanticsAligner
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
@@ -56,7 +58,11 @@ class PlainAligner(SemanticsAligner):
             valid_ratio = boxes.new_ones(batch, 2)
         cells = (valid_ratio * valid_ratio.new_tensor([width, height]))[:, None]  # (B, 1, 2)
         in_cells = list((cxcywh_to_xyxy(boxes) * cells.repeat(1, 1, 2)).detach())
-        regions = roi_align(features, in_cells, output_size=7, sampling_ratio=-1, aligned=True)  # (B Q, C, 7, 7)
+
+        def pool() -> Tensor:
+            return roi_align(features, in_cells, output_size=7, sampling_ratio=-1, aligned=True)  # (B Q, C, 7, 7)
+
+        regions = pool()
         scales = None
         points = boxes[:, :, None, :2]
         if self.resample == "average":
@@ -64,7 +70,7 @@ class PlainAligner(SemanticsAligner):
         elif self.resample == "maximum":
             content = regions.flatten(2).max(2).values
         else:
-            x = self.reduce(regions).relu().flatten(1)
+            x = self.reduce(pool()).relu().flatten(1)
             *hidden, last = self.point_head.layers
             for layer in hidden:
                 x = layer(x).relu()
@@ -89,6 +95,30 @@ class PlainAligner(SemanticsAligner):
         return AlignedQueries(content, position, points, scales)
 
 
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, padding: Tensor | None, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """`query` (B, N, Q, D), `key` (B, N, L, D), `value` (B, N, L, E), `padding` (B, L), `bias` (B, N, Q, L)
+    -> (B, Q, N * E)."""
+    logits = (query * query.shape[-1] ** -0.5) @ key.mT  # (B, N, Q, L)
+    if padding is not None:
+        logits = logits.masked_fill(padding[:, None, None], -torch.inf)
+    if bias is not None:
+        logits = logits + bias
+    weights = F.dropout(logits.softmax(-1), dropout)
+    _ = weights.sum(1) / weights.shape[1]  # what the published modules hand back beside the output
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+class PlainSelfAttention(SelfAttention):
+    def forward(self, queries: Tensor, position: Tensor) -> Tensor:
+        query = self.query_content(queries) + self.query_position(position)
+        key = self.key_content(queries) + self.key_position(position)
+        parts = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, self.value(queries)))
+        dropout = self.dropout if self.training else 0.0
+        return self.output(plain_attention(*parts, padding=None, bias=None, dropout=dropout))
+
+
 class PlainCrossAttention(CrossAttention):
     """Every head has queries and keys of its own, C wide where queries are aligned."""
 
@@ -104,12 +134,15 @@ class PlainCrossAttention(CrossAttention):
             key = key[:, :, None].repeat(1, 1, self.num_heads, 1)  # (B, L, N, C)
         else:
             query, key = query.unflatten(2, (self.num_heads, -1)), key.unflatten(2, (self.num_heads, -1))
-        logits = (query.transpose(1, 2) * query.shape[-1] ** -0.5) @ key.permute(0, 2, 3, 1)  # (B, N, Q, L)
-        if bias is not None:
-            logits = logits + bias.permute(0, 3, 1, 2)
-        logits = logits.masked_fill(level.padding.flatten(1)[:, None, None], -torch.inf)
-        weights = F.dropout(logits.softmax(-1), self.dropout, training=self.training)
-        return self.output((weights @ value).transpose(1, 2).flatten(2))
+        attended = plain_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value,
+            padding=level.padding.flatten(1),
+            bias=None if bias is None else bias.permute(0, 3, 1, 2),
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.output(attended)
 
 
 class PlainSAMDecoderLayer(SAMDecoderLayer):
@@ -136,9 +169,14 @@ def plain_prior(points: Tensor, scales: Tensor, level: FeatureLevel) -> Tensor:
     return -(distances * scales[:, :, None]).square().sum(-1) / 8
 
 
+class PlainFeedForward(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
 class PlainDenseEncoderLayer(DenseEncoderLayer):
     def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
-        return self.self_attention(where, where, tokens, key_padding_mask=padding, need_weights=False)[0]
+        return self.self_attention(where, where, tokens, key_padding_mask=padding)[0]
 
 
 class PlainMSDeformAttn(MSDeformAttn):
@@ -222,9 +260,11 @@ class PlainCriterion(SetCriterion):
 
 PLAIN = {
     SemanticsAligner: PlainAligner,
+    SelfAttention: PlainSelfAttention,
     CrossAttention: PlainCrossAttention,
     SAMDecoderLayer: PlainSAMDecoderLayer,
     MSDeformAttn: PlainMSDeformAttn,
+    FeedForward: PlainFeedForward,
     DenseEncoderLayer: PlainDenseEncoderLayer,
     Dropout: nn.Dropout,
     Backbone: PlainBackbone,

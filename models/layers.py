@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dropout import Dropout
+from models.dropout import Dropout, relu_dropout_
 from models.ops.plain import coordinate_dtype
 from models.position_encoding import grid_points, sine_encoding
 
@@ -163,6 +163,8 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.activation, nn.ReLU):
+            return self.linear2(relu_dropout_(self.linear1(x), self.dropout.p, training=self.training))
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 

@@ -1,19 +1,36 @@
 """Gaussian prior on where a head looks (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def gaussian_log_prior(points: Tensor, scales: Tensor, *, height: int, width: int) -> Tensor:
+class SeparablePrior(NamedTuple):
+    """Logarithm of a prior at the cells of a map, the sum of a term of the row and a term of the column: `rows`
+    (..., H), `columns` (..., W). So no tensor with both coordinates of every pair is needed."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def dense(self) -> Tensor:
+        """(..., H * W)."""
+        return (self.rows[..., :, None] + self.columns[..., None, :]).flatten(-2)
+
+    def transpose(self, first: int, second: int) -> SeparablePrior:
+        return SeparablePrior(self.rows.transpose(first, second), self.columns.transpose(first, second))
+
+
+def gaussian_log_prior(points: Tensor, scales: Tensor, *, height: int, width: int) -> SeparablePrior:
     """Logarithm of a Gaussian around each point, at the centres of the cells of a map.
 
     Args:
         points: (..., 2), x, y in cells of the map (0 is the left or top edge of the first cell).
         scales: (..., 2), inverse widths along x and y.
     Returns:
-        (..., height, width): -(scale^2 * distance^2) summed over x and y, divided by 8.
-
-    The sum has one term in x and one in y, so no tensor with both coordinates of every pair is needed.
+        -(scale^2 * distance^2) / 8 along y (..., height), and along x (..., width).
     """
 
     def along(axis: int, size: int) -> Tensor:
@@ -21,4 +38,4 @@ def gaussian_log_prior(points: Tensor, scales: Tensor, *, height: int, width: in
         distance = centres - points[..., axis, None]  # (..., size)
         return -(scales[..., axis, None] * distance).square() / 8
 
-    return along(1, height)[..., :, None] + along(0, width)[..., None, :]
+    return SeparablePrior(along(1, height), along(0, width))

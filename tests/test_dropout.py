@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import Dropout, dropout
+from models.dropout import Dropout, dropout, relu_dropout_
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
@@ -40,3 +40,21 @@ def test_follows_the_seed_and_the_mode():
         wanted = nn.Dropout(probability)(x)
         assert torch.equal(Dropout(probability)(x), wanted)
     assert Dropout(0.3)(torch.ones(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0, 1e-9])
+@pytest.mark.parametrize("training", [False, True])
+def test_relu_and_dropout_in_one(probability, training):
+    """As one after the other, from the same random numbers; the gradient, too."""
+    x = torch.randn(50, 31, dtype=torch.float64)
+    x[0, :4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    weights, results = torch.randn_like(x), []
+    for together in (False, True):
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        if together:
+            y = relu_dropout_(leaf * 1, probability, training=training)
+        else:
+            y = dropout(leaf.relu(), probability, training=training)
+        results.append([y, *torch.autograd.grad((y * weights).sum(), leaf)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0, equal_nan=True)

@@ -11,6 +11,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from models import attention
 from models.attention import attend, merge_heads, split_heads
 from models.criterion import (
     SetCriterion,
@@ -24,7 +25,7 @@ from models.layers import inverse_sigmoid, valid_ratio
 from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from models.position_encoding import grid_points, sine_encoding
 from models.postprocess import postprocess
-from models.spatial_prior import gaussian_log_prior
+from models.spatial_prior import SeparablePrior, gaussian_log_prior
 from util.box_ops import box_area, cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from util.padded_images import pad_images
 
@@ -320,33 +321,54 @@ def test_a_hundred_detections_an_image():
 # ---- Attention, spatial prior, positions
 
 
+@pytest.mark.parametrize("tile", [2**20, 20, 1])  # all at once, two queries of a head at a time, one
 @pytest.mark.parametrize("shared_key", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_attention_equals_pytorchs(shared_key, biased):
+@pytest.mark.parametrize("prior_heads", [0, 1, 4])
+def test_attention_equals_pytorchs(shared_key, prior_heads, tile, monkeypatch):
     """Values narrower than keys, one image padded; gradients too."""
+    monkeypatch.setattr(attention, "TILE", tile)
     inputs = {
         "query": torch.randn(2, 4, 5, 16, dtype=torch.float64),
         "key": torch.randn(2, 1 if shared_key else 4, 9, 16, dtype=torch.float64),
-        "value": torch.randn(2, 4, 9, 6, dtype=torch.float64),
-        "bias": torch.randn(2, 4, 5, 9, dtype=torch.float64) if biased else torch.zeros(1, dtype=torch.float64),
+        "value": torch.randn(2, 9, 4, 6, dtype=torch.float64).transpose(1, 2),
     }
+    if prior_heads:
+        inputs["rows"] = torch.randn(2, prior_heads, 5, 3, dtype=torch.float64)
+        inputs["columns"] = torch.randn(2, prior_heads, 5, 3, dtype=torch.float64)
     padding = torch.zeros(2, 9, dtype=torch.bool)
     padding[1, 6:] = True
-    weights = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    weights = torch.randn(2, 5, 4, 6, dtype=torch.float64).transpose(1, 2)
     results = []
     for plain in (False, True):
         x = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        prior = SeparablePrior(x["rows"], x["columns"]) if prior_heads else None
         if plain:
-            mask = torch.zeros(2, 1, 1, 9, dtype=torch.float64).masked_fill(padding[:, None, None], -math.inf)
+            mask = torch.zeros(2, 4, 5, 9, dtype=torch.float64).masked_fill(padding[:, None, None], -math.inf)
+            if prior:
+                mask = mask + (x["rows"][..., None] + x["columns"][..., None, :]).flatten(3)
             key = x["key"].expand(-1, 4, -1, -1)
-            output = F.scaled_dot_product_attention(
-                x["query"], key, x["value"], attn_mask=(mask + x["bias"]).expand(2, 4, 5, 9)
-            )
+            output = F.scaled_dot_product_attention(x["query"], key, x["value"], attn_mask=mask)
         else:
-            bias = x["bias"] if biased else None
-            output = attend(x["query"], x["key"], x["value"], padding=padding, bias=bias)
+            output = attend(x["query"], x["key"], x["value"], padding=padding, prior=prior)
         (output * weights).sum().backward()
-        results.append([output, *(x[name].grad for name in ("query", "key", "value", *(["bias"] if biased else [])))])
+        results.append([output, *(value.grad for value in x.values())])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared_key", [False, True])
+def test_attention_in_tiles_drops_the_same_weights(shared_key, monkeypatch):
+    """From the same random numbers, in outputs and gradients."""
+    query, value = torch.randn(2, 3, 7, 4, dtype=torch.float64), torch.randn(2, 3, 12, 2, dtype=torch.float64)
+    key = torch.randn(2, 1 if shared_key else 3, 12, 4, dtype=torch.float64)
+    prior = torch.randn(2, 3, 7, 3, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    results = []
+    for tile in (2**20, 30):
+        monkeypatch.setattr(attention, "TILE", tile)
+        x = [value.clone().requires_grad_() for value in (query, key, value, *prior)]
+        torch.manual_seed(0)
+        output = attend(*x[:3], prior=SeparablePrior(*x[3:]), dropout=0.3)
+        output.square().sum().backward()
+        results.append([output, *(value.grad for value in x)])
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
@@ -375,12 +397,10 @@ def test_spatial_prior_equals_the_dense_formula():
     cells = torch.stack([x, y], -1)  # (4, 6, 2)
     distance = cells - points[:, :, None, None]
     wanted = -((scales[:, :, None, None] ** 2) * distance**2).sum(-1) / 8
-    torch.testing.assert_close(prior, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(prior.dense(), wanted.flatten(2), rtol=0, atol=1e-12)
     # By hand: a point in the middle of cell (1, 0); the cell to the right of it, and the one below that.
     prior = gaussian_log_prior(torch.tensor([0.5, 1.5]), torch.tensor([2.0, 4.0]), height=3, width=2)
-    assert prior[1, 0] == 0
-    assert prior[1, 1] == -0.5
-    assert prior[2, 1] == -2.5
+    assert prior.dense()[2:].tolist() == [0, -0.5, -2, -2.5]
 
 
 def test_sine_encoding_by_hand():

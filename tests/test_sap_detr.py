@@ -99,7 +99,7 @@ def test_gaussian_number_by_number():
     module = SideDirectedGaussian(hidden_dim=32, num_heads=heads).double()
     queries = torch.randn(2, 6, 32, dtype=torch.float64)
     points, sides = torch.rand(2, 6, 2, dtype=torch.float64), torch.rand(2, 6, 4, dtype=torch.float64)
-    ours = module(queries, points, sides, height=height, width=width)
+    ours = module(queries, points, sides, height=height, width=width).dense()
     assert ours.shape == (2, heads, 6, height * width)
     made = module.head(queries)  # x, y of the first head, of the second, ...; then the scales alike
     for b in range(2):

@@ -16,7 +16,7 @@ from models.dropout import Dropout
 from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
 from models.position_encoding import sine_encoding
 from models.sam_detr.semantics_aligner import SemanticsAligner
-from models.spatial_prior import gaussian_log_prior
+from models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
 class SelfAttention(nn.Module):
@@ -57,11 +57,13 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, hidden_dim)
 
-    def forward(self, content: Tensor, position: Tensor, level: FeatureLevel, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, content: Tensor, position: Tensor, level: FeatureLevel, prior: SeparablePrior | None = None
+    ) -> Tensor:
         """
         Args:
             content, position: aligned (B, Q, N or 1, C), else (B, Q, C).
-            bias: (B, N, Q, L), spatial prior.
+            prior: rows (B, N or 1, Q, H) and columns (B, N or 1, Q, W).
         Returns:
             (B, Q, C).
         """
@@ -75,7 +77,7 @@ class CrossAttention(nn.Module):
             query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
         dropout = self.dropout if self.training else 0.0
         return self.output(
-            merge_heads(attend(query, key, value, padding=level.token_padding, bias=bias, dropout=dropout))
+            merge_heads(attend(query, key, value, padding=level.token_padding, prior=prior, dropout=dropout))
         )
 
 
@@ -122,12 +124,11 @@ class SAMDecoderLayer(nn.Module):
         queries = self.norm2(queries + self.dropout(attended))
         return self.norm3(queries + self.dropout(self.feed_forward(queries)))
 
-    def _prior(self, points: Tensor, scales: Tensor, level: FeatureLevel) -> Tensor:
-        """SMCA's prior around the salient points, (B, N or 1, Q, L)."""
+    def _prior(self, points: Tensor, scales: Tensor, level: FeatureLevel) -> SeparablePrior:
+        """SMCA's prior around the salient points: rows (B, N or 1, Q, H), columns (B, N or 1, Q, W)."""
         height, width = level.features.shape[2:]
         cells = level.valid_ratio[:, None, None] * points.new_tensor([width, height])
-        prior = gaussian_log_prior(points * cells, scales, height=height, width=width)  # (B, Q, N, H, W)
-        return prior.transpose(1, 2).flatten(3)
+        return gaussian_log_prior(points * cells, scales, height=height, width=width).transpose(1, 2)
 
 
 class SAMDecoder(nn.Module):

@@ -26,6 +26,7 @@ from models.sap_detr.points import (
     move_sides,
 )
 from models.sap_detr.side_directed_gaussian import SideDirectedGaussian
+from models.spatial_prior import SeparablePrior
 
 TEMPERATURE = 20.0  # of every position encoding
 
@@ -98,8 +99,8 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(hidden_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, hidden_dim)
 
-    def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel, bias: Tensor | None) -> Tensor:
-        """`queries` (B, Q, C); `bias` (B, N, Q, L), spatial prior -> (B, Q, C)."""
+    def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel, prior: SeparablePrior | None) -> Tensor:
+        """`queries` (B, Q, C); `prior` rows (B, N, Q, H) and columns (B, N, Q, W) -> (B, Q, C)."""
         query, key = self.query_content(queries), self.key_content(level.tokens)
         position = self.key_position(level.position_tokens)
         if self.content_positions is not None:
@@ -114,7 +115,7 @@ class CrossAttention(nn.Module):
             heads(key, position, position),
             heads(self.value(level.tokens)),
             padding=level.token_padding,
-            bias=bias,
+            prior=prior,
             dropout=self.dropout if self.training else 0.0,
         )
         return self.output(merge_heads(attended))

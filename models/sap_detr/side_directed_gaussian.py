@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import MLP
-from models.spatial_prior import gaussian_log_prior
+from models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
 class SideDirectedGaussian(nn.Module):
@@ -21,7 +21,7 @@ class SideDirectedGaussian(nn.Module):
         self.num_heads = num_heads
         self.head = MLP(hidden_dim, hidden_dim, hidden_dim, 4 * num_heads)
 
-    def forward(self, queries: Tensor, points: Tensor, distances: Tensor, *, height: int, width: int) -> Tensor:
+    def forward(self, queries: Tensor, points: Tensor, distances: Tensor, *, height: int, width: int) -> SeparablePrior:
         """
         Args:
             queries: (B, Q, C).
@@ -29,11 +29,11 @@ class SideDirectedGaussian(nn.Module):
             distances: (B, Q, 4), left, top, right, bottom.
             height, width: of the map. Points are relative to all of it, padding included, as published.
         Returns:
-            (B, N, Q, height * width), to add to attention logits.
+            To add to attention logits: rows (B, N, Q, height) and columns (B, N, Q, width).
         """
         shares, scales = self.head(queries).unflatten(-1, (2, self.num_heads, 2)).unbind(-3)  # (B, Q, N, 2) each
         shares = shares.tanh()
         to_side = torch.where(shares > 0, distances[..., None, 2:], distances[..., None, :2])
         size = points.new_tensor([width, height])
         centres = (points[..., None, :] + shares * to_side) * size  # (B, Q, N, 2), in cells
-        return gaussian_log_prior(centres, scales, height=height, width=width).transpose(1, 2).flatten(3)
+        return gaussian_log_prior(centres, scales, height=height, width=width).transpose(1, 2)
