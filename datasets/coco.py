@@ -57,7 +57,7 @@ class CocoDetection(Dataset):
     ) -> None:
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
         self.transforms = transforms
-        content = _read_json(self.annotation_file)
+        content = read_annotations(self.annotation_file)
         found = Categories.from_annotations(content["categories"], file=str(self.annotation_file))
         if categories is not None:
             categories.check_covers(found, file=str(self.annotation_file))
@@ -195,7 +195,7 @@ class CocoDetection(Dataset):
             )
 
 
-def _read_json(file: Path) -> dict:
+def read_annotations(file: Path) -> dict:
     if not file.is_file():
         raise ValueError(f"annotation file {file} does not exist; check the path to the data set")
     try:
