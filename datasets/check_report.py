@@ -83,7 +83,7 @@ class Finding:
 
     def line(self) -> str:
         """All in one line, with one example."""
-        return f"data, {self.split}: {self.severity}: {self.count} {KINDS[self.kind][1]} (such as {self.items[0]})"
+        return f"data, {self.split}: {self.severity}: {KINDS[self.kind][1]}: {self.count}, such as {self.items[0]}"
 
     def to_json(self) -> dict:
         severity, what, repair = KINDS[self.kind]
@@ -125,5 +125,5 @@ def table(findings: Sequence[Finding], *, examples: int = 3) -> str:
         if repair and severity != "note":
             lines.append(f"{'':27}--fix: {repair}")
     found = counts(findings)
-    lines.append(", ".join(f"{found[severity]} kinds of {severity}s" for severity in SEVERITIES))
+    lines.append("kinds of " + ", ".join(f"{severity}s: {found[severity]}" for severity in SEVERITIES))
     return "\n".join(lines)

@@ -48,18 +48,18 @@ def check_image(path: Path, size: tuple[int, int] | None = None) -> None:
 def fault_of(path: Path, error: Exception) -> tuple[str, str]:
     """What `error`, raised for the image file `path`, says about the file: a kind of datasets.check_report, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, WrongSize):
-        return "image_size", reason
-    if isinstance(error, FileNotFoundError):
-        return "missing_image", "there is no such file"
-    try:
-        head, tail, length = _ends(path)
-    except OSError:
-        return "unreadable_image", reason
-    if not length:
-        return "zero_byte_image", "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         reason = "it is no image that PIL knows"  # PIL's own words hold addresses in memory
+    if isinstance(error, WrongSize):
+        return "image_size", reason
+    try:
+        head, tail, length = _ends(path)
+    except FileNotFoundError:
+        return "missing_image", "there is no such file"
+    except OSError as failure:
+        return "unreadable_image", " ".join(str(failure).split())
+    if not length:
+        return "zero_byte_image", "the file is empty"
     cut = any((head.startswith(b) or b.startswith(head)) and not tail.endswith(e) for b, e in COMPLETE)
     if head.startswith(b"RIFF"):  # WebP, which tells its length
         cut = length < 8 + int.from_bytes(head[4:8], "little")
