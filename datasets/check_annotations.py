@@ -31,7 +31,7 @@ class Annotations:
         self.row_of: dict[int, int] = {}  # in `images`, by image id
         for row, entry in enumerate(self.images):
             self.row_of.setdefault(entry["id"], row)  # of images that share an id, the first
-        self.names = {entry["id"]: entry["name"] for entry in self.categories}
+        self.names = {entry["id"]: entry["name"] for entry in reversed(self.categories)}  # here, too, the first
         image_ids = [entry.get("image_id") for entry in self.entries]
         category_ids = [entry.get("category_id") for entry in self.entries]
         # The row in `images`, -1 for an unknown image.
@@ -111,8 +111,6 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
     found("no_image_size", sizeless, image)
 
     found("no_annotation_id", [row for row, e in enumerate(entries) if not is_id(e.get("id"))], annotations.name)
-    used = annotations.used_categories()
-    found("unused_category", sorted(annotations.names.keys() - used), lambda i: f"{i}: {annotations.names[i]!r}")
     ids = {
         "image": {entry["id"] for entry in annotations.images},
         "annotation": set(number),

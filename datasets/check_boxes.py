@@ -93,11 +93,11 @@ def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
 
     Read as sizes, right and bottom make boxes right of or below the middle reach far out of the image. Read as corners,
     all are in order and inside. Where at least a fifth of a split's boxes do the one and nearly all of them the other,
-    all are corners. A single one is known only by an area or a polygon that fits the corners; then so are the others
-    of its image.
+    all are corners. Otherwise a box that reaches far out is known by a polygon that fits the corners, or by an area
+    that is usual for the corners and far too small for the size; then the others of its image are corners as well.
     """
-    boxes, frames = annotations.boxes, annotations.frames
-    with np.errstate(invalid="ignore", over="ignore"):
+    boxes, frames, areas = annotations.boxes, annotations.frames, annotations.areas
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         known = good & ~np.isnan(frames).any(1)
         far = known & ((boxes[:, :2] + boxes[:, 2:]) > (1 + FAR) * frames + ROUNDING).any(1)
         in_order = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= frames + ROUNDING).all(1)
@@ -107,15 +107,14 @@ def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
             return possible
         if not far.any():
             return far
-        size = boxes[:, 2:] - boxes[:, :2]
-        as_corners, as_size = size.prod(1), boxes[:, 2:].prod(1)
-        sure = far & (abs(annotations.areas - as_corners) <= 0.01 * as_corners)
-        sure &= abs(annotations.areas - as_size) > 0.01 * as_size
+        of_corners, of_size = areas / (boxes[:, 2:] - boxes[:, :2]).prod(1), areas / boxes[:, 2:].prod(1)
+        others = of_size[good & ~far & (areas > 0)]
+        usual = min(1.0, float(np.median(others))) if len(others) else 1.0  # share of a box that its mask covers
+        sure = far & (of_corners <= 1.02) & (of_corners > usual / 3) & (of_size < usual / 3)
     for row in np.flatnonzero(far & ~sure):
         bounds = _polygon_bounds(annotations.entries[row].get("segmentation"))
         sure[row] = bounds is not None and np.abs(bounds - boxes[row]).max() <= 2
-    images = set(annotations.image[sure])
-    images -= set(annotations.image[good & ~possible])
+    images = set(annotations.image[sure]) - set(annotations.image[good & ~possible])
     return sure | (possible & np.isin(annotations.image, list(images)))
 
 

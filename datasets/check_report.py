@@ -52,7 +52,7 @@ KINDS = {
     # what there is to learn
     "category_only_in_val": ("warning", "categories with objects in val but none in train", ""),
     "single_class": ("note", "all objects are of one category", ""),
-    "unused_category": ("note", "categories without any object", ""),
+    "unused_category": ("note", "categories without any object in any split", ""),
     "crowd_only_image": ("note", "images with crowd regions but no object", ""),
     "empty_image": ("note", "images without annotations", ""),
     "no_image_size": ("note", "images without a width and height in the annotation file", ""),

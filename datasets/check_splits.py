@@ -63,9 +63,12 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
         if unlisted:
             findings.append(Finding.of("unlisted_image", split.name, unlisted, repr))
     used = set().union(*(split.used for split in splits))
+    names = {i: name for split in reversed(splits) for i, name in split.categories.items()}
+    unused = sorted(names.keys() - used)
     if len(used) == 1:
-        (name,) = {split.categories[i] for split in splits for i in used if i in split.categories}
-        findings.append(Finding("single_class", splits[0].name, 1, [repr(name)]))
+        findings.append(Finding("single_class", splits[0].name, 1, [repr(names[i]) for i in used]))
+    elif unused:
+        findings.append(Finding.of("unused_category", splits[0].name, unused, lambda i: f"{i}: {names[i]!r}"))
     if len(splits) == 2:
         train, val = splits
         shared = shared_pixels(train.states, val.states)
