@@ -8,7 +8,6 @@ from pathlib import Path
 from datasets.coco import CocoDetection
 from util.distributed import all_gather_object, get_world_size, is_main
 from util.logger import log, whole_file
-from util.targets import TargetBatch
 
 LIST = "bad_images.txt"
 
@@ -67,9 +66,12 @@ class BadImages:
         for index, reason in sorted(self.reasons.items()):
             name = self._dataset.images[index].file_name.encode("utf-8", "backslashreplace").decode()
             lines.append(f"{name}\t{reason}\n")
-        self._list.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self._list) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        try:
+            self._list.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self._list) as temporary:
+                temporary.write_text("".join(lines), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{self._list} cannot be written: {error}; check --output_dir") from error
 
     def _listed(self) -> set[int] | None:
         """Indices of the images in the list that is there, if there is one."""
@@ -90,7 +92,6 @@ class _Watched:
         found: dict[int, str] = {}
         alone = get_world_size() == 1
         for number, (images, targets) in enumerate(self._loader, start=1):
-            assert isinstance(targets, TargetBatch)
             found |= targets.unreadable
             if (found and alone) or (not alone and number % self._bad_images._every == 0):
                 self._bad_images.exchange(found)

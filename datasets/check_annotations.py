@@ -72,6 +72,7 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
             findings.append(Finding.of(kind, split, faulty, describe))
 
     findings: list[Finding] = []
+    found("empty_list", [key for key in ("images", "categories") if not content[key]])
     found("image_entry", [e for e in content["images"] if not is_image(e)], _short)
     found("category_entry", [e for e in content["categories"] if not is_category(e)], _short)
     found("annotation_entry", [e for e in content["annotations"] if not isinstance(e, dict)], _short)

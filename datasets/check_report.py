@@ -28,6 +28,7 @@ KINDS = {
     "exif_turned": ("note", "images that are turned upright as their EXIF tag says", ""),
     "removed_image": ("note", "images that an earlier --fix removed", ""),
     # the annotation file
+    "empty_list": ("error", "lists of the annotation file without any entry", ""),
     "image_entry": ("error", "entries of 'images' without an integer id and a file name", "removed"),
     "category_entry": ("error", "entries of 'categories' without an integer id and a name", "removed"),
     "annotation_entry": ("error", "entries of 'annotations' that are no JSON objects", "removed"),

@@ -56,7 +56,7 @@ def fault_of(path: Path, error: Exception) -> tuple[str, str]:
         head, tail, length = _ends(path)
     except FileNotFoundError:
         return "missing_image", "there is no such file"
-    except OSError as failure:
+    except (OSError, ValueError) as failure:  # ValueError: no file can have such a name
         return "unreadable_image", " ".join(str(failure).split())
     if not length:
         return "zero_byte_image", "the file is empty"

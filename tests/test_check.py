@@ -197,6 +197,13 @@ FAULTS = {
     ),
     "category without name": (lambda d: d.train["categories"].append({"id": 4}), "category_entry", 1, "4", (0, 0)),
     "image without id": (lambda d: d.images.append({"id": "1"}), "image_entry", 1, "{'id': '1'}", (1, 0)),
+    "no categories": (
+        lambda d: [(c["categories"].clear(), c["annotations"].clear()) for c in (d.train, d.val)], "empty_list", 1,
+        "categories", None,
+    ),
+    "name of no file": (
+        lambda d: (d.path().unlink(), d.images[0].update(file_name="a\0b")), "unreadable_image", 1, "null", (1, 1)
+    ),
     "no annotation": (lambda d: d.annotations.append(None), "annotation_entry", 1, "None", (0, 1)),
     "unknown image": (lambda d: new_annotation(d, image_id=777), "unknown_image", 1, "(image id 777)", (0, 1)),
     "unknown category": (lambda d: new_annotation(d, category_id=4), "unknown_category", 1, "category id 4", (0, 1)),
