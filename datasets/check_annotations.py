@@ -14,6 +14,8 @@ import numpy as np
 
 from datasets.check_report import Finding
 
+LARGEST = 1e100  # of numbers that a box may have: sums and products of them are finite
+
 
 class Annotations:
     """An annotation file in arrays: a row for each of `entries`, its annotations that are JSON objects.
@@ -40,7 +42,7 @@ class Annotations:
         self.crowd = np.array([bool(entry.get("iscrowd")) for entry in self.entries], bool)
         self.boxes, self.box_is_given = _boxes([entry.get("bbox") for entry in self.entries])  # NaN where not
         # NaN for what is no number, and for what is left out.
-        self.areas = np.array([_number(entry.get("area")) for entry in self.entries], np.float64)
+        self.areas = np.array([number(entry.get("area")) for entry in self.entries], np.float64)
         self.area_is_given = np.array(["area" in entry for entry in self.entries], bool)
 
         known = sizes or {}
@@ -84,8 +86,8 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
     found("duplicate_file_name", list(by_file.items()), lambda i: f"{i[0]!r}: image ids {_names(i[1], 'id')}")
     by_id = repeated(annotations.categories, "id")
     found("duplicate_category_id", list(by_id.items()), lambda i: f"category id {i[0]}: {_names(i[1], 'name')}")
-    number = Counter(entry["id"] for entry in entries if is_id(entry.get("id")))
-    found("duplicate_annotation_id", [i for i, count in number.items() if count > 1], lambda i: f"annotation id {i}")
+    times = Counter(entry["id"] for entry in entries if is_id(entry.get("id")))
+    found("duplicate_annotation_id", [i for i, count in times.items() if count > 1], lambda i: f"annotation id {i}")
 
     found("unknown_image", np.flatnonzero(annotations.image < 0), annotations.name)
     faulty = np.flatnonzero(~annotations.known_category)
@@ -114,7 +116,7 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
     found("no_annotation_id", [row for row, e in enumerate(entries) if not is_id(e.get("id"))], annotations.name)
     ids = {
         "image": {entry["id"] for entry in annotations.images},
-        "annotation": set(number),
+        "annotation": set(times),
         "category": set(annotations.names),
     }
     gaps = {name: (min(i), max(i), max(i) - min(i) + 1 - len(i)) for name, i in ids.items() if i}
@@ -146,13 +148,13 @@ def is_id(value: Any) -> bool:
 def image_size(entry: dict) -> tuple[float, float] | None:
     """(width, height) of an entry of 'images', if it has them."""
     size = (entry.get("width"), entry.get("height"))
-    return size if all(isinstance(side, (int, float)) and side > 0 for side in size) else None
+    return size if all(isinstance(side, (int, float)) and 0 < side < 2**31 for side in size) else None
 
 
 def repeated(entries: Sequence[dict], key: str) -> dict[Any, list[dict]]:
     """Entries that share what they have under `key`."""
-    number = Counter(entry[key] for entry in entries)
-    groups: dict[Any, list[dict]] = {value: [] for value, count in number.items() if count > 1}
+    times = Counter(entry[key] for entry in entries)
+    groups: dict[Any, list[dict]] = {value: [] for value, count in times.items() if count > 1}
     for entry in entries:
         if entry[key] in groups:
             groups[entry[key]].append(entry)
@@ -166,12 +168,13 @@ def _boxes(boxes: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     values = np.full((len(boxes), 4), np.nan)
     try:
         values[given] = np.array(numbers, np.float64).reshape(-1, 4)
-    except OverflowError:  # JSON knows whole numbers of any length
-        values[given] = np.array([_number(number) for number in numbers]).reshape(-1, 4)
+    except OverflowError:
+        values[given] = np.array([number(value) for value in numbers]).reshape(-1, 4)
     return values, np.array(given, bool)
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """NaN for what is no number; JSON knows whole numbers of any length, which become infinite."""
     if type(value) not in (int, float):
         return np.nan
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.check_annotations import Annotations
+from datasets.check_annotations import LARGEST, Annotations
 from datasets.check_report import Finding
 
 ROUNDING = 1.0  # pixels that a box may reach beyond its image: some formats count from 1, many round
@@ -20,7 +20,8 @@ def box_verdicts(annotations: Annotations) -> dict[str, np.ndarray]:
     """Rows of the annotations by kind of fault."""
     boxes = annotations.boxes
     left, top, width, height = boxes.T
-    finite = np.isfinite(boxes).all(1)
+    with np.errstate(invalid="ignore"):
+        finite = (np.abs(boxes) < LARGEST).all(1)
     verdicts = {
         "box_entry": ~annotations.box_is_given,
         "box_not_finite": annotations.box_is_given & ~finite,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from datasets.check_annotations import Annotations, is_category, is_id, is_image, repeated
+from datasets.check_annotations import Annotations, is_category, is_id, is_image, number, repeated
 from datasets.check_boxes import ROUNDING, area_fits, box_verdicts
 from datasets.check_images import FileState
 
@@ -107,8 +107,8 @@ def _annotations(annotations: Annotations, new_id: dict[int, int], done: Counter
     form = _form_of_fractions(annotations.boxes[[row for row, kind in verdict.items() if kind == "box_normalised"]])
     next_id = max((entry["id"] for entry in annotations.entries if is_id(entry.get("id"))), default=0) + 1
     seen: dict[int, list[dict]] = defaultdict(list)
-    number = Counter(new_id.values())
-    merged: dict[int, list] = {identity: [] for identity, count in number.items() if count > 1}
+    times = Counter(new_id.values())
+    merged: dict[int, list] = {identity: [] for identity, count in times.items() if count > 1}
     kept = []
     for row, entry in enumerate(annotations.entries):
         kind = verdict.get(row)
@@ -166,7 +166,7 @@ def _new_box(entry: dict, kind: str, box: np.ndarray, frame: np.ndarray) -> dict
         values = [int(value) for value in values]
     entry = {**entry, "bbox": values}
     if "area" in entry:
-        area = float(entry["area"]) if type(entry["area"]) in (int, float) else np.nan
+        area = number(entry["area"])
         of_the_box = abs(area - old_area) <= 0.01 * old_area  # and so to change with it
         if kind == "area" or of_the_box or not area_fits(np.array(area), *box[2:]):
             entry["area"] = values[2] * values[3]

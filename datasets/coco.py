@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from datasets.categories import Categories
+from datasets.check_annotations import LARGEST, image_size
 from datasets.check_splits import Split
 from datasets.ground_truth import GroundTruth
 from datasets.image_cache import ImageCache, share_files
@@ -270,9 +270,7 @@ def _image_records(images: list[dict], file: Path) -> list[ImageRecord]:
                 f"{file}: image id {identity} is listed twice, for {records[identity].file_name!r} and {name!r}; "
                 "remove one or give it its own id"
             )
-        size = (entry.get("width"), entry.get("height"))
-        known = all(isinstance(side, (int, float)) and side > 0 for side in size)
-        records[identity] = ImageRecord(identity, name, size if known else None)
+        records[identity] = ImageRecord(identity, name, image_size(entry))
     return list(records.values())
 
 
@@ -291,7 +289,7 @@ def _check_annotations(content: dict, file: Path) -> None:
                 f"{where} has category id {category!r}, which 'categories' does not define; define it or correct the id"
             )
         numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
-        if not numbers or not all(map(math.isfinite, box)) or box[2] < 0 or box[3] < 0:
+        if not numbers or not all(abs(value) < LARGEST for value in box) or box[2] < 0 or box[3] < 0:
             raise ValueError(
                 f"{where} has bbox {box!r:.200}; it must be four finite numbers [left, top, width, height] "
                 "without a negative size: correct or remove it"
