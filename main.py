@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datasets import build_dataset, collate
+from datasets import build_dataset, collate, start_report
+from datasets.bad_images import BadImages
 from datasets.categories import COCO, Categories
 from datasets.coco_eval import CocoEvaluator
 from datasets.sampler import DistributedEvalSampler
@@ -222,6 +223,12 @@ def build_parser() -> Parser:
     group.add_argument("--no_crop", dest="crop_augmentation", action="store_false", help="no random crops in training")
     group.add_argument("--cache_mode", action="store_true", help="hold the image files in memory, once a node")
     group.add_argument("--num_workers", default=2, type=whole)
+    group.add_argument(
+        "--max_bad_images",
+        default=0.001,
+        type=number,
+        help="share of the training images that may be unreadable; others take their place",
+    )
 
     group = parser.add_argument_group("speed")
     group.add_argument(
@@ -273,13 +280,13 @@ def check_settings(args: argparse.Namespace) -> None:
         "accumulate pad_to_multiple",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
-        "obj_loss_coef inner_loss_coef profile",
+        "obj_loss_coef inner_loss_coef profile max_bad_images",
     }
     for least, names in at_least.items():
         for name in names.split():
             if not getattr(args, name) >= least:  # so that NaN is refused too
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
-    for name in ("dropout", "focal_alpha"):
+    for name in ("dropout", "focal_alpha", "max_bad_images"):
         if getattr(args, name) > 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
     if min(args.train_sizes) < 1:
@@ -423,6 +430,12 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
     categories = categories or (train_set.categories if train_set else None)
     val_set = build_dataset("val", args, categories)
     categories = categories or val_set.categories
+    for line in start_report(train_set, val_set):
+        log(line)
+    bad_images = None
+    if train_set:
+        folder = Path(args.output_dir) if args.output_dir else None
+        bad_images = BadImages(train_set, largest_share=args.max_bad_images, folder=folder, every=args.print_every)
     if not checkpoint:
         args.num_classes = categories.num_classes
     elif categories.num_classes > args.num_classes:
@@ -530,7 +543,7 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         train_stats = train_one_epoch(
             model=model,
             criterion=criterion,
-            loader=train_loader,
+            loader=bad_images.watch(train_loader),
             optimizer=optimizer,
             scheduler=scheduler,
             device=device,

@@ -10,7 +10,9 @@ from torch import Tensor, distributed
 
 from datasets.byte_images import ByteImages
 from datasets.categories import Categories
-from datasets.coco import CocoDetection
+from datasets.check_images import FileState
+from datasets.check_splits import check_split, places, start_lines
+from datasets.coco import CocoDetection, read_annotations
 from datasets.transforms import EvalTransforms, TrainTransforms
 from util.padded_images import pad_images
 from util.targets import TargetBatch
@@ -20,7 +22,8 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
     """The split "train" or "val" of the data set at `args.coco_path`, in the folder layout of COCO 2017.
 
     Its images are uint8, which `collate` makes batches of. `categories` are those of the network, for a split other
-    than the one that defined them. The main process also looks for damaged image files.
+    than the one that defined them. The main process also looks for damaged image files and for what is odd about the
+    data: `start_report` tells.
 
     Raises:
         ValueError: unknown `args.dataset_file`, or anything wrong with the data; one line each.
@@ -41,20 +44,42 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
         )
     else:
         transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size, normalize=False)
+    folder, file = places(root, split)
+    content = read_annotations(file)
     dataset = CocoDetection(
-        image_folder=root / f"{split}2017",
-        annotation_file=root / "annotations" / f"instances_{split}2017.json",
+        image_folder=folder,
+        annotation_file=file,
         transforms=transforms,
         train=train,
         categories=categories,
         max_objects=args.num_queries,
         seed=args.seed,
+        content=content,
     )
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         dataset.check_files()
+        states = {record.file_name: FileState(size=record.size) for record in dataset.images}
+        for index, fault in dataset.known_faults.items():
+            states[dataset.images[index].file_name] = FileState(*fault)
+        dataset.report = check_split(content, states, split=split, folder=folder, num_queries=args.num_queries)
     if args.cache_mode:
         dataset.hold_files()
     return dataset
+
+
+def start_report(*datasets: CocoDetection | None) -> list[str]:
+    """Lines about what is wrong or odd with the data of a run, as far as it shows without decoding images. The data
+    sets, as `build_dataset` made them, then forget it."""
+    splits = [dataset.report for dataset in datasets if dataset and dataset.report]
+    for dataset in filter(None, datasets):
+        dataset.report = None
+    lines = start_lines(splits)
+    if lines:
+        root = splits[0].folder.parent
+        lines.append(
+            f"python -m datasets.check {root} shows all, decodes images too, and repairs what it can with --fix"
+        )
+    return lines
 
 
 def collate(batch: Sequence[tuple[Tensor, dict[str, Tensor]]], *, multiple: int = 1) -> tuple[ByteImages, TargetBatch]:

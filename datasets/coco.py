@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,16 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from datasets.categories import Categories
+from datasets.check_annotations import LARGEST, image_size
+from datasets.check_splits import Split
 from datasets.ground_truth import GroundTruth
 from datasets.image_cache import ImageCache, share_files
 from datasets.image_list import ImageList, ImageRecord
-from datasets.images import check_image, read_image
+from datasets.images import check_image, fault_of, read_image
 from datasets.transforms import seeded
 from util.box_ops import xyxy_to_cxcywh
+
+TRIES = 50  # images that may be unreadable one after the other
 
 
 class CocoDetection(Dataset):
@@ -33,8 +36,12 @@ class CocoDetection(Dataset):
 
     Crowd regions are no targets. Boxes are clipped to the image and dropped where nothing is left; images without boxes
     stay. `transforms` is called with (RGB image, target) as datasets.transforms describes. `categories` are those of a
-    trained network; without them they come from the annotation file. `ground_truth` is what the evaluator
-    compares with, crowds included, and None for a training set.
+    trained network; without them they come from the annotation file, whose `content` may have been read before.
+    `ground_truth` is what the evaluator compares with, crowds included, and None for a training set.
+
+    In a training set another image takes the place of one that cannot be read. Which one is a function of (`seed`,
+    epoch, index) and of which files are readable. Its target then has `unreadable` too, a dict from the index of each
+    image that was tried in vain to the reason. In evaluation nothing can take its place.
 
     What is random in `transforms` is a function of (`seed`, epoch, index): neither the number of workers nor where a
     run is taken up again changes what is seen. Call `set_epoch` before iterating over an epoch.
@@ -54,10 +61,11 @@ class CocoDetection(Dataset):
         categories: Categories | None = None,
         max_objects: int | None = None,
         seed: int = 0,
+        content: dict | None = None,
     ) -> None:
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
         self.transforms = transforms
-        content = _read_json(self.annotation_file)
+        content = content or read_annotations(self.annotation_file)
         found = Categories.from_annotations(content["categories"], file=str(self.annotation_file))
         if categories is not None:
             categories.check_covers(found, file=str(self.annotation_file))
@@ -65,13 +73,19 @@ class CocoDetection(Dataset):
 
         records = _image_records(content["images"], self.annotation_file)
         _check_annotations(content, self.annotation_file)
-        self._require_files(records)
+        if not self.image_folder.is_dir():
+            raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
+        if not train:
+            self._require_files(records)
         # Tensors in place of lists of objects: datasets/image_list.py says why.
         self.images = ImageList(records)
         self._boxes, self._labels, self._first = self._objects(records, content["annotations"])
         if max_objects is not None:
             self._require_at_most(max_objects)
         self.ground_truth = None if train else GroundTruth.from_content(content)
+        self._train = train
+        self.known_faults: dict[int, tuple[str, str]] = {}  # of the image files, once `check_files` has looked
+        self.report: Split | None = None  # of the check at the start of a run, until it was shown
         self._cache: ImageCache | None = None
         self._seed = seed
         self._epoch = torch.tensor(0).share_memory_()  # workers that are there already see it change
@@ -84,8 +98,8 @@ class CocoDetection(Dataset):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        index = range(len(self))[index]
-        image = self.read_image(index)
+        place = range(len(self))[index]
+        index, image, unreadable = self._read_some_image(place)
         orig_size = (image.height, image.width)
         start, end = self._first[index : index + 2].tolist()
         boxes, labels = self._boxes[start:end], self._labels[start:end]
@@ -95,7 +109,7 @@ class CocoDetection(Dataset):
             "boxes": tv_tensors.BoundingBoxes(boxes[keep], format="XYXY", canvas_size=orig_size),
             "labels": labels[keep],
         }
-        with seeded(self._seed, int(self._epoch), index):
+        with seeded(self._seed, int(self._epoch), place):
             image, target = self.transforms(image, target)
         height, width = image.shape[-2:]
         boxes = target["boxes"].as_subclass(Tensor)
@@ -105,15 +119,48 @@ class CocoDetection(Dataset):
             "image_id": torch.tensor(self.images[index].id),
             "orig_size": torch.tensor(orig_size),
             "size": torch.tensor([height, width]),
+            **({"unreadable": unreadable} if unreadable else {}),
         }
 
     def read_image(self, index: int) -> Image.Image:
-        """Image `index` in RGB, upright, before any transform."""
+        """Image `index` in RGB, upright, before any transform. Raises ValueError."""
+        image, fault = self._try_to_read(index)
+        if fault:
+            raise ValueError(self.unreadable(index, fault))
+        return image
+
+    def fault(self, index: int) -> str:
+        """Why image `index` cannot be read, or nothing. Decodes it."""
+        return self._try_to_read(index)[1]
+
+    def _try_to_read(self, index: int) -> tuple[Image.Image | None, str]:
+        """The image, or why it cannot be read."""
         try:
             source = self._cache.read(index) if self._cache else self.image_path(index)
-            return read_image(source, self.images[index].size)
+            return read_image(source, self.images[index].size), ""
+        except MemoryError:
+            raise
         except Exception as error:  # PIL raises many kinds for a broken file
-            raise ValueError(self._unreadable(index, error)) from error
+            return None, fault_of(self.image_path(index), error)[1]
+
+    def _read_some_image(self, index: int) -> tuple[int, Image.Image, dict[int, str]]:
+        """Image `index` or, in training, one that takes its place; its index; what was tried in vain, and why."""
+        if not self._train:
+            return index, self.read_image(index), {}
+        faults: dict[int, str] = {}
+        others = None
+        first = index
+        while len(faults) < min(TRIES, len(self)):
+            if index not in faults:
+                image, fault = self._try_to_read(index)
+                if image is not None:
+                    return index, image, faults
+                faults[index] = fault
+            others = others or np.random.default_rng((self._seed, int(self._epoch), first))
+            index = int(others.integers(len(self)))
+        raise ValueError(
+            f"{self.unreadable(first, faults[first])}; nor can the {len(faults) - 1} images tried after it"
+        )
 
     def image_path(self, index: int) -> Path:
         return self.image_folder / self.images[index].file_name
@@ -121,40 +168,42 @@ class CocoDetection(Dataset):
     def hold_files(self) -> None:
         """Keep the image files in memory, once for all processes of a node, all of which have to come here. Raises
         ValueError."""
-        self._cache = share_files([self.image_path(index) for index in range(len(self))])
+        paths = [self.image_path(index) for index in range(len(self))]
+        self._cache = share_files(paths, unreadable_as_empty=self._train)
 
-    def check_files(self) -> None:
-        """Look for image files that are empty, cut or no image at all, or of another size than the annotations say.
+    def faulty_files(self) -> dict[int, tuple[str, str]]:
+        """Image files that are missing, empty, cut or no image at all, or of another size than the annotations say:
+        index -> (kind, why), both as of `datasets.images.fault_of`.
 
         Reads a few bytes of each file; see `datasets.images.check_image`.
-
-        Raises:
-            ValueError: names the first such file, its image id, and how many more there are.
         """
 
-        def fault(index: int) -> str | None:
+        def fault(index: int) -> tuple[str, str] | None:
             try:
-                record = self.images[index]
-                check_image(self.image_folder / record.file_name, record.size)
+                check_image(self.image_path(index), self.images[index].size)
             except Exception as error:  # as above
-                return self._unreadable(index, error)
+                return fault_of(self.image_path(index), error)
             return None
 
         with ThreadPoolExecutor(max_workers=16) as pool:  # reading waits for the disk, which may be a network's
-            faults = [message for message in pool.map(fault, range(len(self))) if message]
-        if faults:
-            raise ValueError(faults[0] + (f" ({len(faults) - 1} more such files)" if len(faults) > 1 else ""))
+            return {index: found for index, found in enumerate(pool.map(fault, range(len(self)))) if found}
 
-    def _unreadable(self, index: int, error: Exception) -> str:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    def check_files(self) -> None:
+        """Remember what `faulty_files` finds. Raises ValueError for it unless in training: names the first file, and
+        how many more there are."""
+        self.known_faults = self.faulty_files()
+        if self.known_faults and not self._train:
+            (index, (_, reason)), *others = self.known_faults.items()
+            raise ValueError(self.unreadable(index, reason) + (f" ({len(others)} more such files)" if others else ""))
+
+    def unreadable(self, index: int, reason: str) -> str:
+        """A line about an image file and what to do."""
         return (
             f"{self.image_path(index)} (image id {self.images[index].id}) cannot be used: {reason}; "
             f"replace the file, or correct or remove its entry in {self.annotation_file}"
         )
 
     def _require_files(self, records: Sequence[ImageRecord]) -> None:
-        if not self.image_folder.is_dir():
-            raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
         listings: dict[str, set[str]] = {}  # one listing of each folder is far quicker than asking for each file
         missing = []
         for record in records:
@@ -195,7 +244,7 @@ class CocoDetection(Dataset):
             )
 
 
-def _read_json(file: Path) -> dict:
+def read_annotations(file: Path) -> dict:
     if not file.is_file():
         raise ValueError(f"annotation file {file} does not exist; check the path to the data set")
     try:
@@ -221,9 +270,7 @@ def _image_records(images: list[dict], file: Path) -> list[ImageRecord]:
                 f"{file}: image id {identity} is listed twice, for {records[identity].file_name!r} and {name!r}; "
                 "remove one or give it its own id"
             )
-        size = (entry.get("width"), entry.get("height"))
-        known = all(isinstance(side, (int, float)) and side > 0 for side in size)
-        records[identity] = ImageRecord(identity, name, size if known else None)
+        records[identity] = ImageRecord(identity, name, image_size(entry))
     return list(records.values())
 
 
@@ -242,7 +289,7 @@ def _check_annotations(content: dict, file: Path) -> None:
                 f"{where} has category id {category!r}, which 'categories' does not define; define it or correct the id"
             )
         numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
-        if not numbers or not all(map(math.isfinite, box)) or box[2] < 0 or box[3] < 0:
+        if not numbers or not all(abs(value) < LARGEST for value in box) or box[2] < 0 or box[3] < 0:
             raise ValueError(
                 f"{where} has bbox {box!r:.200}; it must be four finite numbers [left, top, width, height] "
                 "without a negative size: correct or remove it"

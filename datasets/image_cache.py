@@ -39,8 +39,9 @@ class ImageCache:
         return io.BytesIO(self._memory[self._starts[index] : self._starts[index + 1]])
 
 
-def share_files(paths: Sequence[Path]) -> ImageCache:
+def share_files(paths: Sequence[Path], *, unreadable_as_empty: bool = False) -> ImageCache:
     """Read every file in the first process of each node. All processes of the run have to come here.
+    `unreadable_as_empty` puts nothing in the place of a file that cannot be read, instead of raising.
 
     Raises:
         ValueError: in all processes of a node: too little memory, an unreadable file, a system without shared memory.
@@ -48,7 +49,7 @@ def share_files(paths: Sequence[Path]) -> ImageCache:
     place = error = None
     if is_first_on_node():
         try:
-            place = _fill(paths)
+            place = _fill(paths, unreadable_as_empty)
         except (OSError, ValueError) as failure:
             error = f"--cache_mode: {' '.join(str(failure).split())}; leave the flag out"
     node = _node()
@@ -68,11 +69,12 @@ def _node() -> str | None:
         return None
 
 
-def _fill(paths: Sequence[Path]) -> str:
+def _fill(paths: Sequence[Path], unreadable_as_empty: bool) -> str:
     """A memory of: number of files, where each begins (and the last ends), contents. Returns where to find it."""
     if not hasattr(os, "memfd_create"):
         raise ValueError("holding images in memory works on Linux only")
-    sizes = np.array([path.stat().st_size for path in paths], np.int64)
+    held = [not unreadable_as_empty or _readable(path) for path in paths]
+    sizes = np.array([path.stat().st_size if is_held else 0 for path, is_held in zip(paths, held)], np.int64)
     needed, free = int(sizes.sum()), _free_memory()
     if needed > free:
         raise ValueError(
@@ -86,12 +88,16 @@ def _fill(paths: Sequence[Path]) -> str:
             memory.write(np.int64(len(paths)).tobytes())
             memory.write(starts.tobytes())
             for path, size in zip(paths, sizes):
-                if memory.write(path.read_bytes()) != size:
+                if size and memory.write(path.read_bytes()) != size:
                     raise ValueError(f"{path} changed while it was read")
     except BaseException:
         os.close(descriptor)
         raise
     return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _readable(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.R_OK)
 
 
 def _free_memory() -> int:

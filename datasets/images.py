@@ -1,4 +1,4 @@
-"""Image files to upright RGB pixels: every mode of PIL, EXIF orientation, and a cheap test for cut files."""
+"""Image files to upright RGB pixels: every mode of PIL, EXIF orientation, and what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 COMPLETE = [(b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")]  # how JPEG, PNG begin and end
+
+
+class WrongSize(ValueError):
+    """An image is of another size than its annotations."""
 
 
 def read_image(source: Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
@@ -19,7 +23,7 @@ def read_image(source: Path | BinaryIO, size: tuple[int, int] | None = None) -> 
     size, the boxes were drawn on the stored pixels, and so the image is not turned.
 
     Raises:
-        ValueError: neither the stored nor the upright image has `size`.
+        WrongSize: neither the stored nor the upright image has `size`.
         Exception: whatever PIL raises for a file that it cannot decode.
     """
     with Image.open(source) as image:
@@ -33,16 +37,33 @@ def check_image(path: Path, size: tuple[int, int] | None = None) -> None:
 
     Damage in the middle of a file goes unnoticed here.
     """
-    with open(path, "rb") as file:
-        head = file.read(8)
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - 8))
-        tail = file.read()
+    head, tail, _ = _ends(path)
     with Image.open(path) as image:
         if size not in (None, image.size):  # else it fits; PIL decodes a PNG to find its orientation
             _turns(image, size)
         if not any(head.startswith(begin) and tail.endswith(end) for begin, end in COMPLETE):
             image.load()
+
+
+def fault_of(path: Path, error: Exception) -> tuple[str, str]:
+    """What `error`, raised for the image file `path`, says about the file: a kind of datasets.check_report, and why."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "it is no image that PIL knows"  # PIL's own words hold addresses in memory
+    if isinstance(error, WrongSize):
+        return "image_size", reason
+    try:
+        head, tail, length = _ends(path)
+    except FileNotFoundError:
+        return "missing_image", "there is no such file"
+    except (OSError, ValueError) as failure:  # ValueError: no file can have such a name
+        return "unreadable_image", " ".join(str(failure).split())
+    if not length:
+        return "zero_byte_image", "the file is empty"
+    cut = any((head.startswith(b) or b.startswith(head)) and not tail.endswith(e) for b, e in COMPLETE)
+    if head.startswith(b"RIFF"):  # WebP, which tells its length
+        cut = length < 8 + int.from_bytes(head[4:8], "little")
+    return ("truncated_image" if cut or "truncated" in reason.lower() else "unreadable_image"), reason
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -60,12 +81,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def orientation_of(image: Image.Image) -> tuple[int, tuple[int, int]]:
+    """The EXIF orientation, 1 without any, and (width, height) of the upright image."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation, image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these four swap the axes
+
+
+def _ends(path: Path) -> tuple[bytes, bytes, int]:
+    """The first and last 8 bytes of a file, and its length."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 8))
+        return head, file.read(), length
+
+
 def _turns(image: Image.Image, size: tuple[int, int] | None) -> bool:
     """Whether to apply the EXIF orientation, which `size` overrules; see `read_image`."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    upright = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these four swap the axes
+    orientation, upright = orientation_of(image)
     if size not in (None, image.size, upright):
-        raise ValueError(
+        raise WrongSize(
             f"it is {upright[0]} x {upright[1]} pixels, but its annotations were made for {size[0]:g} x {size[1]:g}"
         )
     return orientation != 1 and size in (None, upright)

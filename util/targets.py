@@ -7,7 +7,7 @@ to the GPU. For small images that takes longer than the work: see docs/log.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,21 +17,26 @@ PER_OBJECT = ("labels", "boxes")
 
 @dataclass
 class TargetBatch:
-    """`fields` hold the images' values one after the other; `counts` the number of objects of each image."""
+    """`fields` hold the images' values one after the other; `counts` the number of objects of each image; `unreadable`
+    why images could not be read in whose place others are here, by their index."""
 
     fields: dict[str, Tensor]
     counts: list[int]
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def pack(cls, targets: Sequence[dict[str, Tensor]]) -> TargetBatch:
-        """Targets as of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image."""
+        """Targets as of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image;
+        `unreadable`, where it is, is a dict."""
+        names = [name for name in targets[0] if name != "unreadable"]
         fields = {
-            name: (torch.cat if name in PER_OBJECT else torch.stack)([t[name] for t in targets]) for name in targets[0]
+            name: (torch.cat if name in PER_OBJECT else torch.stack)([t[name] for t in targets]) for name in names
         }
-        return cls(fields, [len(t["labels"]) for t in targets])
+        unreadable = {index: reason for t in targets for index, reason in t.get("unreadable", {}).items()}
+        return cls(fields, [len(t["labels"]) for t in targets], unreadable)
 
     def unpack(self) -> list[dict[str, Tensor]]:
-        """What was packed: a dict for each image."""
+        """What was packed, but for `unreadable`: a dict for each image."""
         parts = {
             name: values.split(self.counts) if name in PER_OBJECT else values.unbind()
             for name, values in self.fields.items()
@@ -39,7 +44,7 @@ class TargetBatch:
         return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
     def to(self, *args, **kwargs) -> TargetBatch:
-        return TargetBatch({name: value.to(*args, **kwargs) for name, value in self.fields.items()}, self.counts)
+        return replace(self, fields={name: value.to(*args, **kwargs) for name, value in self.fields.items()})
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory until that stream is done with it."""
@@ -48,4 +53,4 @@ class TargetBatch:
 
     def pin_memory(self) -> TargetBatch:
         """Called by DataLoader when it pins a batch."""
-        return TargetBatch({name: value.pin_memory() for name, value in self.fields.items()}, self.counts)
+        return replace(self, fields={name: value.pin_memory() for name, value in self.fields.items()})

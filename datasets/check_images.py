@@ -1,0 +1,117 @@
+"""What is wrong with the image files of a split: each is decoded, or only its ends are looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.check_report import Finding
+from datasets.images import check_image, fault_of, orientation_of
+
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jp2", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What was found out about an image file. `size` is the (width, height) of the frame that boxes are in, None where
+    that is unknown; `pixels` a hash of the decoded image."""
+
+    fault: str | None = None
+    reason: str = ""
+    size: tuple[float, float] | None = None
+    pixels: bytes | None = None
+    file_size: tuple[int, int] | None = None  # upright
+    orientation: str | None = None  # "exif_turned" or "exif_size"
+
+
+def inspect_files(
+    folder: Path, sizes: dict[str, tuple[float, float] | None], *, full: bool, num_workers: int = 16
+) -> dict[str, FileState]:
+    """Look at the files of a folder whose (width, height), as the annotation file has them, are given by name.
+
+    Threads are enough: PIL decodes, hashing and reading run without the interpreter's lock.
+    """
+    look = _decode if full else _glance
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
+        warnings.simplefilter("ignore")  # PIL's remarks about odd but readable files
+        states = pool.map(look, [folder / name for name in sizes], sizes.values())
+        quiet = not full or not sys.stderr.isatty()
+        return dict(zip(sizes, tqdm(states, total=len(sizes), desc=str(folder), disable=quiet)))
+
+
+def file_findings(
+    states: dict[str, FileState], *, split: str, ids: dict[str, int], removed: Iterable[str]
+) -> list[Finding]:
+    """Findings about the files that a split lists; `ids` are those of the images by file name."""
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    same: dict[bytes, list[str]] = defaultdict(list)
+    for name, state in states.items():
+        for kind in filter(None, (state.fault, state.orientation)):
+            by_kind[kind].append(f"{name!r} (image id {ids[name]}){state.reason and ': '}{state.reason}")
+        if state.pixels:
+            same[state.pixels].append(name)
+    by_kind["removed_image"] = [repr(name) for name in removed]
+    by_kind["repeated_image"] = [", ".join(map(repr, names)) for names in same.values() if len(names) > 1]
+    return [Finding.of(kind, split, items, str) for kind, items in by_kind.items() if items]
+
+
+def shared_pixels(train: dict[str, FileState], val: dict[str, FileState]) -> list[tuple[str, str]]:
+    """Names of (train, val) files with the same pixels, each training file once."""
+    in_val = {state.pixels: name for name, state in val.items() if state.pixels}
+    return [(name, in_val[state.pixels]) for name, state in train.items() if state.pixels in in_val]
+
+
+def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:
+    """Image files below `folder`, by their endings, that are not `listed`; hidden ones do not count."""
+    known = {os.path.normpath(name) for name in listed}
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(place, folder)
+        for name in files:
+            path = os.path.normpath(os.path.join(below, name))
+            if name.lower().endswith(ENDINGS) and not name.startswith(".") and path not in known:
+                found.append(path)
+    return sorted(found)
+
+
+def _glance(path: Path, size: tuple[float, float] | None) -> FileState:
+    try:
+        check_image(path, size)
+    except Exception as error:  # PIL raises many kinds for a broken file
+        return FileState(*fault_of(path, error))
+    return FileState(size=size)
+
+
+def _decode(path: Path, size: tuple[float, float] | None) -> FileState:
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            stored = image.size
+            image.load()
+            orientation, upright = orientation_of(image)
+            palette = bytes(image.palette.palette) if image.palette else b""
+            digest = hashlib.blake2b(f"{image.mode} {stored} {orientation}".encode() + palette, digest_size=16)
+            digest.update(image.tobytes())
+        pixels = digest.digest()
+        if size not in (None, stored, upright):
+            text = f"{size[0]:g} x {size[1]:g} in the annotation file, {upright[0]} x {upright[1]} in the image file"
+            return FileState("image_size", text, pixels=pixels, file_size=upright)
+        turned = None
+        if orientation != 1:
+            turned = "exif_turned" if size in (None, upright) else "exif_size"
+        return FileState(size=upright if size is None else size, pixels=pixels, file_size=upright, orientation=turned)
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        return FileState(*fault_of(path, error))
