@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.dropout import can_draw, draw_dropped, kept_scale
+from models.dropout import can_draw, draw_kept, kept_scale
 from models.dropout import dropout as dropped
 from models.spatial_prior import SeparablePrior
 
@@ -53,7 +53,8 @@ def attend(
         dropout: probability that an attention weight is dropped.
     """
     query = query * query.shape[-1] ** -0.5
-    if _large(query, key, value) and (dropout == 0 or can_draw(dropout)):
+    large = query.shape[:3].numel() * key.shape[2] > TILE
+    if large and in_full_precision_on_cpu(query, key, value) and (dropout == 0 or can_draw(dropout)):
         rows, columns = prior if prior is not None else (None, None)
         return TiledAttention.apply(query, key, value, padding, rows, columns, dropout)
     if key.shape[1] == 1:
@@ -68,12 +69,12 @@ def attend(
     return weights @ value
 
 
-def _large(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the logits are worth tiles: on a CPU, in full precision."""
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
+def in_full_precision_on_cpu(*tensors: Tensor) -> bool:
+    """Where work in tiles pays. What is compiled is left in one piece, since tiles differ with the size of the map."""
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    full = query.dtype == key.dtype == value.dtype and query.dtype in (torch.float32, torch.float64)
-    return full and query.shape[:3].numel() * key.shape[2] > TILE
+    dtypes = {x.dtype for x in tensors}
+    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and not torch.is_autocast_enabled("cpu")
 
 
 class TiledAttention(torch.autograd.Function):
@@ -96,39 +97,41 @@ class TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, number = query.shape[:3]
         output = query.new_empty(batch, heads, number, value.shape[3])
-        drop = draw_dropped((batch, heads, number, key.shape[2]), dropout) if dropout else None
+        kept = torch.empty(batch, heads, number, key.shape[2], dtype=torch.int8) if dropout else None
+        masked = _masked(padding, query)
         for one in _tiles(query, key):
-            weights = _weights(query, key, padding, rows, columns, one)  # (q, L)
-            if drop is not None:
-                weights = weights.masked_fill_(drop[one], 0)
+            weights = _weights(query, key, masked, rows, columns, one)  # (q, L)
+            if kept is not None:
+                kept[one] = draw_kept(weights.shape, dropout)
+                weights.mul_(kept[one].to(weights.dtype))
             torch.mm(weights, value[one[:2]], out=output[one])
-        if drop is not None:
+        if kept is not None:
             output *= kept_scale(dropout)
-        ctx.save_for_backward(query, key, value, padding, rows, columns, drop)
+        ctx.save_for_backward(query, key, value, masked, rows, columns, kept)
         ctx.dropout = dropout
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, padding, rows, columns, drop = ctx.saved_tensors
-        if drop is not None:
+        query, key, value, masked, rows, columns, kept = ctx.saved_tensors
+        if kept is not None:
             gradient = gradient * kept_scale(ctx.dropout)
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         of_rows = of_columns = None
         if rows is not None:
             of_rows, of_columns = torch.zeros_like(rows), torch.zeros_like(columns)
         for one in _tiles(query, key):
-            image_head, shared = one[:2], _within(one, key)
-            weights = _weights(query, key, padding, rows, columns, one)  # (q, L)
+            image_head, shared = one[:2], _within(one, key)[:2]
+            weights = used = _weights(query, key, masked, rows, columns, one)  # (q, L)
             of_weights = gradient[one] @ value[image_head].mT
-            if drop is None:
-                of_value[image_head].addmm_(weights.mT, gradient[one])
-            else:
-                of_weights.masked_fill_(drop[one], 0)
-                of_value[image_head].addmm_(weights.masked_fill(drop[one], 0).mT, gradient[one])
+            if kept is not None:
+                kept_here = kept[one].to(weights.dtype)
+                of_weights.mul_(kept_here)
+                used = kept_here.mul_(weights)
+            of_value[image_head].addmm_(used.mT, gradient[one])
             of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            of_query[one] = of_logits @ key[shared[:2]]
-            of_key[shared[:2]].addmm_(of_logits.mT, query[one])
+            of_query[one] = of_logits @ key[shared]
+            of_key[shared].addmm_(of_logits.mT, query[one])
             if rows is not None:
                 on_map = of_logits.unflatten(1, (rows.shape[3], -1))  # (q, H, W)
                 of_rows[_within(one, rows)] += on_map.sum(2)
@@ -152,8 +155,15 @@ def _within(tile: Tile, x: Tensor) -> Tile:
     return image, head if x.shape[1] > 1 else 0, queries
 
 
+def _masked(padding: Tensor | None, like: Tensor) -> Tensor | None:
+    """-inf where padded, else 0: (B, L). To add that is six times as fast as to fill where a mask is True."""
+    if padding is None:
+        return None
+    return like.new_zeros(padding.shape).masked_fill_(padding, -torch.inf)
+
+
 def _weights(
-    query: Tensor, key: Tensor, padding: Tensor | None, rows: Tensor | None, columns: Tensor | None, tile: Tile
+    query: Tensor, key: Tensor, masked: Tensor | None, rows: Tensor | None, columns: Tensor | None, tile: Tile
 ) -> Tensor:
     """Softmax of a tile's logits, (q, L)."""
     keys = key[_within(tile, key)[:2]].mT  # (D, L)
@@ -162,6 +172,6 @@ def _weights(
     else:
         logits = SeparablePrior(rows[_within(tile, rows)], columns[_within(tile, columns)]).dense()
         logits.addmm_(query[tile], keys)
-    if padding is not None:
-        logits.masked_fill_(padding[tile[0]], -torch.inf)
+    if masked is not None:
+        logits += masked[tile[0]]
     return logits.softmax(-1)

@@ -6,8 +6,14 @@ inside the pooled grid is again a product of one row vector and one column vecto
 (aligned, adaptive sampling) up to rounding, deterministic in backward, and plain tensor code.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from models.attention import TILE, in_full_precision_on_cpu
 
 # Numbers that roi_align holds between its two products: 16 MiB of float32. With 64 MiB the first product on C3 took
 # twice as long on a CPU: new memory all the time, and none of it in a cache when the second product reads it.
@@ -68,3 +74,55 @@ def roi_align(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         by_row = (along_y.flatten(1, 2) @ lines).view(*along_y.shape[:3], width, channels)
         pooled.append(along_x[:, :, None] @ by_row)
     return torch.cat(pooled, 1)
+
+
+def sample(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted sums over the map: (B, H, W, C), (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, C)."""
+    if in_full_precision_on_cpu(cells, rows, columns):
+        sampled = TiledSampling.apply(cells.flatten(1, 2), rows.flatten(1, 2), columns.flatten(1, 2))
+    else:
+        sampled = products(rows, columns).flatten(1, 2) @ cells.flatten(1, 2)
+    return sampled.unflatten(1, rows.shape[1:3])
+
+
+def sample_bins(pooled: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Weighted sums over the bins of each box: (B, Q, 7, 7, C), (B, Q, P, 7) twice -> (B, Q, P, C)."""
+    return products(rows, columns) @ pooled.flatten(2, 3)
+
+
+def products(rows: Tensor, columns: Tensor) -> Tensor:
+    """Weight of every cell: (..., H), (..., W) -> (..., H * W)."""
+    return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
+
+
+class TiledSampling(torch.autograd.Function):
+    """Weighted sums over the map, some samples at a time, whose weights stay in a CPU's caches and are not kept.
+
+    (B, L, C), (B, S, H), (B, S, W) -> (B, S, C) for L = H * W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        sampled = cells.new_empty(*rows.shape[:2], cells.shape[2])
+        for image, some in _tiles(cells, rows):
+            torch.mm(products(rows[image, some], columns[image, some]), cells[image], out=sampled[image, some])
+        ctx.save_for_backward(cells, rows, columns)
+        return sampled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cells, rows, columns = ctx.saved_tensors
+        of_cells = torch.zeros(cells.shape, dtype=cells.dtype)
+        of_rows, of_columns = torch.empty_like(rows), torch.empty_like(columns)
+        for image, some in _tiles(cells, rows):
+            along_y, along_x, given = rows[image, some], columns[image, some], gradient[image, some]
+            of_cells[image].addmm_(products(along_y, along_x).mT, given)
+            of_weights = (given @ cells[image].mT).unflatten(1, (rows.shape[2], -1))  # (s, H, W)
+            of_rows[image, some] = (of_weights @ along_x[..., None])[..., 0]
+            of_columns[image, some] = (along_y[:, None] @ of_weights)[:, 0]
+        return of_cells, of_rows, of_columns
+
+
+def _tiles(cells: Tensor, rows: Tensor) -> list[tuple[int, slice]]:
+    size = max(1, TILE // cells.shape[1])
+    return [(b, slice(s, s + size)) for b in range(rows.shape[0]) for s in range(0, rows.shape[1], size)]

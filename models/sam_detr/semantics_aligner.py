@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from models.layers import MLP
 from models.position_encoding import sine_encoding
-from models.sam_detr.roi_sampling import bilinear_weights, roi_align, roi_align_weights
+from models.sam_detr.roi_sampling import bilinear_weights, roi_align, roi_align_weights, sample, sample_bins
 
 ROI_SIZE = 7
 # A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image), to
-# pool the boxes first and to weigh their bins takes less memory and time; on smaller maps it takes more.
+# pool the boxes first and to weigh their bins takes less memory and a training step less time; on smaller maps it takes
+# more.
 POOL_FIRST = 2**15
 
 
@@ -119,17 +120,17 @@ class SemanticsAligner(nn.Module):
             if self.search_range == "box":
                 points = centres[:, :, None] + offsets * sizes[:, :, None] / 2
                 x, y = bilinear_weights((offsets + 1) * (ROI_SIZE / 2) - 0.5, ROI_SIZE).unbind(-2)  # (B, Q, P, 7) each
-                content = _sample_bins(pooled, y, x) if large else _sample(cells, y @ rows, x @ columns)
+                content = sample_bins(pooled, y, x) if large else sample(cells, y @ rows, x @ columns)
             else:
                 points = (offsets + 1) / 2
                 in_map = points * extent[:, :, None] - 0.5
                 columns = bilinear_weights(in_map[..., 0].clamp(0, width - 1), width)  # (B, Q, P, W)
                 rows = bilinear_weights(in_map[..., 1].clamp(0, height - 1), height)  # (B, Q, P, H)
-                content = _sample(cells, rows, columns)
+                content = sample(cells, rows, columns)
         else:
             points = centres[:, :, None]  # (B, Q, 1, 2)
             if self.resample == "average":
-                content = _sample(cells, rows.mean(2, keepdim=True), columns.mean(2, keepdim=True))
+                content = sample(cells, rows.mean(2, keepdim=True), columns.mean(2, keepdim=True))
             else:
                 content = roi_align(cells, rows, columns).amax((2, 3))[:, :, None]  # (B, Q, 1, C)
 
@@ -152,18 +153,3 @@ class SemanticsAligner(nn.Module):
         found = self.point_head(narrow.flatten(2)).unflatten(-1, (-1, self.num_points, 2))
         offsets = found[:, :, 0].tanh()
         return offsets, found[:, :, 1] if found.shape[2] == 2 else None
-
-
-def _products(rows: Tensor, columns: Tensor) -> Tensor:
-    """Weight of every cell: (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, H * W)."""
-    return (rows[..., :, None] * columns[..., None, :]).flatten(3)
-
-
-def _sample(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Weighted sums over the map: (B, H, W, C), (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, C)."""
-    return (_products(rows, columns).flatten(1, 2) @ cells.flatten(1, 2)).unflatten(1, rows.shape[1:3])
-
-
-def _sample_bins(pooled: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Weighted sums over the bins of each box: (B, Q, 7, 7, C), (B, Q, P, 7) twice -> (B, Q, P, C)."""
-    return _products(rows, columns) @ pooled.flatten(2, 3)
