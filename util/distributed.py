@@ -188,6 +188,15 @@ def reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(keys, stacked / get_world_size()))
 
 
+@torch.no_grad()
+def any_process(flags: Tensor) -> Tensor:
+    """Where some process has 1.0 instead of 0.0; every process must bring as many. Changes `flags`, and waits for no
+    GPU."""
+    if _joined():
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """Every process's `value` (anything that pickles), in the order of ranks, on every process."""
     if not _joined():

@@ -1,0 +1,198 @@
+"""A training step in a file, and the same step once more: what `--max_bad_steps` leaves and `--replay` reads.
+
+Knows no model family. The network runs without DDP's wrapper and uncompiled, so that every module can be watched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from engine import compute_losses, predict
+from util.padded_images import PaddedImages
+from util.step_guard import Step, set_random_state
+
+VERSION = 1
+
+
+def pack(
+    step: Step,
+    *,
+    network: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler | None,
+    keep_gradients: bool,
+    settings: dict[str, Any],
+    rank: int,
+) -> dict[str, Any]:
+    """The file's content, on the CPU: a plain dict. The state given must be that from before the step."""
+    content = {
+        "replay": VERSION,
+        "epoch": step.epoch,
+        "iteration": step.iteration,
+        "rank": rank,
+        "parts": [
+            {"images": images.images, "padding": images.padding, "targets": targets} for images, targets in step.parts
+        ],
+        "num_boxes": step.num_boxes,
+        "random": step.random,
+        "model": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+        "gradients": {n: w.grad for n, w in network.named_parameters() if w.grad is not None} if keep_gradients else {},
+        "settings": settings,
+    }
+    return to_device(content, torch.device("cpu"))
+
+
+@dataclass
+class Repeated:
+    """What a step gave.
+
+    Args:
+        terms: `loss` and its weighted terms.
+        norm: of the gradients, before clipping.
+        same_numbers: whether the device drew the random numbers of the original.
+        nan, infinite: what had the first NaN and the first infinity, in the order of computation; None: nothing had.
+        gradient: the first parameter, in the order of backward, whose gradient is not finite.
+    """
+
+    terms: dict[str, float]
+    norm: float
+    same_numbers: bool
+    nan: str | None
+    infinite: str | None
+    gradient: str | None
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (*self.terms.values(), self.norm)))
+
+    def first_fault(self) -> str:
+        """Where it began. An infinity may be meant, as that of positions which propose nothing; a NaN is not."""
+        found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
+        return next((f"first {what}: {where}" for what, where in found.items() if where), "the norm overflows")
+
+    def lines(self) -> list[str]:
+        """A report."""
+        values = {**self.terms, "norm of the gradients": self.norm}
+        width = max(map(len, values))
+        lines = [f"{n:{width}}  {v:.7g}{'' if math.isfinite(v) else '   <- not finite'}" for n, v in values.items()]
+        found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
+        lines += [f"first {what}: {where or 'none'}" for what, where in found.items()]
+        if not self.same_numbers:
+            lines.append("this device draws other random numbers (dropout) than that of the run")
+        return lines
+
+
+def repeat(
+    content: dict[str, Any], *, network: nn.Module, criterion: nn.Module, device: torch.device, amp: torch.dtype | None
+) -> Repeated:
+    """Forward, losses and backward of a packed step. The network has its weights already; its gradients, without those
+    of a loss scale, are left in it."""
+    content = to_device({name: content[name] for name in ("parts", "num_boxes", "gradients", "random")}, device) | {
+        name: content[name] for name in ("random", "scaler")
+    }
+    scale = content["scaler"]["scale"] if content["scaler"] else 1.0
+    network.train()
+    criterion.train()
+    for name, weight in network.named_parameters():
+        gradient = content["gradients"].get(name)
+        weight.grad = None if gradient is None else gradient.clone()
+    same_numbers = set_random_state(content["random"], device)
+    parts = content["parts"]
+    terms: dict[str, float] = {}
+    with _watched(network) as watch:
+        for number, part in enumerate(parts):
+            name = f" of part {number}" if len(parts) > 1 else ""
+            watch.see(f"the images{name}", part["images"])
+            watch.see(f"the boxes{name}", [target["boxes"] for target in part["targets"]])
+            outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp)
+            watch.see("the predictions", outputs)
+            loss, values = compute_losses(
+                criterion, outputs, part["targets"], num_boxes=content["num_boxes"], parts=len(parts)
+            )
+            for term, value in values.items():
+                if term.startswith("loss") and not term.endswith("_unscaled"):
+                    watch.see(term, value)
+                    terms[term] = terms.get(term, 0.0) + value.item() / len(parts)
+            (loss * scale).backward()
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    for gradient in gradients:
+        gradient /= scale
+    norm = nn.utils.get_total_norm(gradients).item()
+    return Repeated(terms, norm, same_numbers, watch.nan, watch.infinite, watch.gradient)
+
+
+class _Watch:
+    """Remembers the first values that are not finite."""
+
+    def __init__(self) -> None:
+        self.nan: str | None = None
+        self.infinite: str | None = None
+        self.gradient: str | None = None
+
+    def see(self, name: str, value: Any) -> None:
+        for tensor in _tensors(value):
+            if self.nan is None and tensor.isnan().any():
+                self.nan = name
+            if self.infinite is None and tensor.isinf().any():
+                self.infinite = name
+
+    def see_gradient(self, name: str, weight: Tensor) -> None:
+        if self.gradient is None and not torch.isfinite(weight.grad).all():
+            self.gradient = name
+
+
+@contextmanager
+def _watched(network: nn.Module) -> Iterator[_Watch]:
+    """See what every module returns, inner ones first, and every gradient in the order of backward."""
+    watch = _Watch()
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: watch.see(f"output of {name}", output))
+        for name, module in network.named_modules()
+        if name
+    ]
+    hooks += [
+        weight.register_post_accumulate_grad_hook(lambda weight, name=name: watch.see_gradient(name, weight))
+        for name, weight in network.named_parameters()
+        if weight.requires_grad
+    ]
+    try:
+        yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value.detach()
+        return
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, (list, tuple, type({}.values()))):
+        for part in value:
+            yield from _tensors(part)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Copies of all tensors in dicts and lists, and plain values as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_device(item, device) for item in value]
+    return value
