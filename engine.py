@@ -28,6 +28,9 @@ def train_one_epoch(
     scheduler: LRScheduler,
     device: torch.device,
     epoch: int,
+    start: int = 0,
+    averager: MetricAverager | None = None,
+    after_step: Callable[[Callable[[], None]], None] | None = None,
     clip_max_norm: float,
     zero_grad: bool = True,
     accumulate: int = 1,
@@ -41,6 +44,10 @@ def train_one_epoch(
     Nothing here waits for a GPU but the matching, once for each batch; what is shown is read when it is shown.
 
     Args:
+        start: steps of this epoch that are already done, whose batches `loader` leaves out.
+        averager: what the steps are averaged in; one that has seen those that are done, where there are some.
+        after_step: called after every step, with a function to call before the state is saved: it raises ValueError for
+            a loss that was not finite since the last look. May raise to end the training.
         clip_max_norm: largest norm of all gradients together; 0 leaves them as they are.
         zero_grad: whether every step starts from gradients of zero; False adds to what the last step left, clipped.
         accumulate: batches to a step, whose gradients are those of one large batch; an incomplete rest is left out.
@@ -56,13 +63,14 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    averager, watch = MetricAverager(), LossWatch(epoch)
+    averager, watch = averager or MetricAverager(), LossWatch(epoch)
     profiler = profiler or StepProfiler(steps=0, device=device)
-    total = len(loader) // accumulate
+    total = start + len(loader) // accumulate
     batches = _timed(on_device(_timed(loader, profiler, "data"), device), profiler, "transfer")
-    steps = progress(_groups(batches, accumulate), description=f"epoch {epoch}", total=total, every=print_every)
+    groups = _groups(batches, accumulate)
+    steps = progress(groups, description=f"epoch {epoch}", start=start, total=total, every=print_every)
     with _timed_matching(criterion, profiler):
-        for iteration, group in enumerate(steps):
+        for iteration, group in enumerate(steps, start):
             if zero_grad:
                 optimizer.zero_grad(set_to_none=True)
             group = [(images, targets.unpack()) for images, targets in group]
@@ -96,6 +104,8 @@ def train_one_epoch(
             steps.set(loss=metrics["loss"], lr=lr)
             if table := profiler.step():
                 log(table)
+            if after_step:
+                after_step(watch.check)
     return averager.averages()
 
 
@@ -111,6 +121,8 @@ class LossWatch:
 
     def check(self) -> None:
         """Raises ValueError for the first loss since the last look that is not finite."""
+        if not self._seen:
+            return
         losses = torch.stack([metrics["loss"] for metrics, _, _ in self._seen])
         for (metrics, images, iteration), finite in zip(self._seen, torch.isfinite(losses).tolist()):
             if not finite:
