@@ -31,6 +31,9 @@ def train_one_epoch(
     scheduler: LRScheduler,
     device: torch.device,
     epoch: int,
+    start: int = 0,
+    averager: MetricAverager | None = None,
+    after_step: Callable[[Callable[[], None]], None] | None = None,
     clip_max_norm: float,
     zero_grad: bool = True,
     accumulate: int = 1,
@@ -46,6 +49,10 @@ def train_one_epoch(
     Nothing here waits for a GPU but the matching, once for each batch; what is shown is read when it is shown.
 
     Args:
+        start: steps of this epoch that are already done, whose batches `loader` leaves out.
+        averager: what the steps are averaged in; one that has seen those that are done, where there are some.
+        after_step: called after every step, with a function to call before the state is saved: the guard's look. May
+            raise to end the training.
         clip_max_norm: largest norm of all gradients together; 0 leaves them as they are.
         zero_grad: whether every step starts from gradients of zero; False adds to what the last step left, clipped.
         accumulate: batches to a step, whose gradients are those of one large batch; an incomplete rest is left out.
@@ -63,16 +70,17 @@ def train_one_epoch(
     """
     model.train()
     criterion.train()
-    averager = MetricAverager()
+    averager = averager or MetricAverager()
     network = model.module if isinstance(model, DistributedDataParallel) else model
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     guard = guard or StepGuard(network, device=device, keep_gradients=not zero_grad)
     profiler = profiler or StepProfiler(steps=0, device=device)
-    total = len(loader) // accumulate
+    total = start + len(loader) // accumulate
     batches = _timed(on_device(_timed(loader, profiler, "data"), device), profiler, "transfer")
-    steps = progress(_groups(batches, accumulate), description=f"epoch {epoch}", total=total, every=print_every)
+    groups = _groups(batches, accumulate)
+    steps = progress(groups, description=f"epoch {epoch}", start=start, total=total, every=print_every)
     with _timed_matching(criterion, profiler):
-        for iteration, group in enumerate(steps):
+        for iteration, group in enumerate(steps, start):
             random = guard.begin()
             if zero_grad:
                 optimizer.zero_grad(set_to_none=True)
@@ -117,6 +125,8 @@ def train_one_epoch(
             steps.set(loss=metrics[-1]["loss"], lr=lr)
             if table := profiler.step():
                 log(table)
+            if after_step:
+                after_step(guard.look)
     guard.look()
     averages = averager.averages()
     good, lr = averages.pop("good"), averages.pop("lr")

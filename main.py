@@ -10,21 +10,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from datasets import build_dataset, collate
 from datasets.categories import COCO, Categories
 from datasets.coco_eval import CocoEvaluator
-from datasets.sampler import DistributedEvalSampler
-from engine import evaluate, train_one_epoch
+from datasets.sampler import DistributedEvalSampler, TrainSampler
+from engine import evaluate
 from models.backbone import RESNETS
 from models.build import (
     FAMILIES,
@@ -33,13 +34,24 @@ from models.build import (
     load_backbone_weights,
     read_checkpoint,
 )
-from util.checkpoint import load_weights, save_file
+from training import Trainer
+from util.checkpoint import load_weights
+from util.checkpoint_folder import NEWEST, CheckpointFolder
 from util.command_line import run_command
-from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
-from util.logger import append_json_line, log, read_json_lines, write_json
+from util.distributed import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main,
+    main_process_first,
+    shutdown,
+)
+from util.logger import log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
+from util.preemption import Signals, Stopped, ignore_in_worker
 from util.profiler import StepProfiler
-from util.visualize import plot_training_curves
+from util.training_state import TrainingState
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -247,11 +259,24 @@ def build_parser() -> Parser:
     group.add_argument("--output_dir", default="", help="where to save; empty: nowhere")
     group.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     group.add_argument("--seed", default=42, type=whole)
-    group.add_argument("--resume", default="", help="checkpoint to go on from: a file or URL, ours or an official one")
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="{auto,FILE,URL}",
+        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, if any",
+    )
     group.add_argument("--start_epoch", default=0, type=whole)
     group.add_argument("--eval", action="store_true", help="evaluate, do not train")
     group.add_argument("--eval_every_epoch", default=1, type=whole)
-    group.add_argument("--save_every_epoch", default=1, type=whole)
+    group.add_argument("--save_every_epoch", default=1, type=whole, help="epochs between checkpoints of their own name")
+    group.add_argument("--save_every_iterations", default=0, type=whole, help="also save after so many; 0: not")
+    group.add_argument("--save_every_minutes", default=0.0, type=number, help="also save after so many; 0: not")
+    group.add_argument(
+        "--keep", type=whole, help="older checkpoints that stay; unset: all of --save_every_epoch, one in between"
+    )
+    group.add_argument(
+        "--timeout", default=1800.0, type=number, help="seconds without a sign of a process until the others stop"
+    )
     group.add_argument(
         "--print_every", default=50, type=whole, help="iterations between lines where output is no terminal"
     )
@@ -270,14 +295,14 @@ def check_settings(args: argparse.Namespace) -> None:
     at_least = {
         1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
         "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every "
-        "accumulate pad_to_multiple",
+        "accumulate pad_to_multiple timeout",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
-        "obj_loss_coef inner_loss_coef profile",
+        "obj_loss_coef inner_loss_coef profile save_every_iterations save_every_minutes keep",
     }
     for least, names in at_least.items():
         for name in names.split():
-            if not getattr(args, name) >= least:  # so that NaN is refused too
+            if getattr(args, name) is not None and not getattr(args, name) >= least:  # so that NaN is refused too
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     for name in ("dropout", "focal_alpha"):
         if getattr(args, name) > 1:
@@ -286,6 +311,8 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
+    if args.resume == "auto" and not args.output_dir:
+        raise ValueError("--resume auto looks for checkpoints in --output_dir: pass the folder")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
 
@@ -357,6 +384,7 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
         "num_workers": args.num_workers,
         "persistent_workers": args.num_workers > 0,  # started once, not anew for each epoch
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": ignore_in_worker,
         # A loader draws a number when its workers start, which in a resumed run is another epoch: not from the numbers
         # that the network's dropout draws.
         "generator": torch.Generator(),
@@ -371,8 +399,14 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
             f"--batch_size {args.batch_size}{times} in {get_world_size()} process(es) is more than the "
             f"{len(train_set)} training images; make it smaller"
         )
-    order = DistributedSampler(train_set, num_replicas=get_world_size(), rank=get_rank(), seed=args.seed)
-    return DataLoader(train_set, args.batch_size, sampler=order, drop_last=True, **options), val_loader
+    order = TrainSampler(
+        length=len(train_set),
+        batch=args.batch_size * args.accumulate * get_world_size(),
+        rank=get_rank(),
+        world_size=get_world_size(),
+        seed=args.seed,
+    )
+    return DataLoader(train_set, args.batch_size, sampler=order, **options), val_loader
 
 
 def compiled_graphs() -> int:
@@ -382,42 +416,83 @@ def compiled_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Take over the optimiser's state; the learning rates follow from the schedule. Raises ValueError."""
-    scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError:
-        raise ValueError(
-            f"{source} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
-            "--lr_linear_proj_names that it was trained with"
-        ) from None
-    for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
-        group["lr"], group["initial_lr"] = lr, initial_lr
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that both training and evaluation need."""
+
+    args: argparse.Namespace
+    given: set[str]
+    device: torch.device
+    checkpoint: dict[str, Any] | None
+    network: nn.Module
+    model: nn.Module  # the network, or DDP around it
+    criterion: nn.Module
+    postprocess: Callable[..., Any]
+    categories: Categories
+    train_loader: DataLoader | None
+    val_loader: DataLoader
+    folder: CheckpointFolder | None
+    own: bool  # whether training goes on with the run whose log and checkpoints are in the folder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**vars(self.args), "world_size": get_world_size()}
+
+    def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
+        """Figures of the network as it is, and what holds the detections."""
+        evaluator = CocoEvaluator(self.val_loader.dataset.ground_truth, self.categories)
+        stats = evaluate(
+            model=self.model,
+            criterion=self.criterion,
+            postprocess=self.postprocess,
+            loader=self.val_loader,
+            evaluator=evaluator,
+            device=self.device,
+            amp=AMP[self.args.amp],
+            print_every=self.args.print_every,
+        )
+        log(evaluator.table())
+        return stats, evaluator
 
 
-def restore_gradients(network: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Take over the gradients of the last step, if the checkpoint has them."""
-    gradients = checkpoint.get("gradients", {})
-    for name, weight in network.named_parameters():
-        if name in gradients:
-            weight.grad = gradients[name].to(weight)
+def open_checkpoint(args: argparse.Namespace, folder: CheckpointFolder | None) -> dict[str, Any] | None:
+    """What --resume says, read; `args.resume` becomes the file, or empty where "auto" finds none. Raises ValueError."""
+    if not args.resume:
+        return None
+    newest = folder and folder.path / NEWEST
+    follow = args.resume == "auto" or (not args.eval and newest and same_file(args.resume, newest))
+    if not follow:
+        return read_checkpoint(args.resume)
+    # The main process looks, so that all processes take the same file.
+    found = folder.newest_good(read_checkpoint) if is_main() else None
+    path = all_gather_object(found and str(found[0]))[0]
+    if path is None and args.resume != "auto":
+        return read_checkpoint(args.resume)  # which says what is wrong
+    if path is None and args.eval:
+        raise ValueError(f"--resume auto: no good checkpoint is in {folder.path}; pass a file")
+    log(f"--resume auto: {path or 'no checkpoint yet, the run starts afresh'}")
+    args.resume = path or ""
+    return found[1] if found else read_checkpoint(path) if path else None
 
 
-def run(args: argparse.Namespace, given: set[str]) -> None:
-    """Everything after the command line. `given` are the names of the flags that the user passed. Raises ValueError."""
-    check_settings(args)
+def same_file(one: str, other: Path) -> bool:
+    return other.exists() and os.path.exists(one) and os.path.samefile(one, other)
+
+
+def build(args: argparse.Namespace, given: set[str]) -> Run:
+    """Data, network and losses, with the weights that the run starts from. Raises ValueError."""
     device = choose_device(args.device)
-    set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
-    ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=device.type)
-    torch.manual_seed(args.seed + ranks.rank)
-
-    # Data, and the classes that it has.
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    folder = CheckpointFolder(args.output_dir, keep=args.keep) if args.output_dir else None
+    own = args.resume == "auto"
+    checkpoint = open_checkpoint(args, folder)
+    if checkpoint and "iteration" in checkpoint and folder and "start_epoch" not in given:
+        own = own or Path(args.resume).parent.resolve() == folder.path.resolve()
     categories = None
     if checkpoint:
         take_network_settings(args, given, checkpoint)
         categories = checkpoint_categories(checkpoint)
+        if "sampler" in checkpoint and "seed" not in given:
+            args.seed = checkpoint["sampler"]["seed"]  # the order of the images goes on
     check_family(args, given)
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
@@ -432,7 +507,6 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         )
     train_loader, val_loader = build_loaders(args, train_set, val_set)
 
-    # Network, losses, optimiser.
     args.input_proj_norm = input_proj_norm(args)
     network, criterion, postprocess = build_model(args)
     if checkpoint:
@@ -457,33 +531,58 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             find_unused_parameters=not args.aux_loss,
             broadcast_buffers=args.backbone_norm == "learned",  # frozen norms never differ
         )
+    return Run(
+        args=args,
+        given=given,
+        device=device,
+        checkpoint=checkpoint,
+        network=network,
+        model=model,
+        criterion=criterion,
+        postprocess=postprocess,
+        categories=categories,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        folder=folder,
+        own=own,
+    )
 
-    def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
-        evaluator = CocoEvaluator(val_set.ground_truth, categories)
-        stats = evaluate(
-            model=model,
-            criterion=criterion,
-            postprocess=postprocess,
-            loader=val_loader,
-            evaluator=evaluator,
-            device=device,
-            amp=AMP[args.amp],
-            print_every=args.print_every,
-        )
-        log(evaluator.table())
-        return stats, evaluator
 
-    output = Path(args.output_dir) if args.output_dir else None
-    settings = {**vars(args), "world_size": get_world_size()}
-    if args.eval:
-        stats, evaluator = evaluate_now()
-        if output and is_main():
-            output.mkdir(parents=True, exist_ok=True)
+def write_evaluation(run: Run) -> None:
+    """--eval: show the figures, and write them and the detections."""
+    stats, evaluator = run.evaluate()
+    if run.folder and is_main():
+        with run.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)
-            write_json(output / "eval.json", {**stats, "resume": args.resume, "settings": settings})
-            log(f"detections and figures are in {output}")
-        return
+            write_json(output / "eval.json", {**stats, "resume": run.args.resume, "settings": run.settings})
+        log(f"detections and figures are in {run.folder.path}")
 
+
+def starting_point(run: Run, sampler: TrainSampler) -> tuple[int, int | None]:
+    """The epoch to go on with, and the steps of it that are done: None where it starts as if all before were another
+    run's. Raises ValueError for a checkpoint within an epoch that these settings cannot go on in."""
+    args, checkpoint = run.args, run.checkpoint
+    if not checkpoint or "epoch" not in checkpoint or "start_epoch" in run.given:
+        return args.start_epoch, None
+    epoch, done, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler")
+    if done is None or order["position"] + order["batch"] > len(run.train_loader.dataset):  # the epoch is through
+        # Only its log line may be missing, if this is the same run.
+        if run.own and done is not None and not run.folder.has_logged(epoch):
+            return epoch, sampler.steps
+        return epoch + 1, None
+    for flag, here in (("seed", sampler.seed), ("batch", sampler.batch)):
+        if order[flag] != here:
+            what = "--seed" if flag == "seed" else "images a step (processes x --batch_size x --accumulate)"
+            raise ValueError(
+                f"{args.resume} lies in the middle of epoch {epoch} of a run with {what} {order[flag]}, here {here}: "
+                "go on with the same, or from a checkpoint at an epoch's end"
+            )
+    return epoch, done
+
+
+def train(run: Run, signals: Signals) -> None:
+    """Train to the last epoch. Raises Stopped where the run ends early, ValueError."""
+    args, network, checkpoint, sampler = run.args, run.network, run.checkpoint, run.train_loader.sampler
     groups = parameter_groups(
         network,
         lr=args.lr,
@@ -492,91 +591,97 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
     optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda")
+        groups, lr=args.lr, weight_decay=args.weight_decay, fused=run.device.type in ("cpu", "cuda")
     )
-    if checkpoint and "epoch" in checkpoint and "start_epoch" not in given:
-        args.start_epoch = checkpoint["epoch"] + 1
-    steps = len(train_loader) // args.accumulate  # of an epoch
+    epoch, done = starting_point(run, sampler)
+    args.start_epoch = epoch
     scheduler = build_scheduler(
         optimizer,
         schedule=args.lr_schedule,
-        total_steps=args.epochs * steps,
-        drop_step=args.lr_drop * steps,
+        total_steps=args.epochs * sampler.steps,
+        drop_step=args.lr_drop * sampler.steps,
         warmup_steps=args.warmup_iters,
-        first_step=args.start_epoch * steps,
+        first_step=epoch * sampler.steps + (done or 0),
     )
-    keep_gradients = args.legacy_no_zero_grad and args.amp == "off"  # with --amp the published loop zeroes them, too
-    scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
+    state = TrainingState(
+        model=network,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(run.device.type) if args.amp == "fp16" else None,
+        keep_gradients=args.legacy_no_zero_grad and args.amp == "off",  # with --amp the published loop zeroes them, too
+        seed=args.seed,
+        batch=sampler.batch,
+        facts={"settings": run.settings, "categories": run.categories.to_list()},
+        epoch=epoch,
+    )
+    alike = False
     if checkpoint:
-        log(f"going on from {args.resume} with epoch {args.start_epoch}")
+        log(f"going on from {args.resume} with epoch {epoch}" + (f", step {done}" if done else ""))
         if checkpoint["official"] or "optimizer" not in checkpoint:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:
-            restore_optimizer(optimizer, checkpoint, source=args.resume)
-            if keep_gradients:
-                restore_gradients(network, checkpoint)
-            if scaler and "scaler" in checkpoint:
-                scaler.load_state_dict(checkpoint["scaler"])
-
-    if args.start_epoch >= args.epochs:
+            state.restore(checkpoint, source=args.resume)
+        if done is not None:
+            alike = state.restore_place(checkpoint, iteration=done)
+    if run.folder and is_main():
+        run.folder.clean()
+        if run.own:
+            run.folder.forget_log(epoch)
+    if epoch >= args.epochs:
         log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
-    profiler = StepProfiler(steps=args.profile, device=device)
-    start = time.time()
-    for epoch in range(args.start_epoch, args.epochs):
-        # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never interrupted.
-        torch.manual_seed(args.seed + ranks.rank + 1_000_003 * epoch)
-        train_loader.sampler.set_epoch(epoch)
-        train_set.set_epoch(epoch)
-        train_stats = train_one_epoch(
-            model=model,
-            criterion=criterion,
-            loader=train_loader,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            device=device,
-            epoch=epoch,
-            clip_max_norm=args.clip_max_norm,
-            zero_grad=not keep_gradients,
-            accumulate=args.accumulate,
-            amp=AMP[args.amp],
-            scaler=scaler,
-            profiler=profiler,
-            print_every=args.print_every,
-        )
+
+    def after_epoch() -> None:
         if args.compile:
             log(f"torch.compile: {compiled_graphs()} graphs so far")
-        if output and is_main():
-            # The first things written: by now every training image was read and no loss was odd.
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(output / "settings.json", settings)
-            content = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": scheduler.state_dict(),
-                "epoch": epoch,
-                "settings": settings,
-                "categories": categories.to_list(),
-            }
-            if scaler:
-                content["scaler"] = scaler.state_dict()
-            if keep_gradients:  # what the next step adds to
-                content["gradients"] = {
-                    name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
-                }
-            save_file(content, output / "checkpoint.pth")
-            if (epoch + 1) % args.save_every_epoch == 0:
-                save_file(content, output / f"checkpoint{epoch:04}.pth")
-        line = {f"train_{name}": value for name, value in train_stats.items()}
-        if (epoch + 1) % args.eval_every_epoch == 0 or epoch + 1 == args.epochs:
-            line |= {f"test_{name}": value for name, value in evaluate_now()[0].items()}
-        if output and is_main():
-            append_json_line(output / "log.txt", {**line, "epoch": epoch, "n_parameters": n_parameters})
-            plot_training_curves(read_json_lines(output / "log.txt"), output / "curves.png")
-    log(f"training took {timedelta(seconds=round(time.time() - start))}")
+
+    trainer = Trainer(
+        state=state,
+        model=run.model,
+        loader=run.train_loader,
+        evaluate=lambda: run.evaluate()[0],
+        folder=run.folder,
+        signals=signals,
+        options={
+            "criterion": run.criterion,
+            "device": run.device,
+            "clip_max_norm": args.clip_max_norm,
+            "accumulate": args.accumulate,
+            "amp": AMP[args.amp],
+            "profiler": StepProfiler(steps=args.profile, device=run.device),
+            "print_every": args.print_every,
+        },
+        epochs=args.epochs,
+        eval_every_epoch=args.eval_every_epoch,
+        save_every_epoch=args.save_every_epoch,
+        save_every_iterations=args.save_every_iterations,
+        save_every_minutes=args.save_every_minutes,
+    )
+    trainer.run(random_numbers_go_on=alike, after_epoch=after_epoch)
+
+
+def run(args: argparse.Namespace, given: set[str]) -> int:
+    """Everything after the command line; the exit status. `given` are the names of the flags that the user passed.
+    Raises ValueError."""
+    check_settings(args)
+    set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
+    ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=choose_device(args.device).type)
+    torch.manual_seed(args.seed + ranks.rank)
+    if args.eval:
+        write_evaluation(build(args, given))
+        return 0
+    signals = Signals()
+    try:
+        with signals if args.output_dir else nullcontext():  # where nothing can be saved they end the process, as ever
+            with signals.nothing_to_save():
+                parts = build(args, given)
+            train(parts, signals)
+    except Stopped as stopped:
+        return stopped.status
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line about what is wrong with the input."""
+    """Exit status: 0, 2 after one line about what is wrong with the input, 75 where the run is to be started again."""
     parser = build_parser()
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))

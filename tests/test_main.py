@@ -38,7 +38,7 @@ from helpers import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import main
+import training
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def start_of_training(monkeypatch):
                 start[name] = copy.deepcopy(arguments[name].state_dict())
         return train_one_epoch(**arguments)
 
-    train_one_epoch = main.train_one_epoch
-    monkeypatch.setattr(main, "train_one_epoch", watched)
+    train_one_epoch = training.train_one_epoch
+    monkeypatch.setattr(training, "train_one_epoch", watched)
     return start
 
 
@@ -98,8 +98,12 @@ def test_training_writes_what_the_official_code_writes(trained):
                 assert line[f"{split}_{name}"] == pytest.approx(weight * line[f"{split}_{name}_unscaled"], rel=1e-5)
     assert line["test_loss"] < read_log(trained)[0]["train_loss"]
 
-    assert checkpoint.keys() == {"model", "optimizer", "lr_scheduler", "epoch", "settings", "categories"}
+    assert checkpoint.keys() == {
+        "schema_version", "checksum", "versions", "settings", "categories", "model", "ema", "optimizer", "lr_scheduler",
+        "scaler", "epoch", "iteration", "samples_seen", "sampler", "random_states", "averages", "extras",
+    }  # fmt: skip
     assert plain(checkpoint)
+    assert (checkpoint["iteration"], checkpoint["samples_seen"]) == (4, 32)
     assert checkpoint["epoch"] == 1
     assert checkpoint["settings"] == read_json(trained / "settings.json")
     assert [row["name"] for row in checkpoint["categories"]] == ["ellipse", "triangle", "rectangle", "star"]
