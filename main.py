@@ -3,6 +3,7 @@
 python main.py --coco_path data/coco --output_dir output/run
 torchrun --nproc_per_node=4 main.py --batch_size 4 --smca --epochs 12 --lr_drop 10 --output_dir output/run
 python main.py --coco_path data/coco --resume output/run/checkpoint.pth --eval
+python main.py --replay output/run/replay.pth
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import replay
 from datasets import build_dataset, collate
 from datasets.categories import COCO, Categories
 from datasets.coco_eval import CocoEvaluator
@@ -47,11 +49,14 @@ from util.distributed import (
     main_process_first,
     shutdown,
 )
+from util.ema import WeightAverage
 from util.logger import log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
-from util.preemption import Signals, Stopped, ignore_in_worker
+from util.preemption import Signals, Stopped, Wish, ignore_in_worker
 from util.profiler import StepProfiler
+from util.step_guard import BadSteps, StepGuard
 from util.training_state import TrainingState
+from util.wall_clock import WallClock
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,6 +103,15 @@ def build_parser() -> Parser:
     group.add_argument("--lr_schedule", default="step", choices=SCHEDULES, help="how the learning rate falls")
     group.add_argument("--warmup_iters", default=0, type=whole, help="iterations of linear warm-up")
     group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
+    group.add_argument(
+        "--ema", default=0.0, type=number, metavar="DECAY", help="also average the weights, as with 0.9998; 0: not"
+    )
+    group.add_argument(
+        "--max_bad_steps",
+        default=10,
+        type=whole,
+        help="steps in a row with a loss or gradient that is not finite, after which the run stops; each is skipped",
+    )
     group.add_argument(
         "--legacy_no_zero_grad",
         action="store_true",
@@ -267,7 +281,15 @@ def build_parser() -> Parser:
     )
     group.add_argument("--start_epoch", default=0, type=whole)
     group.add_argument("--eval", action="store_true", help="evaluate, do not train")
+    group.add_argument("--raw_weights", action="store_true", help="with --eval: not the averaged ones of --ema")
     group.add_argument("--eval_every_epoch", default=1, type=whole)
+    group.add_argument(
+        "--patience", default=0, type=whole, help="stop after so many evaluations without a higher AP; 0: never"
+    )
+    group.add_argument(
+        "--max_hours", default=0.0, type=number, help="save and end after so many, those before a --resume included"
+    )
+    group.add_argument("--replay", default="", metavar="FILE", help="repeat the step that a run stopped at, and tell")
     group.add_argument("--save_every_epoch", default=1, type=whole, help="epochs between checkpoints of their own name")
     group.add_argument("--save_every_iterations", default=0, type=whole, help="also save after so many; 0: not")
     group.add_argument("--save_every_minutes", default=0.0, type=number, help="also save after so many; 0: not")
@@ -295,10 +317,10 @@ def check_settings(args: argparse.Namespace) -> None:
     at_least = {
         1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
         "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every "
-        "accumulate pad_to_multiple timeout",
+        "accumulate pad_to_multiple timeout max_bad_steps",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
-        "obj_loss_coef inner_loss_coef profile save_every_iterations save_every_minutes keep",
+        "obj_loss_coef inner_loss_coef profile save_every_iterations save_every_minutes keep ema patience max_hours",
     }
     for least, names in at_least.items():
         for name in names.split():
@@ -307,6 +329,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in ("dropout", "focal_alpha"):
         if getattr(args, name) > 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
+    if args.ema >= 1:
+        raise ValueError(f"--ema {args.ema} must be less than 1, which would never follow the weights")
     if min(args.train_sizes) < 1:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
@@ -357,6 +381,14 @@ def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint:
     for name, value in told.items():
         if name not in given or name in ("input_proj_norm", "num_classes"):
             setattr(args, name, value)
+
+
+def chosen_weights(checkpoint: dict[str, Any], *, raw: bool) -> dict[str, torch.Tensor]:
+    """Those to detect with: the averaged ones, where the file has some, unless `raw`."""
+    if raw or not checkpoint.get("ema"):
+        return checkpoint["model"]
+    log("these are averaged weights (--ema); --raw_weights takes those that were trained")
+    return checkpoint["ema"]["model"]
 
 
 def check_family(args: argparse.Namespace, given: set[str]) -> None:
@@ -455,6 +487,13 @@ class Run:
         return stats, evaluator
 
 
+def place(network: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+    """Put the network where it computes."""
+    network.to(device)
+    if args.channels_last or (args.channels_last is None and device.type == "cpu"):
+        network.to(memory_format=torch.channels_last)  # convolutions run faster so; a step of the quick start by 15 %
+
+
 def open_checkpoint(args: argparse.Namespace, folder: CheckpointFolder | None) -> dict[str, Any] | None:
     """What --resume says, read; `args.resume` becomes the file, or empty where "auto" finds none. Raises ValueError."""
     if not args.resume:
@@ -510,15 +549,14 @@ def build(args: argparse.Namespace, given: set[str]) -> Run:
     args.input_proj_norm = input_proj_norm(args)
     network, criterion, postprocess = build_model(args)
     if checkpoint:
-        load_weights(network, checkpoint["model"], source=args.resume)
+        weights = chosen_weights(checkpoint, raw=args.raw_weights or not args.eval)
+        load_weights(network, weights, source=args.resume)
     else:
         with main_process_first():
             load_backbone_weights(network, args.backbone_weights)
         if args.backbone_weights == "none" and args.backbone_norm == "frozen":
             log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
-    network.to(device)
-    if args.channels_last or (args.channels_last is None and device.type == "cpu"):
-        network.to(memory_format=torch.channels_last)  # convolutions run faster so; a step of the quick start by 15 %
+    place(network, args, device)
     if args.compile:
         network.compile(dynamic=True)
     n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -580,9 +618,7 @@ def starting_point(run: Run, sampler: TrainSampler) -> tuple[int, int | None]:
     return epoch, done
 
 
-def train(run: Run, signals: Signals) -> None:
-    """Train to the last epoch. Raises Stopped where the run ends early, ValueError."""
-    args, network, checkpoint, sampler = run.args, run.network, run.checkpoint, run.train_loader.sampler
+def build_optimizer(network: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
     groups = parameter_groups(
         network,
         lr=args.lr,
@@ -590,9 +626,13 @@ def train(run: Run, signals: Signals) -> None:
         lr_linear_proj_names=args.lr_linear_proj_names,
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, weight_decay=args.weight_decay, fused=run.device.type in ("cpu", "cuda")
-    )
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def train(run: Run, signals: Signals) -> None:
+    """Train to the last epoch. Raises Stopped where the run ends early, ValueError."""
+    args, network, checkpoint, sampler = run.args, run.network, run.checkpoint, run.train_loader.sampler
+    optimizer = build_optimizer(network, args, run.device)
     epoch, done = starting_point(run, sampler)
     args.start_epoch = epoch
     scheduler = build_scheduler(
@@ -603,12 +643,18 @@ def train(run: Run, signals: Signals) -> None:
         warmup_steps=args.warmup_iters,
         first_step=epoch * sampler.steps + (done or 0),
     )
+    keep_gradients = args.legacy_no_zero_grad and args.amp == "off"  # with --amp the published loop zeroes them, too
+    guard = StepGuard(network, device=run.device, limit=args.max_bad_steps, keep_gradients=keep_gradients)
+    average = WeightAverage(network, decay=args.ema) if args.ema else None
+    clock = WallClock(hours=args.max_hours) if args.max_hours else None
     state = TrainingState(
         model=network,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(run.device.type) if args.amp == "fp16" else None,
-        keep_gradients=args.legacy_no_zero_grad and args.amp == "off",  # with --amp the published loop zeroes them, too
+        keep_gradients=keep_gradients,
+        ema=average,
+        extras={"bad_steps": guard, **({"clock": clock} if clock else {})},
         seed=args.seed,
         batch=sampler.batch,
         facts={"settings": run.settings, "categories": run.categories.to_list()},
@@ -621,14 +667,37 @@ def train(run: Run, signals: Signals) -> None:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:
             state.restore(checkpoint, source=args.resume)
+        if average and not checkpoint.get("ema"):
+            log("the average of the weights starts from these: this file has none")
+        elif not average and checkpoint.get("ema"):
+            log("the average of the weights is left out; --ema goes on with it")
         if done is not None:
             alike = state.restore_place(checkpoint, iteration=done)
     if run.folder and is_main():
         run.folder.clean()
         if run.own:
             run.folder.forget_log(epoch)
+    # The main process reads, so that all know the same.
+    earlier = all_gather_object(run.folder.logged() if run.own and is_main() else [])[0]
     if epoch >= args.epochs:
         log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
+    if clock and clock.is_up:
+        log(f"--max_hours {args.max_hours} are used up ({clock.seconds / 3600:.2f}); a larger number goes on")
+        return
+
+    def figures() -> dict[str, Any]:
+        found = run.evaluate()[0]
+        if average:
+            log("and with averaged weights:")
+            with average.in_place():
+                found |= {f"ema_{name}": value for name, value in run.evaluate()[0].items()}
+        return found
+
+    def wish() -> Wish:
+        if not clock or not clock.is_up:
+            return Wish.GO_ON
+        log(f"--max_hours {args.max_hours} are used up")
+        return Wish.FINISH
 
     def after_epoch() -> None:
         if args.compile:
@@ -638,7 +707,7 @@ def train(run: Run, signals: Signals) -> None:
         state=state,
         model=run.model,
         loader=run.train_loader,
-        evaluate=lambda: run.evaluate()[0],
+        evaluate=figures,
         folder=run.folder,
         signals=signals,
         options={
@@ -647,22 +716,61 @@ def train(run: Run, signals: Signals) -> None:
             "clip_max_norm": args.clip_max_norm,
             "accumulate": args.accumulate,
             "amp": AMP[args.amp],
+            "guard": guard,
+            "average": average,
             "profiler": StepProfiler(steps=args.profile, device=run.device),
             "print_every": args.print_every,
         },
         epochs=args.epochs,
         eval_every_epoch=args.eval_every_epoch,
+        patience=args.patience,
+        earlier=earlier,
+        wish=wish,
         save_every_epoch=args.save_every_epoch,
         save_every_iterations=args.save_every_iterations,
         save_every_minutes=args.save_every_minutes,
     )
-    trainer.run(random_numbers_go_on=alike, after_epoch=after_epoch)
+    try:
+        trainer.run(random_numbers_go_on=alike, after_epoch=after_epoch)
+    except BadSteps as error:
+        text = replay.keep(
+            error,
+            state=state,
+            criterion=run.criterion,
+            device=run.device,
+            amp=AMP[args.amp],
+            folder=run.folder,
+        )
+        raise ValueError(text) from None
+
+
+def repeat_step(source: str, device: torch.device) -> int:
+    """--replay: what the step gives here; 0 where it is finite, 1 where it is not. Raises ValueError."""
+    content = replay.read(source)
+    settings = build_parser().parse_args(["--model", content["settings"]["model"]])
+    for name in vars(settings).keys() & content["settings"].keys():
+        setattr(settings, name, content["settings"][name])
+    set_arithmetic(tf32=settings.tf32, deterministic=settings.deterministic)
+    network, criterion, _ = build_model(settings)
+    load_weights(network, content["model"], source=source)
+    place(network, settings, device)
+    optimizer = build_optimizer(network, settings, device)
+    optimizer.load_state_dict(content["optimizer"])
+    log(f"epoch {content['epoch']}, iteration {content['iteration']}, image ids {replay.image_ids(content)}")
+    repeated = replay.repeat(content, network=network, criterion=criterion, device=device, amp=AMP[settings.amp])
+    for line in repeated.lines():
+        log(line)
+    if repeated.finite:
+        log(f"the step is finite; {replay.take(network, optimizer, clip_max_norm=settings.clip_max_norm)}")
+    return 0 if repeated.finite else 1
 
 
 def run(args: argparse.Namespace, given: set[str]) -> int:
     """Everything after the command line; the exit status. `given` are the names of the flags that the user passed.
     Raises ValueError."""
     check_settings(args)
+    if args.replay:
+        return repeat_step(args.replay, choose_device(args.device))
     set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
     ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=choose_device(args.device).type)
     torch.manual_seed(args.seed + ranks.rank)
@@ -681,7 +789,8 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 after one line about what is wrong with the input, 75 where the run is to be started again."""
+    """Exit status: 0, 1 for a --replay that is not finite, 2 after one line about what is wrong with the input, 75
+    where the run is to be started again."""
     parser = build_parser()
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))

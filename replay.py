@@ -5,7 +5,9 @@ Knows no model family. The network runs without DDP's wrapper and uncompiled, so
 
 from __future__ import annotations
 
+import copy
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -13,44 +15,80 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from engine import compute_losses, predict
+from util.checkpoint import read_file, save_file
+from util.checkpoint_folder import CheckpointFolder
+from util.distributed import all_gather_object, barrier, get_rank
 from util.padded_images import PaddedImages
-from util.step_guard import Step, set_random_state
+from util.step_guard import BadSteps, Step
+from util.training_state import TrainingState, set_random_state
 
-VERSION = 1
+NAME, VERSION = "replay.pth", 1
 
 
-def pack(
-    step: Step,
+def keep(
+    error: BadSteps,
     *,
-    network: nn.Module,
-    optimizer: Optimizer,
-    scaler: GradScaler | None,
-    keep_gradients: bool,
-    settings: dict[str, Any],
-    rank: int,
-) -> dict[str, Any]:
-    """The file's content, on the CPU: a plain dict. The state given must be that from before the step."""
+    state: TrainingState,
+    criterion: nn.Module,
+    device: torch.device,
+    amp: torch.dtype | None,
+    folder: CheckpointFolder | None,
+) -> str:
+    """Repeat the last bad step, write it into the folder, and return all that there is to say about it, in a line.
+
+    Every process has to come here. The file holds the part of the first process in which the fault shows.
+    """
+    traceback.clear_frames(error.__traceback__)  # they hold what a later step's forward kept for its backward
+    content = pack(error.step, state)
+    # A copy, because DDP would exchange the gradients of the original.
+    repeated = repeat(content, network=copy.deepcopy(state.model), criterion=criterion, device=device, amp=amp)
+    told = all_gather_object((repeated.finite, repeated.first_fault()))
+    odd = [rank for rank, (finite, _) in enumerate(told) if not finite]
+    rank = error.rank if error.rank is not None else odd[0] if odd else 0
+    text = f"{error}; {told[rank][1]}" if rank in odd else f"{error}; the same step alone is finite"
+    text += ". Try a smaller --lr, and look at these images and their boxes"
+    if folder is None:
+        return f"{text}; with --output_dir the step would be kept, to be repeated"
+    path = folder.path / NAME
+    if get_rank() == rank:
+        with folder.writing():
+            save_file(content, path)
+    barrier()
+    return f"{text}; python main.py --replay {path} repeats the step"
+
+
+def pack(step: Step, state: TrainingState) -> dict[str, Any]:
+    """The file's content, on the CPU: a plain dict. The state must be that from before the step."""
+    network, scaler = state.model, state.scaler
+    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
     content = {
         "replay": VERSION,
         "epoch": step.epoch,
         "iteration": step.iteration,
-        "rank": rank,
+        "rank": get_rank(),
         "parts": [
             {"images": images.images, "padding": images.padding, "targets": targets} for images, targets in step.parts
         ],
         "num_boxes": step.num_boxes,
         "random": step.random,
         "model": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
-        "gradients": {n: w.grad for n, w in network.named_parameters() if w.grad is not None} if keep_gradients else {},
-        "settings": settings,
+        "gradients": gradients if state.keep_gradients else {},
+        "settings": state.facts["settings"],
     }
     return to_device(content, torch.device("cpu"))
+
+
+def read(source: str) -> dict[str, Any]:
+    """What `keep` wrote. Raises ValueError."""
+    content = read_file(source, flag="--replay")
+    if content.get("replay") != VERSION:
+        raise ValueError(f"--replay {source} holds no step; pass the {NAME} that a run left when it stopped")
+    return content
 
 
 @dataclass
@@ -107,7 +145,8 @@ def repeat(
     for name, weight in network.named_parameters():
         gradient = content["gradients"].get(name)
         weight.grad = None if gradient is None else gradient.clone()
-    same_numbers = set_random_state(content["random"], device)
+    set_random_state(content["random"])
+    same_numbers = (device.type == "cuda") == ("cuda" in content["random"])
     parts = content["parts"]
     terms: dict[str, float] = {}
     with _watched(network) as watch:
@@ -130,6 +169,20 @@ def repeat(
         gradient /= scale
     norm = nn.utils.get_total_norm(gradients).item()
     return Repeated(terms, norm, same_numbers, watch.nan, watch.infinite, watch.gradient)
+
+
+def image_ids(content: dict[str, Any]) -> list[int]:
+    return [int(target["image_id"]) for part in content["parts"] for target in part["targets"]]
+
+
+@torch.no_grad()
+def take(network: nn.Module, optimizer: Optimizer, *, clip_max_norm: float) -> str:
+    """Let the optimiser take a repeated step, and say what became of the weights."""
+    if clip_max_norm > 0:
+        nn.utils.clip_grad_norm_(network.parameters(), clip_max_norm)
+    optimizer.step()
+    odd = [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]
+    return f"the optimiser makes {odd[0]} infinite" if odd else "after it all weights are finite, too"
 
 
 class _Watch:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,12 @@ from util.training_state import TrainingState
 from util.visualize import plot_training_curves
 
 
+def average_precision(line: dict[str, Any]) -> float | None:
+    """What a line of the log says the AP is: that of averaged weights where there are some; None without any."""
+    figures = line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
+    return figures[0] if figures else None
+
+
 class Trainer:
     """Trains from where `state` is to the last epoch, as `train_one_epoch` does each.
 
@@ -29,6 +36,8 @@ class Trainer:
         folder: where checkpoints and the log go; None: nowhere.
         signals: asks whether the run is to make room for others.
         options: further arguments of `train_one_epoch`.
+        patience: evaluations in a row without a higher AP that end the training; 0: none do.
+        earlier: lines of the log that this run has written before.
         save_every_epoch: epochs between two checkpoints that are named by their epoch alone.
         save_every_iterations, save_every_minutes: between two others; 0: none.
         wish: what this process wants after a step, beside what signals and the clock want.
@@ -47,6 +56,8 @@ class Trainer:
         epochs: int,
         eval_every_epoch: int,
         save_every_epoch: int,
+        patience: int = 0,
+        earlier: Sequence[dict[str, Any]] = (),
         save_every_iterations: int = 0,
         save_every_minutes: float = 0,
         wish: Callable[[], Wish] = lambda: Wish.GO_ON,
@@ -56,6 +67,8 @@ class Trainer:
         self.epochs, self.eval_every_epoch, self.save_every_epoch = epochs, eval_every_epoch, save_every_epoch
         self.save_every_iterations, self.save_every_minutes = save_every_iterations, save_every_minutes
         self.wish = wish
+        self.patience = patience
+        self.history = [ap for ap in map(average_precision, earlier) if ap is not None]
         self.votes = Votes()
         self.saved_at = time.monotonic()
 
@@ -75,6 +88,8 @@ class Trainer:
         start = time.time()
         self.saved_at = time.monotonic()
         for epoch in range(state.epoch, self.epochs):
+            if self._lost_patience():
+                break
             if epoch > state.epoch:
                 state.epoch, state.iteration, state.averager = epoch, 0, MetricAverager()
             if not random_numbers_go_on:
@@ -104,12 +119,26 @@ class Trainer:
                 # The checkpoint of this epoch is there, and a run that goes on from it evaluates.
                 with self.signals.nothing_to_save() if self.folder else nullcontext():
                     line |= {f"test_{name}": value for name, value in self.evaluate().items()}
+                ap = average_precision(line)
+                if self.folder and is_main() and ap > max(self.history, default=-math.inf):
+                    # Before the log tells of it: a run that is killed here evaluates, and comes here, again.
+                    self.folder.keep_best()
+                self.history.append(ap)
             if self.folder and is_main():
                 n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
                 with self.folder.writing() as folder:
                     self.folder.append_log({**line, "epoch": epoch, "n_parameters": n_parameters})
                     plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
         log(f"training took {timedelta(seconds=round(time.time() - start))}")
+
+    def _lost_patience(self) -> bool:
+        if not self.patience or not self.history:
+            return False
+        best = max(self.history)
+        since = len(self.history) - 1 - self.history.index(best)
+        if since >= self.patience:
+            log(f"stopped by --patience {self.patience}: no AP of the last {since} evaluations is above {best:.4f}")
+        return since >= self.patience
 
     def save(self) -> None:
         """Write a checkpoint. Every process has to come here."""

@@ -57,7 +57,7 @@ def may_import(file: str, module: str) -> bool:
         return package == "util" or shared or operator or (family is not None and family == own)
     if file == "engine.py":
         return package in ("util", "datasets")
-    if file == "training.py":
+    if file in ("training.py", "replay.py"):
         return package in ("engine", "util")
     if file == "main.py":
         return package not in PROGRAMS

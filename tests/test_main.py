@@ -77,12 +77,15 @@ def plain(value) -> bool:
 
 def test_training_writes_what_the_official_code_writes(trained):
     assert sorted(os.listdir(trained)) == [
-        "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "curves.png", "log.txt", "settings.json",
+        "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "checkpoint_best.pth", "curves.png", "log.txt",
+        "settings.json",
     ]  # fmt: skip
     terms = {f"{name}{layer}" for name in ("loss_ce", "loss_bbox", "loss_giou") for layer in ("", "_0")}
     extra = {"cardinality_error", "cardinality_error_0", "class_error"}
     shared = {"loss", "class_error", *terms} | {f"{name}_unscaled" for name in terms | extra}
-    expected = {f"train_{name}" for name in shared | {"lr"}} | {f"test_{name}" for name in shared | {"coco_eval_bbox"}}
+    expected = {f"train_{name}" for name in shared | {"lr", "bad_steps"}} | {
+        f"test_{name}" for name in shared | {"coco_eval_bbox"}
+    }
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     learned = {k: v for k, v in checkpoint["model"].items() if "running_" not in k and "num_batches" not in k}
     for epoch, line in enumerate(read_log(trained)):

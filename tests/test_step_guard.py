@@ -23,6 +23,7 @@ from util.optim import build_scheduler
 from util.padded_images import pad_images
 from util.step_guard import BadSteps, StepGuard
 from util.targets import TargetBatch
+from util.training_state import TrainingState
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,12 @@ class Training:
             model=self.model, criterion=self.criterion, loader=batches, optimizer=self.optimizer,
             scheduler=self.scheduler, device=CPU, epoch=0, clip_max_norm=0.1, zero_grad=not self.keep_gradients,
             scaler=self.scaler, guard=self.guard, average=self.average, print_every=50, **options,
+        )  # fmt: skip
+
+    def training_state(self) -> TrainingState:
+        return TrainingState(
+            model=self.network, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler, seed=0, batch=2,
+            keep_gradients=self.keep_gradients, facts={"settings": self.settings},
         )  # fmt: skip
 
     def state(self) -> dict:
@@ -193,11 +200,7 @@ def test_a_step_is_repeated_from_its_file(keep_gradients, tmp_path):
     with pytest.raises(BadSteps) as stopped:
         training.run([batch(2), batch(3)])
     step = stopped.value.step
-    content = replay.pack(
-        step, network=training.network, optimizer=training.optimizer, scaler=None, keep_gradients=keep_gradients,
-        settings=training.settings, rank=0,
-    )  # fmt: skip
-    save_file(content, tmp_path / "replay.pth")
+    save_file(replay.pack(step, training.training_state()), tmp_path / "replay.pth")
     content = read_file(str(tmp_path / "replay.pth"), flag="--replay")
     other = Training(dropout="0.2")
     other.run([batch(5)])
@@ -243,10 +246,7 @@ def test_where_it_began(spoil, what, where):
             training.network.get_parameter(spoil).view(-1)[0] = math.nan
     with pytest.raises(BadSteps) as stopped:
         training.run([batch(7, spoilt=spoil == "image")])
-    content = replay.pack(
-        stopped.value.step, network=training.network, optimizer=training.optimizer, scaler=None, keep_gradients=False,
-        settings={}, rank=0,
-    )  # fmt: skip
+    content = replay.pack(stopped.value.step, training.training_state())
     repeated = replay.repeat(content, network=training.network, criterion=training.criterion, device=CPU, amp=None)
     assert getattr(repeated, what) == where
     assert not repeated.finite

@@ -3,8 +3,9 @@
     checkpoint0003.pth           after epoch 3, as the official code names it
     checkpoint0004_000250.pth    in between: 250 steps into epoch 4
     checkpoint.pth               the newest of them, under a second name
+    checkpoint_best.pth          the one of the highest AP, likewise
 
-The second name is a hard link, which takes no space and cannot dangle; where a file system has none, it is a copy.
+A second name is a hard link, which takes no space and cannot dangle; where a file system has none, it is a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from util.checkpoint import save_file
 from util.logger import append_json_line, flush_folder, log, read_json_lines, whole_file
 
-NEWEST = "checkpoint.pth"
+NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
 # What a run that was killed while it wrote has left behind: see util.logger.whole_file.
 _LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|settings\.json|log\.txt|curves\.png)")
@@ -52,6 +53,11 @@ class CheckpointFolder:
             _also_name(folder / name, folder / NEWEST)
             self._prune(folder / name)
         return folder / name
+
+    def keep_best(self) -> None:
+        """Let `checkpoint_best.pth` be the newest one, whatever becomes of its other names."""
+        with self.writing() as folder:
+            _also_name(folder / NEWEST, folder / BEST)
 
     def append_log(self, line: dict[str, Any]) -> None:
         with self.writing() as folder:
@@ -111,6 +117,12 @@ class CheckpointFolder:
             if kept != lines:
                 with self.writing(), whole_file(file) as temporary:
                     temporary.write_text("".join(kept))
+
+    def logged(self) -> list[dict[str, Any]]:
+        """The lines of log.txt, of each epoch the last, in the order of epochs."""
+        file = self.path / "log.txt"
+        lines = {line["epoch"]: line for line in read_json_lines(file)} if file.is_file() else {}
+        return [lines[epoch] for epoch in sorted(lines)]
 
     def has_logged(self, epoch: int) -> bool:
         file = self.path / "log.txt"

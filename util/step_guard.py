@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from util.distributed import all_gather_object, any_process, get_world_size
 from util.logger import log
+from util.training_state import random_state
 
 
 @dataclass
@@ -91,7 +92,7 @@ class StepGuard:
     def begin(self) -> dict[str, Tensor]:
         """Before a step's forward. Returns the state of the random numbers that it will draw."""
         self._saved = [(tensor, tensor.clone()) for tensor in self._statistics]
-        return random_state(self.device)
+        return random_state()
 
     def before_backward(self) -> None:
         """Before a step's first backward."""
@@ -178,22 +179,6 @@ class StepGuard:
         self._counts = torch.tensor([state[name] for name in ("skipped", "bad", "in_a_row")], device=self.device)
         self._on_host.copy_(self._counts)
         _, self._bad_before, self._in_a_row = map(int, self._read)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that a step on this device draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device) -> bool:
-    """Returns whether the device will draw the same numbers; a GPU does not draw those of a CPU."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    return (device.type == "cuda") == ("cuda" in state)
 
 
 def _tell(step: Step) -> tuple[int | None, str]:
