@@ -52,7 +52,7 @@ from util.distributed import (
 from util.ema import WeightAverage
 from util.logger import log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
-from util.preemption import Signals, Stopped, Wish, ignore_in_worker
+from util.preemption import Signals, Stopped, Wish, shield_worker
 from util.profiler import StepProfiler
 from util.step_guard import BadSteps, StepGuard
 from util.training_state import TrainingState
@@ -416,7 +416,7 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
         "num_workers": args.num_workers,
         "persistent_workers": args.num_workers > 0,  # started once, not anew for each epoch
         "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": ignore_in_worker,
+        "worker_init_fn": shield_worker,
         # A loader draws a number when its workers start, which in a resumed run is another epoch: not from the numbers
         # that the network's dropout draws.
         "generator": torch.Generator(),

@@ -1,4 +1,4 @@
-"""What long trainings are helped with, from the command line: --ema, --patience, --max_hours, --replay, the best file."""
+"""What helps long trainings, from the command line: --ema, the best checkpoint, --patience, --max_hours, --replay."""
 
 import json
 import shlex

@@ -108,11 +108,23 @@ def end_now(status: int) -> None:
     os._exit(status)
 
 
-def ignore_in_worker(_: int) -> None:
-    """For processes that load data: the cluster's signals are for those that train, which still need the data."""
+def shield_worker(_: int) -> None:
+    """For processes that load data: the cluster's signals, which reach every process, are for the one that trains. It
+    still needs the data. What it sends itself, when it ends, ends them as ever."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Votes:
