@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import TINY, call_main, command, error_line, evaluate, read_log, run_main, run_process
 
+import demo
 import main
 import training
+from util.checkpoint import checksum
 from util.ema import WeightAverage
 from util.step_guard import StepGuard
 from util.training_state import TrainingState
@@ -43,6 +45,16 @@ def test_averages_are_logged_saved_and_evaluated(averaged, shapes, tmp_path):
     assert evaluate(shapes, checkpoint, tmp_path / "b", "--raw_weights")[0] == lines[1]["test_coco_eval_bbox"]
 
 
+def test_pictures_are_drawn_with_averages(averaged, shapes, tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(demo, "load_weights", lambda network, state, *, source: taken.append(state))
+    flags = ["--images", str(shapes / "val2017"), "--limit", "1", "--output", str(tmp_path), "--device", "cpu"]
+    for more in ([], ["--raw_weights"]):
+        assert demo.main(["--resume", str(averaged / "checkpoint.pth"), *flags, *more]) == 0
+    saved = load(averaged / "checkpoint.pth")
+    assert list(map(checksum, taken)) == [checksum(saved["ema"]["model"]), checksum(saved["model"])]
+
+
 def test_a_resumed_run_has_the_same_averages(averaged, shapes, tmp_path):
     """From the middle of an epoch."""
     first = ["--save_every_iterations", "1", "--keep", "9"]
@@ -51,7 +63,7 @@ def test_a_resumed_run_has_the_same_averages(averaged, shapes, tmp_path):
     run_main(shapes, *FLAGS, "--resume", str(middle), "--output_dir", str(tmp_path / "resumed"), network=TINY)
     straight, resumed = (load(folder / "checkpoint.pth") for folder in (averaged, tmp_path / "resumed"))
     for name in ("model", "ema", "optimizer", "extras"):
-        torch.testing.assert_close(resumed[name], straight[name], rtol=0, atol=0)
+        assert checksum(resumed[name]) == checksum(straight[name]), name
     assert read_log(tmp_path / "resumed") == read_log(averaged)
 
 
@@ -104,16 +116,14 @@ def test_the_best_checkpoint_and_patience(shapes, tmp_path, capsys, made_up):
     run_main(shapes, *flags, "--resume", "auto")
     assert epochs(tmp_path) == [0, 1, 2, 3]
     assert "stopped by --patience 2: no AP of the last 2 evaluations is above 0.3000" in capsys.readouterr().out
-    best = load(tmp_path / "checkpoint_best.pth")
-    assert best["epoch"] == 1
+    assert load(tmp_path / "checkpoint_best.pth")["epoch"] == 1
     assert load(tmp_path / "checkpoint.pth")["epoch"] == 3
     assert not (tmp_path / "checkpoint0001.pth").exists()  # --keep 0
     run_main(shapes, *flags, "--resume", "auto")
     assert epochs(tmp_path) == [0, 1, 2, 3]
-    run_main(shapes, *flags, "--resume", "auto", "--patience", "3")
+    run_main(shapes, *flags, "--resume", "auto", "--patience", "3", "--epochs", "5")
     assert epochs(tmp_path) == [0, 1, 2, 3, 4]
     assert load(tmp_path / "checkpoint_best.pth")["epoch"] == 4
-    torch.testing.assert_close(best["model"].keys(), load(tmp_path / "checkpoint_best.pth")["model"].keys())
 
 
 def test_the_best_is_that_of_averaged_weights():
@@ -124,7 +134,7 @@ def test_the_best_is_that_of_averaged_weights():
 
 
 def test_hours_are_counted_over_resumes(shapes, tmp_path, capsys, monkeypatch):
-    """A step takes an hour, half of it in the first run's second epoch; three and a half are allowed."""
+    """A step takes an hour."""
     now = [0.0]
     monkeypatch.setattr("util.wall_clock.time.monotonic", lambda: now[0])
     step = StepGuard.step
@@ -166,7 +176,7 @@ def test_a_diverged_run_stops_and_its_step_is_repeated(shapes, tmp_path):
     for part in (
         "2 steps in a row were not finite, the last one in epoch 0, iteration 2: loss_ce = nan, ",
         "loss_giou_0 = nan",
-        "; first NaN: output of backbone",
+        "; first NaN: output of encoder.layers.0.self_attention.out_proj",
         "--lr",
         f"python main.py --replay {output}/replay.pth",
     ):
@@ -178,12 +188,21 @@ def test_a_diverged_run_stops_and_its_step_is_repeated(shapes, tmp_path):
     assert replayed.returncode == 1, replayed.stderr
     assert replayed.stdout.startswith(f"epoch 0, iteration 2, image ids {ids}]\n")
     assert "loss_ce_0              nan   <- not finite\n" in replayed.stdout
-    assert "first NaN: output of backbone" in replayed.stdout
+    assert "first NaN: output of encoder.layers.0.self_attention.out_proj\n" in replayed.stdout
 
     content = load(output / "replay.pth")
     assert all(torch.isfinite(weight).all() for weight in content["model"].values())
     assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {1}
     assert json.loads(json.dumps(content["settings"]))["lr"] == 1e30
+
+
+def test_a_diverged_run_is_evaluated(shapes, tmp_path):
+    """Detections that are no numbers hit nothing; the log averages the steps that were taken."""
+    run_main(shapes, "--epochs", "1", "--lr", "1e30", "--clip_max_norm", "0", "--output_dir", str(tmp_path))
+    (line,) = read_log(tmp_path)
+    assert (line["train_bad_steps"], line["test_loss"], line["test_coco_eval_bbox"][0]) == (3, None, 0)
+    assert 0 < line["train_loss"] < 1000
+    assert load(tmp_path / "checkpoint.pth")["extras"]["bad_steps"] == {"skipped": 3, "bad": 3, "in_a_row": 3}
 
 
 def test_replay_where_the_step_is_finite(shapes, tmp_path, capsys):
@@ -202,7 +221,7 @@ def test_replay_where_the_step_is_finite(shapes, tmp_path, capsys):
     content["settings"]["lr"] = content["optimizer"]["param_groups"][0]["lr"] = 1e-4
     assert main.main(["--replay", str(tmp_path / "milder.pth"), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "not finite" not in out
+    assert "<-" not in out
     assert "first gradient that is not finite: none" in out
     assert "the step is finite; after it all weights are finite, too" in out
 
