@@ -118,7 +118,7 @@ def train_one_epoch(
                     scaler.update()
                 scheduler.step()
             ids = [target["image_id"] for target in together]
-            guard.end(Step(epoch, iteration, metrics, ids, num_boxes, group, random))
+            guard.end(Step(epoch, iteration, metrics, ids, num_boxes, group, random, scale))
             for terms in metrics:
                 averager.update(_where_good(terms, bad))
             averager.update({"lr": lr, "good": 1 - bad})

@@ -62,7 +62,7 @@ def keep(
 
 def pack(step: Step, state: TrainingState) -> dict[str, Any]:
     """The file's content, on the CPU: a plain dict. The state must be that from before the step."""
-    network, scaler = state.model, state.scaler
+    network = state.model
     gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
     content = {
         "replay": VERSION,
@@ -76,7 +76,7 @@ def pack(step: Step, state: TrainingState) -> dict[str, Any]:
         "random": step.random,
         "model": network.state_dict(),
         "optimizer": state.optimizer.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
+        "scale": 1.0 if step.scale is None else step.scale,
         "gradients": gradients if state.keep_gradients else {},
         "settings": state.facts["settings"],
     }
@@ -136,18 +136,15 @@ def repeat(
 ) -> Repeated:
     """Forward, losses and backward of a packed step. The network has its weights already; its gradients, without those
     of a loss scale, are left in it."""
-    content = to_device({name: content[name] for name in ("parts", "num_boxes", "gradients", "random")}, device) | {
-        name: content[name] for name in ("random", "scaler")
-    }
-    scale = content["scaler"]["scale"] if content["scaler"] else 1.0
+    parts, num_boxes, scale, gradients = (
+        to_device(content[name], device) for name in ("parts", "num_boxes", "scale", "gradients")
+    )
     network.train()
     criterion.train()
     for name, weight in network.named_parameters():
-        gradient = content["gradients"].get(name)
-        weight.grad = None if gradient is None else gradient.clone()
+        weight.grad = gradients.get(name)
     set_random_state(content["random"])
     same_numbers = (device.type == "cuda") == ("cuda" in content["random"])
-    parts = content["parts"]
     terms: dict[str, float] = {}
     with _watched(network) as watch:
         for number, part in enumerate(parts):
@@ -156,9 +153,8 @@ def repeat(
             watch.see(f"the boxes{name}", [target["boxes"] for target in part["targets"]])
             outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp)
             watch.see("the predictions", outputs)
-            loss, values = compute_losses(
-                criterion, outputs, part["targets"], num_boxes=content["num_boxes"], parts=len(parts)
-            )
+            loss, values = compute_losses(criterion, outputs, part["targets"], num_boxes=num_boxes, parts=len(parts))
+            values["loss"] = values.pop("loss")  # the sum after what it is of
             for term, value in values.items():
                 if term.startswith("loss") and not term.endswith("_unscaled"):
                     watch.see(term, value)

@@ -17,6 +17,7 @@ import main
 import replay
 from models.build import FAMILIES
 from util.checkpoint import read_file, save_file
+from util.checkpoint_folder import CheckpointFolder
 from util.distributed import init_distributed, shutdown
 from util.ema import WeightAverage
 from util.optim import build_scheduler
@@ -281,6 +282,11 @@ def half(rank: int, folder: str) -> None:
                 training.run([bad, bad])
             except BadSteps as error:
                 results[fault] |= {"error": str(error), "rank": error.rank}
+                text = replay.keep(
+                    error, state=training.training_state(), criterion=training.criterion, device=CPU, amp=None,
+                    folder=CheckpointFolder(f"{folder}/{fault}"),
+                )  # fmt: skip
+                results[fault]["text"] = text
     torch.save(results, Path(folder) / f"{rank}.pth")
     shutdown()
 
@@ -296,6 +302,13 @@ def test_two_processes_skip_alike(tmp_path, capfd):
             assert "2 steps in a row were not finite, the last one in epoch 0, iteration 1: " in ours[fault]["error"]
             assert ours[fault]["error"].endswith("; image ids [71, 72] of rank 1")
             assert ours[fault]["rank"] == 1
+            assert ours[fault]["text"].startswith(ours[fault]["error"])
+        assert first[fault]["text"] == second[fault]["text"]
+        content = replay.read(str(tmp_path / fault / "replay.pth"))  # that of the process at fault
+        assert (content["rank"], replay.image_ids(content)) == (1, [71, 72])
+        assert content["num_boxes"] == 3
+    assert "; first NaN: the images. Try a smaller --lr" in first["image"]["text"]
+    assert "; first NaN: loss_giou. Try" in first["term without gradient"]["text"]
     assert capfd.readouterr().out.count("step skipped, 1 in a row, 1 in all: epoch 0, iteration 1: ") == 2
 
 

@@ -7,7 +7,7 @@ it waits for the device anyway, so that looking costs nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from util.distributed import all_gather_object, any_process, get_world_size
 from util.logger import log
 from util.training_state import random_state
+
+MOST = 6  # loss terms that are named
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Step:
         num_boxes: what losses were divided by.
         parts: images and targets of each part; None where they were not kept.
         random: `random_state` before the step.
+        scale: of the gradient scaler, where there is one.
     """
 
     epoch: int
@@ -38,7 +41,8 @@ class Step:
     image_ids: list[Tensor]
     num_boxes: Tensor
     parts: list[tuple[Any, Any]] | None
-    random: dict[str, Tensor] = field(default_factory=dict)
+    random: dict[str, Tensor]
+    scale: Tensor | None
 
     def faults(self) -> list[str]:
         """Terms of this process that are not finite, as "loss_ce = nan"; their sum where each alone is."""
@@ -48,7 +52,8 @@ class Step:
             for name, value in metrics.items()
             if not torch.isfinite(value) and name.startswith("loss") and not name.endswith("_unscaled")
         }
-        return [f"{n} = {value}" for n, value in found.items() if n != "loss" or len(found) == 1]
+        listed = [f"{n} = {value}" for n, value in found.items() if n != "loss" or len(found) == 1]
+        return listed if len(listed) <= MOST else [*listed[:MOST], f"{len(listed) - MOST} more"]
 
 
 class BadSteps(ValueError):
