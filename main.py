@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,10 @@ from util.distributed import (
 )
 from util.logger import log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
-from util.preemption import Signals, Stopped, shield_worker
+from util.preemption import PREEMPTED, Signals, Stopped, end_now, shield_worker
 from util.profiler import StepProfiler
 from util.training_state import TrainingState
+from util.watchdog import Watchdog
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -432,6 +434,7 @@ class Run:
     train_loader: DataLoader | None
     val_loader: DataLoader
     folder: CheckpointFolder | None
+    watchdog: Watchdog
     own: bool  # whether training goes on with the run whose log and checkpoints are in the folder
 
     @property
@@ -445,7 +448,7 @@ class Run:
             model=self.model,
             criterion=self.criterion,
             postprocess=self.postprocess,
-            loader=self.val_loader,
+            loader=self.watchdog.watched(self.val_loader),
             evaluator=evaluator,
             device=self.device,
             amp=AMP[self.args.amp],
@@ -479,7 +482,7 @@ def same_file(one: str, other: Path) -> bool:
     return other.exists() and os.path.exists(one) and os.path.samefile(one, other)
 
 
-def build(args: argparse.Namespace, given: set[str]) -> Run:
+def build(args: argparse.Namespace, given: set[str], watchdog: Watchdog) -> Run:
     """Data, network and losses, with the weights that the run starts from. Raises ValueError."""
     device = choose_device(args.device)
     folder = CheckpointFolder(args.output_dir, keep=args.keep) if args.output_dir else None
@@ -544,6 +547,7 @@ def build(args: argparse.Namespace, given: set[str]) -> Run:
         train_loader=train_loader,
         val_loader=val_loader,
         folder=folder,
+        watchdog=watchdog,
         own=own,
     )
 
@@ -641,6 +645,7 @@ def train(run: Run, signals: Signals) -> None:
         evaluate=lambda: run.evaluate()[0],
         folder=run.folder,
         signals=signals,
+        watched=run.watchdog.watched,
         options={
             "criterion": run.criterion,
             "device": run.device,
@@ -664,17 +669,23 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     Raises ValueError."""
     check_settings(args)
     set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
-    ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=choose_device(args.device).type)
+    ranks = init_distributed(
+        dist_url=args.dist_url,
+        world_size=args.world_size,
+        device=choose_device(args.device).type,
+        timeout=timedelta(seconds=args.timeout),
+    )
     torch.manual_seed(args.seed + ranks.rank)
-    if args.eval:
-        write_evaluation(build(args, given))
-        return 0
-    signals = Signals()
     try:
-        with signals if args.output_dir else nullcontext():  # where nothing can be saved they end the process, as ever
-            with signals.nothing_to_save():
-                parts = build(args, given)
-            train(parts, signals)
+        with Watchdog(timeout=args.timeout) as watchdog:
+            if args.eval:
+                write_evaluation(build(args, given, watchdog))
+                return 0
+            signals = Signals(announce=lambda message: watchdog.tell(message, status=PREEMPTED))
+            with signals if args.output_dir else nullcontext():  # where nothing can be saved they end it, as ever
+                with signals.nothing_to_save():
+                    parts = build(args, given, watchdog)
+                train(parts, signals)
     except Stopped as stopped:
         return stopped.status
     return 0
@@ -693,4 +704,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == PREEMPTED:  # at once: the launcher ends the other processes as soon as one has ended
+        end_now(status)
+    sys.exit(status)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -28,6 +28,7 @@ class Trainer:
         evaluate: figures of the network as it is now, for the log; every process comes here.
         folder: where checkpoints and the log go; None: nowhere.
         signals: asks whether the run is to make room for others.
+        watched: wraps the loader, so that others see how far it is.
         options: further arguments of `train_one_epoch`.
         save_every_epoch: epochs between two checkpoints that are named by their epoch alone.
         save_every_iterations, save_every_minutes: between two others; 0: none.
@@ -43,6 +44,7 @@ class Trainer:
         evaluate: Callable[[], dict[str, Any]],
         folder: CheckpointFolder | None,
         signals: Signals,
+        watched: Callable[[DataLoader], Iterable] = lambda loader: loader,
         options: dict[str, Any],
         epochs: int,
         eval_every_epoch: int,
@@ -55,7 +57,7 @@ class Trainer:
         self.folder, self.signals, self.options = folder, signals, options
         self.epochs, self.eval_every_epoch, self.save_every_epoch = epochs, eval_every_epoch, save_every_epoch
         self.save_every_iterations, self.save_every_minutes = save_every_iterations, save_every_minutes
-        self.wish = wish
+        self.wish, self.watched = wish, watched
         self.votes = Votes()
         self.saved_at = time.monotonic()
 
@@ -86,7 +88,7 @@ class Trainer:
             self.loader.dataset.set_epoch(epoch)
             train_stats = train_one_epoch(
                 model=self.model,
-                loader=self.loader,
+                loader=self.watched(self.loader),
                 optimizer=state.optimizer,
                 scheduler=state.scheduler,
                 scaler=state.scaler,
