@@ -1,12 +1,15 @@
 """Runs main.py over and over in forks of one process that has imported it, and interrupts them at chosen places.
 
-Reads jobs from stdin, one a line of JSON: {"argv": [...], "ranks": 1, "port": 0, "faults": [...], "folder": path}. A fault
-is {"at": place, "number": n, "do": what, "rank": r}: in process r, when the place is passed for the n-th time. What the
-processes print goes to folder/0.out, folder/0.err, ... Answers with their exit statuses, negative for a signal.
+Reads jobs from stdin, one a line of JSON: {"argv": [...], "ranks": 1, "port": 0, "faults": [...], "folder": path}. A
+fault is {"at": place, "number": n, "do": what, "rank": r}: in process r, when the place is passed for the n-th time.
+What the processes print goes to folder/0.out, folder/0.err, ... Answers with exit statuses, negative for a signal.
 """
 
+import contextlib
 import json
 import os
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +20,7 @@ import torch
 
 import main
 import training
+from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from util import checkpoint, checkpoint_folder
 
@@ -37,14 +41,28 @@ def half_a_line(path, record):
 # Where a fault may strike: an object, the name of a function of it, and what is done just before, if anything.
 PLACES = {
     "step": (training.Trainer, "_after_step", None),
-    "batch": (training.Trainer, "_wish", None),
     "save": (checkpoint.torch, "save", half_a_file),
     "rename": (checkpoint_folder, "_also_name", None),
     "evaluation": (CocoEvaluator, "update", None),
     "log": (checkpoint_folder, "append_json_line", half_a_line),
     "curves": (training, "plot_training_curves", None),
-    "image": (main.build_dataset.__globals__["CocoDetection"], "read_image", None),
+    "image": (CocoDetection, "read_image", None),
 }
+
+
+def act(what: str, arguments: tuple) -> None:
+    if what == "hang":
+        time.sleep(600)
+    elif what == "raise":
+        raise ValueError("made up")
+    elif what == "fill the disk":  # a limit to the size of files fails as a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    elif what == "lose the folder":
+        shutil.rmtree(arguments[0].folder.path)
+    else:
+        for name in what.split(", "):
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.2)  # until the thread that waits for signals has seen it, and no longer takes two for one
 
 
 def arm(fault: dict) -> None:
@@ -57,13 +75,7 @@ def arm(fault: dict) -> None:
         if passed == fault["number"]:
             if before:
                 before(*args, **kwargs)
-            if fault["do"] == "sleep":
-                time.sleep(600)
-            elif fault["do"] == "error":
-                raise ValueError("made up")
-            else:
-                os.kill(os.getpid(), getattr(signal, fault["do"]))
-                time.sleep(0.05)  # until the thread that waits for signals has it
+            act(fault["do"], args)
         return real(*args, **kwargs)
 
     setattr(owner, name, watched)
@@ -76,9 +88,8 @@ def child(job: dict, rank: int) -> int:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
     for fault in job["faults"]:
-        if fault.get("rank", 0) == rank:
+        if fault["rank"] == rank:
             arm(fault)
-    main.checkpoint = None
     return main.main(job["argv"])
 
 
@@ -98,14 +109,12 @@ def run(job: dict) -> list[int]:
                 os._exit(status)
         processes.append(process)
     statuses = {}
-    while len(statuses) < len(processes):
+    for _ in processes:
         process, status = os.wait()
-        if process in processes:
-            statuses[process] = os.waitstatus_to_exitcode(status)
-            if len(statuses) == len(processes) - 1:  # what was stopped is of no further use, and would stay for ever
-                for other in set(processes) - statuses.keys():
-                    if any(fault["do"] == "SIGSTOP" or fault["do"] == "sleep" for fault in job["faults"]):
-                        os.kill(other, signal.SIGKILL)
+        statuses[process] = os.waitstatus_to_exitcode(status)
+        for rank in {fault["rank"] for fault in job["faults"] if fault["do"] in ("hang", "SIGSTOP")}:
+            with contextlib.suppress(ProcessLookupError):  # of no further use, and would stay for ever
+                os.kill(processes[rank], signal.SIGKILL)
     return [statuses[process] for process in processes]
 
 

@@ -118,8 +118,8 @@ class TrainingState:
         if alike:
             self.averager.load_state_dict(sums[get_rank()])
             set_random_state(checkpoint["random_states"][get_rank()])
-        elif get_rank() == 0:  # the averages are over all processes: it does not matter which of them has the sums
-            self.averager.load_state_dict(sum_states(sums))
+        else:
+            self.averager.load_state_dict(mean_state(sums))
         return alike
 
 
@@ -137,14 +137,15 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def sum_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the averagers of several processes, as if one had seen all."""
-    total: dict[str, Any] = {"sums": {}, "counts": {}}
+def mean_state(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the averagers of some processes, for each of another number of processes: their steps weigh as much as before,
+    beside those to come."""
+    mean: dict[str, Any] = {"sums": {}, "counts": {}}
     for state in states:
         for kind, values in state.items():
             for name, value in values.items():
-                total[kind][name] = total[kind].get(name, 0) + value
-    return total
+                mean[kind][name] = mean[kind].get(name, 0.0) + value / len(states)
+    return mean
 
 
 def versions() -> dict[str, str | None]:

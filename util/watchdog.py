@@ -160,7 +160,9 @@ class Watchdog:
             except RuntimeError:
                 fault = _NO_STORE
             if fault and fault.told and fault.status != PREEMPTED:
-                self._stop.wait(min(_GRACE, self.timeout / 2))  # the main thread may end by itself, or finish what it writes
+                self._stop.wait(
+                    min(_GRACE, self.timeout / 2)
+                )  # the main thread may end by itself, or finish what it writes
             if self._stop.is_set():
                 return
             if fault:
