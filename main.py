@@ -264,8 +264,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--resume",
         default="",
-        metavar="{auto,FILE,URL}",
-        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, if any",
+        metavar="{FILE,URL,auto,auto:FILE}",
+        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, where "
+        "there is one, else FILE",
     )
     group.add_argument("--start_epoch", default=0, type=whole)
     group.add_argument("--eval", action="store_true", help="evaluate, do not train")
@@ -313,7 +314,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
-    if args.resume == "auto" and not args.output_dir:
+    if is_auto(args.resume) and not args.output_dir:
         raise ValueError("--resume auto looks for checkpoints in --output_dir: pass the folder")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
@@ -460,22 +461,25 @@ class Run:
 
 def open_checkpoint(args: argparse.Namespace, folder: CheckpointFolder | None) -> dict[str, Any] | None:
     """What --resume says, read; `args.resume` becomes the file, or empty where "auto" finds none. Raises ValueError."""
+    auto, otherwise = is_auto(args.resume), args.resume.partition(":")[2] if is_auto(args.resume) else args.resume
+    newest = folder and folder.path / NEWEST
+    found = path = None
+    if auto or (not args.eval and newest and same_file(args.resume, newest)):
+        # The main process looks, so that all processes take the same file.
+        found = folder.newest_good(read_checkpoint) if is_main() else None
+        path = all_gather_object(found and str(found[0]))[0]
+    if path is None and auto:
+        if args.eval and not otherwise:
+            raise ValueError(f"--resume auto: no good checkpoint is in {folder.path}; pass a file")
+        log(f"no checkpoint in {folder.path} yet; the run starts {f'from {otherwise}' if otherwise else 'afresh'}")
+    args.resume = path or otherwise
     if not args.resume:
         return None
-    newest = folder and folder.path / NEWEST
-    follow = args.resume == "auto" or (not args.eval and newest and same_file(args.resume, newest))
-    if not follow:
-        return read_checkpoint(args.resume)
-    # The main process looks, so that all processes take the same file.
-    found = folder.newest_good(read_checkpoint) if is_main() else None
-    path = all_gather_object(found and str(found[0]))[0]
-    if path is None and args.resume != "auto":
-        return read_checkpoint(args.resume)  # which says what is wrong
-    if path is None and args.eval:
-        raise ValueError(f"--resume auto: no good checkpoint is in {folder.path}; pass a file")
-    log(f"--resume auto: {path or 'no checkpoint yet, the run starts afresh'}")
-    args.resume = path or ""
-    return found[1] if found else read_checkpoint(path) if path else None
+    return found[1] if found else read_checkpoint(args.resume)
+
+
+def is_auto(resume: str) -> bool:
+    return resume == "auto" or resume.startswith("auto:")
 
 
 def same_file(one: str, other: Path) -> bool:
@@ -486,10 +490,11 @@ def build(args: argparse.Namespace, given: set[str], watchdog: Watchdog) -> Run:
     """Data, network and losses, with the weights that the run starts from. Raises ValueError."""
     device = choose_device(args.device)
     folder = CheckpointFolder(args.output_dir, keep=args.keep) if args.output_dir else None
-    own = args.resume == "auto"
+    own = is_auto(args.resume)
     checkpoint = open_checkpoint(args, folder)
-    if checkpoint and "iteration" in checkpoint and folder and "start_epoch" not in given:
-        own = own or Path(args.resume).parent.resolve() == folder.path.resolve()
+    if checkpoint:
+        own = "iteration" in checkpoint and folder and Path(args.resume).parent.resolve() == folder.path.resolve()
+    own = bool(own) and "start_epoch" not in given
     categories = None
     if checkpoint:
         take_network_settings(args, given, checkpoint)

@@ -24,6 +24,7 @@ from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
 from util import checkpoint, checkpoint_folder
 
+training.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))  # which takes longer than a run
 REAL_SAVE, REAL_LINE = torch.save, checkpoint_folder.append_json_line
 
 

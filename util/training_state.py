@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -65,7 +65,8 @@ class TrainingState:
 
     def capture(self) -> dict[str, Any]:
         """The checkpoint. Every process has to come here, for its random numbers and sums; waits for the device."""
-        ranks = all_gather_object({"random": random_state(), "averages": self.averager.state_dict()})
+        device = next(self.model.parameters()).device
+        ranks = all_gather_object({"random": random_state(device), "averages": self.averager.state_dict()})
         content = {
             "schema_version": SCHEMA_VERSION,
             "model": self.model.state_dict(),
@@ -117,24 +118,24 @@ class TrainingState:
         alike = len(sums) == get_world_size()
         if alike:
             self.averager.load_state_dict(sums[get_rank()])
-            set_random_state(checkpoint["random_states"][get_rank()])
+            set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
         else:
             self.averager.load_state_dict(mean_state(sums))
         return alike
 
 
-def random_state() -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Tensor]:
     """Of the generators that training draws from: PyTorch's on the CPU and on this process's GPU."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def mean_state(states: list[dict[str, Any]]) -> dict[str, Any]:
