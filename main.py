@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ from util.distributed import (
 from util.ema import WeightAverage
 from util.logger import log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
-from util.preemption import Signals, Stopped, Wish, shield_worker
+from util.preemption import PREEMPTED, Signals, Stopped, Wish, end_now, shield_worker
 from util.profiler import StepProfiler
 from util.step_guard import BadSteps, StepGuard
 from util.training_state import TrainingState
 from util.wall_clock import WallClock
+from util.watchdog import Watchdog
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -276,8 +278,9 @@ def build_parser() -> Parser:
     group.add_argument(
         "--resume",
         default="",
-        metavar="{auto,FILE,URL}",
-        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, if any",
+        metavar="{FILE,URL,auto,auto:FILE}",
+        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, where "
+        "there is one, else FILE",
     )
     group.add_argument("--start_epoch", default=0, type=whole)
     group.add_argument("--eval", action="store_true", help="evaluate, do not train")
@@ -335,7 +338,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
-    if args.resume == "auto" and not args.output_dir:
+    if is_auto(args.resume) and not args.output_dir:
         raise ValueError("--resume auto looks for checkpoints in --output_dir: pass the folder")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
@@ -464,6 +467,7 @@ class Run:
     train_loader: DataLoader | None
     val_loader: DataLoader
     folder: CheckpointFolder | None
+    watchdog: Watchdog
     own: bool  # whether training goes on with the run whose log and checkpoints are in the folder
 
     @property
@@ -477,7 +481,7 @@ class Run:
             model=self.model,
             criterion=self.criterion,
             postprocess=self.postprocess,
-            loader=self.val_loader,
+            loader=self.watchdog.watched(self.val_loader),
             evaluator=evaluator,
             device=self.device,
             amp=AMP[self.args.amp],
@@ -496,36 +500,40 @@ def place(network: nn.Module, args: argparse.Namespace, device: torch.device) ->
 
 def open_checkpoint(args: argparse.Namespace, folder: CheckpointFolder | None) -> dict[str, Any] | None:
     """What --resume says, read; `args.resume` becomes the file, or empty where "auto" finds none. Raises ValueError."""
+    auto, otherwise = is_auto(args.resume), args.resume.partition(":")[2] if is_auto(args.resume) else args.resume
+    newest = folder and folder.path / NEWEST
+    found = path = None
+    if auto or (not args.eval and newest and same_file(args.resume, newest)):
+        # The main process looks, so that all processes take the same file.
+        found = folder.newest_good(read_checkpoint) if is_main() else None
+        path = all_gather_object(found and str(found[0]))[0]
+    if path is None and auto:
+        if args.eval and not otherwise:
+            raise ValueError(f"--resume auto: no good checkpoint is in {folder.path}; pass a file")
+        log(f"no checkpoint in {folder.path} yet; the run starts {f'from {otherwise}' if otherwise else 'afresh'}")
+    args.resume = path or otherwise
     if not args.resume:
         return None
-    newest = folder and folder.path / NEWEST
-    follow = args.resume == "auto" or (not args.eval and newest and same_file(args.resume, newest))
-    if not follow:
-        return read_checkpoint(args.resume)
-    # The main process looks, so that all processes take the same file.
-    found = folder.newest_good(read_checkpoint) if is_main() else None
-    path = all_gather_object(found and str(found[0]))[0]
-    if path is None and args.resume != "auto":
-        return read_checkpoint(args.resume)  # which says what is wrong
-    if path is None and args.eval:
-        raise ValueError(f"--resume auto: no good checkpoint is in {folder.path}; pass a file")
-    log(f"--resume auto: {path or 'no checkpoint yet, the run starts afresh'}")
-    args.resume = path or ""
-    return found[1] if found else read_checkpoint(path) if path else None
+    return found[1] if found else read_checkpoint(args.resume)
+
+
+def is_auto(resume: str) -> bool:
+    return resume == "auto" or resume.startswith("auto:")
 
 
 def same_file(one: str, other: Path) -> bool:
     return other.exists() and os.path.exists(one) and os.path.samefile(one, other)
 
 
-def build(args: argparse.Namespace, given: set[str]) -> Run:
+def build(args: argparse.Namespace, given: set[str], watchdog: Watchdog) -> Run:
     """Data, network and losses, with the weights that the run starts from. Raises ValueError."""
     device = choose_device(args.device)
     folder = CheckpointFolder(args.output_dir, keep=args.keep) if args.output_dir else None
-    own = args.resume == "auto"
+    own = is_auto(args.resume)
     checkpoint = open_checkpoint(args, folder)
-    if checkpoint and "iteration" in checkpoint and folder and "start_epoch" not in given:
-        own = own or Path(args.resume).parent.resolve() == folder.path.resolve()
+    if checkpoint:
+        own = "iteration" in checkpoint and folder and Path(args.resume).parent.resolve() == folder.path.resolve()
+    own = bool(own) and "start_epoch" not in given
     categories = None
     if checkpoint:
         take_network_settings(args, given, checkpoint)
@@ -582,6 +590,7 @@ def build(args: argparse.Namespace, given: set[str]) -> Run:
         train_loader=train_loader,
         val_loader=val_loader,
         folder=folder,
+        watchdog=watchdog,
         own=own,
     )
 
@@ -710,6 +719,7 @@ def train(run: Run, signals: Signals) -> None:
         evaluate=figures,
         folder=run.folder,
         signals=signals,
+        watched=run.watchdog.watched,
         options={
             "criterion": run.criterion,
             "device": run.device,
@@ -772,17 +782,23 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     if args.replay:
         return repeat_step(args.replay, choose_device(args.device))
     set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
-    ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=choose_device(args.device).type)
+    ranks = init_distributed(
+        dist_url=args.dist_url,
+        world_size=args.world_size,
+        device=choose_device(args.device).type,
+        timeout=timedelta(seconds=args.timeout),
+    )
     torch.manual_seed(args.seed + ranks.rank)
-    if args.eval:
-        write_evaluation(build(args, given))
-        return 0
-    signals = Signals()
     try:
-        with signals if args.output_dir else nullcontext():  # where nothing can be saved they end the process, as ever
-            with signals.nothing_to_save():
-                parts = build(args, given)
-            train(parts, signals)
+        with Watchdog(timeout=args.timeout) as watchdog:
+            if args.eval:
+                write_evaluation(build(args, given, watchdog))
+                return 0
+            signals = Signals(announce=lambda message: watchdog.tell(message, status=PREEMPTED))
+            with signals if args.output_dir else nullcontext():  # where nothing can be saved they end it, as ever
+                with signals.nothing_to_save():
+                    parts = build(args, given, watchdog)
+                train(parts, signals)
     except Stopped as stopped:
         return stopped.status
     return 0
@@ -802,4 +818,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == PREEMPTED:  # at once: the launcher ends the other processes as soon as one has ended
+        end_now(status)
+    sys.exit(status)

@@ -143,7 +143,7 @@ def repeat(
     criterion.train()
     for name, weight in network.named_parameters():
         weight.grad = gradients.get(name)
-    set_random_state(content["random"])
+    set_random_state(content["random"], device)
     same_numbers = (device.type == "cuda") == ("cuda" in content["random"])
     terms: dict[str, float] = {}
     with _watched(network) as watch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -35,6 +35,7 @@ class Trainer:
         evaluate: figures of the network as it is now, for the log; every process comes here.
         folder: where checkpoints and the log go; None: nowhere.
         signals: asks whether the run is to make room for others.
+        watched: wraps the loader, so that others see how far it is.
         options: further arguments of `train_one_epoch`.
         patience: evaluations in a row without a higher AP that end the training; 0: none do.
         earlier: lines of the log that this run has written before.
@@ -52,6 +53,7 @@ class Trainer:
         evaluate: Callable[[], dict[str, Any]],
         folder: CheckpointFolder | None,
         signals: Signals,
+        watched: Callable[[DataLoader], Iterable] = lambda loader: loader,
         options: dict[str, Any],
         epochs: int,
         eval_every_epoch: int,
@@ -66,7 +68,7 @@ class Trainer:
         self.folder, self.signals, self.options = folder, signals, options
         self.epochs, self.eval_every_epoch, self.save_every_epoch = epochs, eval_every_epoch, save_every_epoch
         self.save_every_iterations, self.save_every_minutes = save_every_iterations, save_every_minutes
-        self.wish = wish
+        self.wish, self.watched = wish, watched
         self.patience = patience
         self.history = [ap for ap in map(average_precision, earlier) if ap is not None]
         self.votes = Votes()
@@ -101,7 +103,7 @@ class Trainer:
             self.loader.dataset.set_epoch(epoch)
             train_stats = train_one_epoch(
                 model=self.model,
-                loader=self.loader,
+                loader=self.watched(self.loader),
                 optimizer=state.optimizer,
                 scheduler=state.scheduler,
                 scaler=state.scaler,

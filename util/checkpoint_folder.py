@@ -25,7 +25,7 @@ from util.logger import append_json_line, flush_folder, log, read_json_lines, wh
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
 # What a run that was killed while it wrote has left behind: see util.logger.whole_file.
-_LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|settings\.json|log\.txt|curves\.png)")
+_LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|replay\.pth|settings\.json|log\.txt|curves\.png)")
 
 
 class CheckpointFolder:

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from util.distributed import get_rank
+
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -21,7 +23,8 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        who = f"rank {get_rank()}: " if get_rank() else ""
+        print(f"{program}: error: {who}{_one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -97,7 +97,7 @@ class StepGuard:
     def begin(self) -> dict[str, Tensor]:
         """Before a step's forward. Returns the state of the random numbers that it will draw."""
         self._saved = [(tensor, tensor.clone()) for tensor in self._statistics]
-        return random_state()
+        return random_state(self.device)
 
     def before_backward(self) -> None:
         """Before a step's first backward."""

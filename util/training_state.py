@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -65,7 +65,8 @@ class TrainingState:
 
     def capture(self) -> dict[str, Any]:
         """The checkpoint. Every process has to come here, for its random numbers and sums; waits for the device."""
-        ranks = all_gather_object({"random": random_state(), "averages": self.averager.state_dict()})
+        device = next(self.model.parameters()).device
+        ranks = all_gather_object({"random": random_state(device), "averages": self.averager.state_dict()})
         content = {
             "schema_version": SCHEMA_VERSION,
             "model": self.model.state_dict(),
@@ -117,34 +118,35 @@ class TrainingState:
         alike = len(sums) == get_world_size()
         if alike:
             self.averager.load_state_dict(sums[get_rank()])
-            set_random_state(checkpoint["random_states"][get_rank()])
-        elif get_rank() == 0:  # the averages are over all processes: it does not matter which of them has the sums
-            self.averager.load_state_dict(sum_states(sums))
+            set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
+        else:
+            self.averager.load_state_dict(mean_state(sums))
         return alike
 
 
-def random_state() -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Tensor]:
     """Of the generators that training draws from: PyTorch's on the CPU and on this process's GPU."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def sum_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the averagers of several processes, as if one had seen all."""
-    total: dict[str, Any] = {"sums": {}, "counts": {}}
+def mean_state(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the averagers of some processes, for each of another number of processes: their steps weigh as much as before,
+    beside those to come."""
+    mean: dict[str, Any] = {"sums": {}, "counts": {}}
     for state in states:
         for kind, values in state.items():
             for name, value in values.items():
-                total[kind][name] = total[kind].get(name, 0) + value
-    return total
+                mean[kind][name] = mean[kind].get(name, 0.0) + value / len(states)
+    return mean
 
 
 def versions() -> dict[str, str | None]:
