@@ -24,7 +24,7 @@ from datasets.categories import Categories
 from datasets.coco import CocoDetection
 from datasets.images import read_image
 from datasets.transforms import EvalTransforms
-from main import build_parser, checkpoint_categories, choose_device, take_network_settings
+from main import build_parser, checkpoint_categories, choose_device, chosen_weights, take_network_settings
 from models.build import build_model, read_checkpoint
 from models.inspection import Sampling, cell_of, watch, watch_sampling
 from models.ops import MSDeformAttn
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--resume", required=True, help="checkpoint: a file or URL, ours or an official one")
+    parser.add_argument(
+        "--raw_weights", action="store_true", help="not the averaged ones of --ema, where there are some"
+    )
     parser.add_argument("--images", default="images", help="an image, or a folder of images")
     parser.add_argument("--output", default="", help="folder for the pictures; empty: beside the images")
     parser.add_argument("--threshold", default=0.5, type=float, help="least score of a detection that is drawn")
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     settings = build_parser().parse_args([])
     take_network_settings(settings, set(), checkpoint)
     network, _, postprocess = build_model(settings)
-    load_weights(network, checkpoint["model"], source=args.resume)
+    load_weights(network, chosen_weights(checkpoint, raw=args.raw_weights), source=args.resume)
     network.to(device).eval()
     if args.salient_points and not any(_has(network, kind) for kind in SALIENT):
         raise ValueError(f"--salient_points: the network of {args.resume} has none, it is a {settings.model}")

@@ -2,8 +2,9 @@
 
     detector = torch.hub.load("PATH/TO/THIS/REPOSITORY", "sam_detr_r50_smca", source="local", checkpoint="FILE")
 
-Each returns a models.detector.Detector in evaluation mode; `checkpoint` is a file or URL, ours or an official one.
-Without one the weights are random. `num_classes` counts the class head's outputs (largest category id + 1).
+Each returns a models.detector.Detector in evaluation mode; `checkpoint` is a file or URL, ours or an official one;
+averaged weights (--ema) are taken where it has some. Without one the weights are random. `num_classes` counts the class
+head's outputs (largest category id + 1).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ dependencies = ["torch", "torchvision", "scipy"]
 
 def _build(flags: str, *, checkpoint: str | None, num_classes: int):
     # torch.hub imports this file before the repository is on the path.
-    from main import build_parser, take_network_settings
+    from main import build_parser, chosen_weights, take_network_settings
     from models.build import build_model, read_checkpoint
     from util.checkpoint import load_weights
 
@@ -26,7 +27,7 @@ def _build(flags: str, *, checkpoint: str | None, num_classes: int):
         take_network_settings(args, {"model"}, {**weights, "settings": told})
     detector, _, _ = build_model(args)
     if weights:
-        load_weights(detector, weights["model"], source=str(checkpoint))
+        load_weights(detector, chosen_weights(weights, raw=False), source=str(checkpoint))
     return detector.eval()
 
 

@@ -3,6 +3,7 @@
 python main.py --coco_path data/coco --output_dir output/run
 torchrun --nproc_per_node=4 main.py --batch_size 4 --smca --epochs 12 --lr_drop 10 --output_dir output/run
 python main.py --coco_path data/coco --resume output/run/checkpoint.pth --eval
+python main.py --replay output/run/replay.pth
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,14 +21,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
+import replay
 from datasets import build_dataset, collate, start_report
 from datasets.bad_images import BadImages
 from datasets.categories import COCO, Categories
 from datasets.coco_eval import CocoEvaluator
-from datasets.sampler import DistributedEvalSampler
-from engine import evaluate, train_one_epoch
+from datasets.sampler import DistributedEvalSampler, TrainSampler
+from engine import evaluate
 from models.backbone import RESNETS
 from models.build import (
     FAMILIES,
@@ -34,13 +38,28 @@ from models.build import (
     load_backbone_weights,
     read_checkpoint,
 )
-from util.checkpoint import load_weights, save_file
+from training import Trainer
+from util.checkpoint import load_weights
+from util.checkpoint_folder import NEWEST, CheckpointFolder
 from util.command_line import run_command
-from util.distributed import get_rank, get_world_size, init_distributed, is_main, main_process_first, shutdown
-from util.logger import append_json_line, log, read_json_lines, write_json
+from util.distributed import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main,
+    main_process_first,
+    shutdown,
+)
+from util.ema import WeightAverage
+from util.logger import log, write_json
 from util.optim import SCHEDULES, build_scheduler, parameter_groups
+from util.preemption import PREEMPTED, Signals, Stopped, Wish, end_now, shield_worker
 from util.profiler import StepProfiler
-from util.visualize import plot_training_curves
+from util.step_guard import BadSteps, StepGuard
+from util.training_state import TrainingState
+from util.wall_clock import WallClock
+from util.watchdog import Watchdog
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,6 +106,15 @@ def build_parser() -> Parser:
     group.add_argument("--lr_schedule", default="step", choices=SCHEDULES, help="how the learning rate falls")
     group.add_argument("--warmup_iters", default=0, type=whole, help="iterations of linear warm-up")
     group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
+    group.add_argument(
+        "--ema", default=0.0, type=number, metavar="DECAY", help="also average the weights, as with 0.9998; 0: not"
+    )
+    group.add_argument(
+        "--max_bad_steps",
+        default=10,
+        type=whole,
+        help="steps in a row with a loss or gradient that is not finite, after which the run stops; each is skipped",
+    )
     group.add_argument(
         "--legacy_no_zero_grad",
         action="store_true",
@@ -254,11 +282,33 @@ def build_parser() -> Parser:
     group.add_argument("--output_dir", default="", help="where to save; empty: nowhere")
     group.add_argument("--device", default="auto", help="auto: a GPU where there is one")
     group.add_argument("--seed", default=42, type=whole)
-    group.add_argument("--resume", default="", help="checkpoint to go on from: a file or URL, ours or an official one")
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="{FILE,URL,auto,auto:FILE}",
+        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, where "
+        "there is one, else FILE",
+    )
     group.add_argument("--start_epoch", default=0, type=whole)
     group.add_argument("--eval", action="store_true", help="evaluate, do not train")
+    group.add_argument("--raw_weights", action="store_true", help="with --eval: not the averaged ones of --ema")
     group.add_argument("--eval_every_epoch", default=1, type=whole)
-    group.add_argument("--save_every_epoch", default=1, type=whole)
+    group.add_argument(
+        "--patience", default=0, type=whole, help="stop after so many evaluations without a higher AP; 0: never"
+    )
+    group.add_argument(
+        "--max_hours", default=0.0, type=number, help="save and end after so many, those before a --resume included"
+    )
+    group.add_argument("--replay", default="", metavar="FILE", help="repeat the step that a run stopped at, and tell")
+    group.add_argument("--save_every_epoch", default=1, type=whole, help="epochs between checkpoints of their own name")
+    group.add_argument("--save_every_iterations", default=0, type=whole, help="also save after so many; 0: not")
+    group.add_argument("--save_every_minutes", default=0.0, type=number, help="also save after so many; 0: not")
+    group.add_argument(
+        "--keep", type=whole, help="older checkpoints that stay; unset: all of --save_every_epoch, one in between"
+    )
+    group.add_argument(
+        "--timeout", default=1800.0, type=number, help="seconds without a sign of a process until the others stop"
+    )
     group.add_argument(
         "--print_every", default=50, type=whole, help="iterations between lines where output is no terminal"
     )
@@ -277,22 +327,27 @@ def check_settings(args: argparse.Namespace) -> None:
     at_least = {
         1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
         "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every "
-        "accumulate pad_to_multiple",
+        "accumulate pad_to_multiple timeout max_bad_steps",
         0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
         "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
-        "obj_loss_coef inner_loss_coef profile max_bad_images",
+        "obj_loss_coef inner_loss_coef profile save_every_iterations save_every_minutes keep ema patience max_hours "
+        "max_bad_images",
     }
     for least, names in at_least.items():
         for name in names.split():
-            if not getattr(args, name) >= least:  # so that NaN is refused too
+            if getattr(args, name) is not None and not getattr(args, name) >= least:  # so that NaN is refused too
                 raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
     for name in ("dropout", "focal_alpha", "max_bad_images"):
         if getattr(args, name) > 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
+    if args.ema >= 1:
+        raise ValueError(f"--ema {args.ema} must be less than 1, which would never follow the weights")
     if min(args.train_sizes) < 1:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
         raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
+    if is_auto(args.resume) and not args.output_dir:
+        raise ValueError("--resume auto looks for checkpoints in --output_dir: pass the folder")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):
         raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
 
@@ -339,6 +394,14 @@ def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint:
             setattr(args, name, value)
 
 
+def chosen_weights(checkpoint: dict[str, Any], *, raw: bool) -> dict[str, torch.Tensor]:
+    """Those to detect with: the averaged ones, where the file has some, unless `raw`."""
+    if raw or not checkpoint.get("ema"):
+        return checkpoint["model"]
+    log("these are averaged weights (--ema); --raw_weights takes those that were trained")
+    return checkpoint["ema"]["model"]
+
+
 def check_family(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags of other families, which would have no effect. Raises ValueError."""
     others = {name for family in FAMILIES.values() for name in family.settings}
@@ -364,6 +427,7 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
         "num_workers": args.num_workers,
         "persistent_workers": args.num_workers > 0,  # started once, not anew for each epoch
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": shield_worker,
         # A loader draws a number when its workers start, which in a resumed run is another epoch: not from the numbers
         # that the network's dropout draws.
         "generator": torch.Generator(),
@@ -378,8 +442,14 @@ def build_loaders(args: argparse.Namespace, train_set, val_set) -> tuple[DataLoa
             f"--batch_size {args.batch_size}{times} in {get_world_size()} process(es) is more than the "
             f"{len(train_set)} training images; make it smaller"
         )
-    order = DistributedSampler(train_set, num_replicas=get_world_size(), rank=get_rank(), seed=args.seed)
-    return DataLoader(train_set, args.batch_size, sampler=order, drop_last=True, **options), val_loader
+    order = TrainSampler(
+        length=len(train_set),
+        batch=args.batch_size * args.accumulate * get_world_size(),
+        rank=get_rank(),
+        world_size=get_world_size(),
+        seed=args.seed,
+    )
+    return DataLoader(train_set, args.batch_size, sampler=order, **options), val_loader
 
 
 def compiled_graphs() -> int:
@@ -389,42 +459,96 @@ def compiled_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Take over the optimiser's state; the learning rates follow from the schedule. Raises ValueError."""
-    scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError:
-        raise ValueError(
-            f"{source} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
-            "--lr_linear_proj_names that it was trained with"
-        ) from None
-    for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
-        group["lr"], group["initial_lr"] = lr, initial_lr
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that both training and evaluation need."""
+
+    args: argparse.Namespace
+    given: set[str]
+    device: torch.device
+    checkpoint: dict[str, Any] | None
+    network: nn.Module
+    model: nn.Module  # the network, or DDP around it
+    criterion: nn.Module
+    postprocess: Callable[..., Any]
+    categories: Categories
+    train_loader: DataLoader | None
+    bad_images: BadImages | None
+    val_loader: DataLoader
+    folder: CheckpointFolder | None
+    watchdog: Watchdog
+    own: bool  # whether training goes on with the run whose log and checkpoints are in the folder
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**vars(self.args), "world_size": get_world_size()}
+
+    def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
+        """Figures of the network as it is, and what holds the detections."""
+        evaluator = CocoEvaluator(self.val_loader.dataset.ground_truth, self.categories)
+        stats = evaluate(
+            model=self.model,
+            criterion=self.criterion,
+            postprocess=self.postprocess,
+            loader=self.watchdog.watched(self.val_loader),
+            evaluator=evaluator,
+            device=self.device,
+            amp=AMP[self.args.amp],
+            print_every=self.args.print_every,
+        )
+        log(evaluator.table())
+        return stats, evaluator
 
 
-def restore_gradients(network: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Take over the gradients of the last step, if the checkpoint has them."""
-    gradients = checkpoint.get("gradients", {})
-    for name, weight in network.named_parameters():
-        if name in gradients:
-            weight.grad = gradients[name].to(weight)
+def place(network: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+    """Put the network where it computes."""
+    network.to(device)
+    if args.channels_last or (args.channels_last is None and device.type == "cpu"):
+        network.to(memory_format=torch.channels_last)  # convolutions run faster so; a step of the quick start by 15 %
 
 
-def run(args: argparse.Namespace, given: set[str]) -> None:
-    """Everything after the command line. `given` are the names of the flags that the user passed. Raises ValueError."""
-    check_settings(args)
+def open_checkpoint(args: argparse.Namespace, folder: CheckpointFolder | None) -> dict[str, Any] | None:
+    """What --resume says, read; `args.resume` becomes the file, or empty where "auto" finds none. Raises ValueError."""
+    auto, otherwise = is_auto(args.resume), args.resume.partition(":")[2] if is_auto(args.resume) else args.resume
+    newest = folder and folder.path / NEWEST
+    found = path = None
+    if auto or (not args.eval and newest and same_file(args.resume, newest)):
+        # The main process looks, so that all processes take the same file.
+        found = folder.newest_good(read_checkpoint) if is_main() else None
+        path = all_gather_object(found and str(found[0]))[0]
+    if path is None and auto:
+        if args.eval and not otherwise:
+            raise ValueError(f"--resume auto: no good checkpoint is in {folder.path}; pass a file")
+        log(f"no checkpoint in {folder.path} yet; the run starts {f'from {otherwise}' if otherwise else 'afresh'}")
+    args.resume = path or otherwise
+    if not args.resume:
+        return None
+    return found[1] if found else read_checkpoint(args.resume)
+
+
+def is_auto(resume: str) -> bool:
+    return resume == "auto" or resume.startswith("auto:")
+
+
+def same_file(one: str, other: Path) -> bool:
+    return other.exists() and os.path.exists(one) and os.path.samefile(one, other)
+
+
+def build(args: argparse.Namespace, given: set[str], watchdog: Watchdog) -> Run:
+    """Data, network and losses, with the weights that the run starts from. Raises ValueError."""
     device = choose_device(args.device)
-    set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
-    ranks = init_distributed(dist_url=args.dist_url, world_size=args.world_size, device=device.type)
-    torch.manual_seed(args.seed + ranks.rank)
-
-    # Data, and the classes that it has.
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    folder = CheckpointFolder(args.output_dir, keep=args.keep) if args.output_dir else None
+    own = is_auto(args.resume)
+    checkpoint = open_checkpoint(args, folder)
+    if checkpoint:
+        own = "iteration" in checkpoint and folder and Path(args.resume).parent.resolve() == folder.path.resolve()
+    own = bool(own) and "start_epoch" not in given
     categories = None
     if checkpoint:
         take_network_settings(args, given, checkpoint)
         categories = checkpoint_categories(checkpoint)
+        if "sampler" in checkpoint and "seed" not in given:
+            args.seed = checkpoint["sampler"]["seed"]  # the order of the images goes on
     check_family(args, given)
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
@@ -434,8 +558,9 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         log(line)
     bad_images = None
     if train_set:
-        folder = Path(args.output_dir) if args.output_dir else None
-        bad_images = BadImages(train_set, largest_share=args.max_bad_images, folder=folder, every=args.print_every)
+        bad_images = BadImages(
+            train_set, largest_share=args.max_bad_images, folder=folder and folder.path, every=args.print_every
+        )
     if not checkpoint:
         args.num_classes = categories.num_classes
     elif categories.num_classes > args.num_classes:
@@ -445,19 +570,17 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         )
     train_loader, val_loader = build_loaders(args, train_set, val_set)
 
-    # Network, losses, optimiser.
     args.input_proj_norm = input_proj_norm(args)
     network, criterion, postprocess = build_model(args)
     if checkpoint:
-        load_weights(network, checkpoint["model"], source=args.resume)
+        weights = chosen_weights(checkpoint, raw=args.raw_weights or not args.eval)
+        load_weights(network, weights, source=args.resume)
     else:
         with main_process_first():
             load_backbone_weights(network, args.backbone_weights)
         if args.backbone_weights == "none" and args.backbone_norm == "frozen":
             log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
-    network.to(device)
-    if args.channels_last or (args.channels_last is None and device.type == "cpu"):
-        network.to(memory_format=torch.channels_last)  # convolutions run faster so; a step of the quick start by 15 %
+    place(network, args, device)
     if args.compile:
         network.compile(dynamic=True)
     n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -470,33 +593,58 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
             find_unused_parameters=not args.aux_loss,
             broadcast_buffers=args.backbone_norm == "learned",  # frozen norms never differ
         )
+    return Run(
+        args=args,
+        given=given,
+        device=device,
+        checkpoint=checkpoint,
+        network=network,
+        model=model,
+        criterion=criterion,
+        postprocess=postprocess,
+        categories=categories,
+        train_loader=train_loader,
+        bad_images=bad_images,
+        val_loader=val_loader,
+        folder=folder,
+        watchdog=watchdog,
+        own=own,
+    )
 
-    def evaluate_now() -> tuple[dict[str, Any], CocoEvaluator]:
-        evaluator = CocoEvaluator(val_set.ground_truth, categories)
-        stats = evaluate(
-            model=model,
-            criterion=criterion,
-            postprocess=postprocess,
-            loader=val_loader,
-            evaluator=evaluator,
-            device=device,
-            amp=AMP[args.amp],
-            print_every=args.print_every,
-        )
-        log(evaluator.table())
-        return stats, evaluator
 
-    output = Path(args.output_dir) if args.output_dir else None
-    settings = {**vars(args), "world_size": get_world_size()}
-    if args.eval:
-        stats, evaluator = evaluate_now()
-        if output and is_main():
-            output.mkdir(parents=True, exist_ok=True)
+def write_evaluation(run: Run) -> None:
+    """--eval: show the figures, and write them and the detections."""
+    stats, evaluator = run.evaluate()
+    if run.folder and is_main():
+        with run.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)
-            write_json(output / "eval.json", {**stats, "resume": args.resume, "settings": settings})
-            log(f"detections and figures are in {output}")
-        return
+            write_json(output / "eval.json", {**stats, "resume": run.args.resume, "settings": run.settings})
+        log(f"detections and figures are in {run.folder.path}")
 
+
+def starting_point(run: Run, sampler: TrainSampler) -> tuple[int, int | None]:
+    """The epoch to go on with, and the steps of it that are done: None where it starts as if all before were another
+    run's. Raises ValueError for a checkpoint within an epoch that these settings cannot go on in."""
+    args, checkpoint = run.args, run.checkpoint
+    if not checkpoint or "epoch" not in checkpoint or "start_epoch" in run.given:
+        return args.start_epoch, None
+    epoch, done, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler")
+    if done is None or order["position"] + order["batch"] > len(run.train_loader.dataset):  # the epoch is through
+        # Only its log line may be missing, if this is the same run.
+        if run.own and done is not None and not run.folder.has_logged(epoch):
+            return epoch, sampler.steps
+        return epoch + 1, None
+    for flag, here in (("seed", sampler.seed), ("batch", sampler.batch)):
+        if order[flag] != here:
+            what = "--seed" if flag == "seed" else "images a step (processes x --batch_size x --accumulate)"
+            raise ValueError(
+                f"{args.resume} lies in the middle of epoch {epoch} of a run with {what} {order[flag]}, here {here}: "
+                "go on with the same, or from a checkpoint at an epoch's end"
+            )
+    return epoch, done
+
+
+def build_optimizer(network: nn.Module, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
     groups = parameter_groups(
         network,
         lr=args.lr,
@@ -504,92 +652,178 @@ def run(args: argparse.Namespace, given: set[str]) -> None:
         lr_linear_proj_names=args.lr_linear_proj_names,
         lr_linear_proj_mult=args.lr_linear_proj_mult,
     )
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
-    if checkpoint and "epoch" in checkpoint and "start_epoch" not in given:
-        args.start_epoch = checkpoint["epoch"] + 1
-    steps = len(train_loader) // args.accumulate  # of an epoch
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+
+
+def train(run: Run, signals: Signals) -> None:
+    """Train to the last epoch. Raises Stopped where the run ends early, ValueError."""
+    args, network, checkpoint, sampler = run.args, run.network, run.checkpoint, run.train_loader.sampler
+    optimizer = build_optimizer(network, args, run.device)
+    epoch, done = starting_point(run, sampler)
+    args.start_epoch = epoch
     scheduler = build_scheduler(
         optimizer,
         schedule=args.lr_schedule,
-        total_steps=args.epochs * steps,
-        drop_step=args.lr_drop * steps,
+        total_steps=args.epochs * sampler.steps,
+        drop_step=args.lr_drop * sampler.steps,
         warmup_steps=args.warmup_iters,
-        first_step=args.start_epoch * steps,
+        first_step=epoch * sampler.steps + (done or 0),
     )
     keep_gradients = args.legacy_no_zero_grad and args.amp == "off"  # with --amp the published loop zeroes them, too
-    scaler = torch.amp.GradScaler(device.type) if args.amp == "fp16" else None
+    guard = StepGuard(network, device=run.device, limit=args.max_bad_steps, keep_gradients=keep_gradients)
+    average = WeightAverage(network, decay=args.ema) if args.ema else None
+    clock = WallClock(hours=args.max_hours) if args.max_hours else None
+    state = TrainingState(
+        model=network,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(run.device.type) if args.amp == "fp16" else None,
+        keep_gradients=keep_gradients,
+        ema=average,
+        extras={"bad_steps": guard, **({"clock": clock} if clock else {})},
+        seed=args.seed,
+        batch=sampler.batch,
+        facts={"settings": run.settings, "categories": run.categories.to_list()},
+        epoch=epoch,
+    )
+    alike = False
     if checkpoint:
-        log(f"going on from {args.resume} with epoch {args.start_epoch}")
+        log(f"going on from {args.resume} with epoch {epoch}" + (f", step {done}" if done else ""))
         if checkpoint["official"] or "optimizer" not in checkpoint:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:
-            restore_optimizer(optimizer, checkpoint, source=args.resume)
-            if keep_gradients:
-                restore_gradients(network, checkpoint)
-            if scaler and "scaler" in checkpoint:
-                scaler.load_state_dict(checkpoint["scaler"])
-
-    if args.start_epoch >= args.epochs:
+            state.restore(checkpoint, source=args.resume)
+        if average and not checkpoint.get("ema"):
+            log("the average of the weights starts from these: this file has none")
+        elif not average and checkpoint.get("ema"):
+            log("the average of the weights is left out; --ema goes on with it")
+        if done is not None:
+            alike = state.restore_place(checkpoint, iteration=done)
+    if run.folder and is_main():
+        run.folder.clean()
+        if run.own:
+            run.folder.forget_log(epoch)
+    # The main process reads, so that all know the same.
+    earlier = all_gather_object(run.folder.logged() if run.own and is_main() else [])[0]
+    if epoch >= args.epochs:
         log(f"nothing to do up to --epochs {args.epochs}; --start_epoch 0 starts over from these weights")
-    profiler = StepProfiler(steps=args.profile, device=device)
-    start = time.time()
-    for epoch in range(args.start_epoch, args.epochs):
-        # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never interrupted.
-        torch.manual_seed(args.seed + ranks.rank + 1_000_003 * epoch)
-        train_loader.sampler.set_epoch(epoch)
-        train_set.set_epoch(epoch)
-        train_stats = train_one_epoch(
-            model=model,
-            criterion=criterion,
-            loader=bad_images.watch(train_loader),
-            optimizer=optimizer,
-            scheduler=scheduler,
-            device=device,
-            epoch=epoch,
-            clip_max_norm=args.clip_max_norm,
-            zero_grad=not keep_gradients,
-            accumulate=args.accumulate,
-            amp=AMP[args.amp],
-            scaler=scaler,
-            profiler=profiler,
-            print_every=args.print_every,
-        )
+    if clock and clock.is_up:
+        log(f"--max_hours {args.max_hours} are used up ({clock.seconds / 3600:.2f}); a larger number goes on")
+        return
+
+    def figures() -> dict[str, Any]:
+        found = run.evaluate()[0]
+        if average:
+            log("and with averaged weights:")
+            with average.in_place():
+                found |= {f"ema_{name}": value for name, value in run.evaluate()[0].items()}
+        return found
+
+    def wish() -> Wish:
+        if not clock or not clock.is_up:
+            return Wish.GO_ON
+        log(f"--max_hours {args.max_hours} are used up")
+        return Wish.FINISH
+
+    def after_epoch() -> None:
         if args.compile:
             log(f"torch.compile: {compiled_graphs()} graphs so far")
-        if output and is_main():
-            # The first things written: by now every training image was read and no loss was odd.
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(output / "settings.json", settings)
-            content = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": scheduler.state_dict(),
-                "epoch": epoch,
-                "settings": settings,
-                "categories": categories.to_list(),
-            }
-            if scaler:
-                content["scaler"] = scaler.state_dict()
-            if keep_gradients:  # what the next step adds to
-                content["gradients"] = {
-                    name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None
-                }
-            save_file(content, output / "checkpoint.pth")
-            if (epoch + 1) % args.save_every_epoch == 0:
-                save_file(content, output / f"checkpoint{epoch:04}.pth")
-        line = {f"train_{name}": value for name, value in train_stats.items()}
-        if (epoch + 1) % args.eval_every_epoch == 0 or epoch + 1 == args.epochs:
-            line |= {f"test_{name}": value for name, value in evaluate_now()[0].items()}
-        if output and is_main():
-            append_json_line(output / "log.txt", {**line, "epoch": epoch, "n_parameters": n_parameters})
-            plot_training_curves(read_json_lines(output / "log.txt"), output / "curves.png")
-    log(f"training took {timedelta(seconds=round(time.time() - start))}")
+
+    trainer = Trainer(
+        state=state,
+        model=run.model,
+        loader=run.train_loader,
+        evaluate=figures,
+        folder=run.folder,
+        signals=signals,
+        watched=lambda loader: run.bad_images.watch(run.watchdog.watched(loader)),
+        options={
+            "criterion": run.criterion,
+            "device": run.device,
+            "clip_max_norm": args.clip_max_norm,
+            "accumulate": args.accumulate,
+            "amp": AMP[args.amp],
+            "guard": guard,
+            "average": average,
+            "profiler": StepProfiler(steps=args.profile, device=run.device),
+            "print_every": args.print_every,
+        },
+        epochs=args.epochs,
+        eval_every_epoch=args.eval_every_epoch,
+        patience=args.patience,
+        earlier=earlier,
+        wish=wish,
+        save_every_epoch=args.save_every_epoch,
+        save_every_iterations=args.save_every_iterations,
+        save_every_minutes=args.save_every_minutes,
+    )
+    try:
+        trainer.run(random_numbers_go_on=alike, after_epoch=after_epoch)
+    except BadSteps as error:
+        text = replay.keep(
+            error,
+            state=state,
+            criterion=run.criterion,
+            device=run.device,
+            amp=AMP[args.amp],
+            folder=run.folder,
+        )
+        raise ValueError(text) from None
+
+
+def repeat_step(source: str, device: torch.device) -> int:
+    """--replay: what the step gives here; 0 where it is finite, 1 where it is not. Raises ValueError."""
+    content = replay.read(source)
+    settings = build_parser().parse_args(["--model", content["settings"]["model"]])
+    for name in vars(settings).keys() & content["settings"].keys():
+        setattr(settings, name, content["settings"][name])
+    set_arithmetic(tf32=settings.tf32, deterministic=settings.deterministic)
+    network, criterion, _ = build_model(settings)
+    load_weights(network, content["model"], source=source)
+    place(network, settings, device)
+    optimizer = build_optimizer(network, settings, device)
+    optimizer.load_state_dict(content["optimizer"])
+    log(f"epoch {content['epoch']}, iteration {content['iteration']}, image ids {replay.image_ids(content)}")
+    repeated = replay.repeat(content, network=network, criterion=criterion, device=device, amp=AMP[settings.amp])
+    for line in repeated.lines():
+        log(line)
+    if repeated.finite:
+        log(f"the step is finite; {replay.take(network, optimizer, clip_max_norm=settings.clip_max_norm)}")
+    return 0 if repeated.finite else 1
+
+
+def run(args: argparse.Namespace, given: set[str]) -> int:
+    """Everything after the command line; the exit status. `given` are the names of the flags that the user passed.
+    Raises ValueError."""
+    check_settings(args)
+    if args.replay:
+        return repeat_step(args.replay, choose_device(args.device))
+    set_arithmetic(tf32=args.tf32, deterministic=args.deterministic)
+    ranks = init_distributed(
+        dist_url=args.dist_url,
+        world_size=args.world_size,
+        device=choose_device(args.device).type,
+        timeout=timedelta(seconds=args.timeout),
+    )
+    torch.manual_seed(args.seed + ranks.rank)
+    try:
+        with Watchdog(timeout=args.timeout) as watchdog:
+            if args.eval:
+                write_evaluation(build(args, given, watchdog))
+                return 0
+            signals = Signals(announce=lambda message: watchdog.tell(message, status=PREEMPTED))
+            with signals if args.output_dir else nullcontext():  # where nothing can be saved they end it, as ever
+                with signals.nothing_to_save():
+                    parts = build(args, given, watchdog)
+                train(parts, signals)
+    except Stopped as stopped:
+        return stopped.status
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one line about what is wrong with the input."""
+    """Exit status: 0, 1 for a --replay that is not finite, 2 after one line about what is wrong with the input, 75
+    where the run is to be started again."""
     parser = build_parser()
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))
@@ -601,4 +835,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == PREEMPTED:  # at once: the launcher ends the other processes as soon as one has ended
+        end_now(status)
+    sys.exit(status)

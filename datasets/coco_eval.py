@@ -60,7 +60,8 @@ class CocoEvaluator:
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Take image id -> {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels of the original image}.
 
-        Detections whose label is no category are dropped: the class head also has outputs for the gaps between ids.
+        Detections whose label is no category are dropped: the class head also has outputs for the gaps between ids. So
+        are those of a score or box that is no finite number, which can hit nothing, and which the library refuses.
         """
         image_ids = np.array(list(predictions), np.int64)
         assert np.isin(image_ids, self.ground_truth.images).all(), f"not all of {image_ids} are in the ground truth"
@@ -71,7 +72,7 @@ class CocoEvaluator:
             for key in ("labels", "scores", "boxes")
         )
         place = np.searchsorted(self._labels, labels).clip(max=len(self._labels) - 1)
-        known = self._labels[place] == labels
+        known = (self._labels[place] == labels) & np.isfinite(scores) & np.isfinite(boxes).all(1)
         image = np.repeat(np.arange(len(found)), [len(f["scores"]) for f in found])
         boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
         self._batches.append(

@@ -8,6 +8,9 @@
 #SBATCH --cpus-per-task=4
 #SBATCH --time=5-00:00:00
 #SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 here=$(dirname "${BASH_SOURCE[0]}")
 [[ -f $here/launch.sh ]] || here=$SLURM_SUBMIT_DIR/scripts_slurm # sbatch runs a copy that lies elsewhere
 exec bash "$here/launch.sh" deformable_r50_refine "$@"

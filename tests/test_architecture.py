@@ -57,6 +57,8 @@ def may_import(file: str, module: str) -> bool:
         return package == "util" or shared or operator or (family is not None and family == own)
     if file == "engine.py":
         return package in ("util", "datasets")
+    if file in ("training.py", "replay.py"):
+        return package in ("engine", "util")
     if file == "main.py":
         return package not in PROGRAMS
     return True  # demo.py, hubconf.py, and programs that measure
@@ -64,7 +66,7 @@ def may_import(file: str, module: str) -> bool:
 
 def test_the_rules_see_the_files():
     """The tables above are made by looking; an empty one would let everything pass."""
-    assert {"main.py", "engine.py", "models/build.py", "models/sam_detr/decoder.py", "util/box_ops.py"} <= set(SOURCE)
+    assert {"main.py", "training.py", "models/build.py", "models/sam_detr/decoder.py", "util/box_ops.py"} <= set(SOURCE)
     assert "sam_detr" in FAMILIES
     assert imports(parse("models/sam_detr/decoder.py")) > {"models.attention", "models.sam_detr.semantics_aligner"}
     tree = ast.parse("def f():\n    from models import matcher, build_model\n    import util.box_ops as b, os")

@@ -38,7 +38,7 @@ from helpers import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import main
+import training
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def start_of_training(monkeypatch):
                 start[name] = copy.deepcopy(arguments[name].state_dict())
         return train_one_epoch(**arguments)
 
-    train_one_epoch = main.train_one_epoch
-    monkeypatch.setattr(main, "train_one_epoch", watched)
+    train_one_epoch = training.train_one_epoch
+    monkeypatch.setattr(training, "train_one_epoch", watched)
     return start
 
 
@@ -77,12 +77,15 @@ def plain(value) -> bool:
 
 def test_training_writes_what_the_official_code_writes(trained):
     assert sorted(os.listdir(trained)) == [
-        "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "curves.png", "log.txt", "settings.json",
+        "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "checkpoint_best.pth", "curves.png", "log.txt",
+        "settings.json",
     ]  # fmt: skip
     terms = {f"{name}{layer}" for name in ("loss_ce", "loss_bbox", "loss_giou") for layer in ("", "_0")}
     extra = {"cardinality_error", "cardinality_error_0", "class_error"}
     shared = {"loss", "class_error", *terms} | {f"{name}_unscaled" for name in terms | extra}
-    expected = {f"train_{name}" for name in shared | {"lr"}} | {f"test_{name}" for name in shared | {"coco_eval_bbox"}}
+    expected = {f"train_{name}" for name in shared | {"lr", "bad_steps"}} | {
+        f"test_{name}" for name in shared | {"coco_eval_bbox"}
+    }
     checkpoint = torch.load(trained / "checkpoint.pth", weights_only=True)
     learned = {k: v for k, v in checkpoint["model"].items() if "running_" not in k and "num_batches" not in k}
     for epoch, line in enumerate(read_log(trained)):
@@ -98,8 +101,12 @@ def test_training_writes_what_the_official_code_writes(trained):
                 assert line[f"{split}_{name}"] == pytest.approx(weight * line[f"{split}_{name}_unscaled"], rel=1e-5)
     assert line["test_loss"] < read_log(trained)[0]["train_loss"]
 
-    assert checkpoint.keys() == {"model", "optimizer", "lr_scheduler", "epoch", "settings", "categories"}
+    assert checkpoint.keys() == {
+        "schema_version", "checksum", "versions", "settings", "categories", "model", "ema", "optimizer", "lr_scheduler",
+        "scaler", "epoch", "iteration", "samples_seen", "sampler", "random_states", "averages", "extras",
+    }  # fmt: skip
     assert plain(checkpoint)
+    assert (checkpoint["iteration"], checkpoint["samples_seen"]) == (4, 32)
     assert checkpoint["epoch"] == 1
     assert checkpoint["settings"] == read_json(trained / "settings.json")
     assert [row["name"] for row in checkpoint["categories"]] == ["ellipse", "triangle", "rectangle", "star"]

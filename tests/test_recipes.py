@@ -55,6 +55,8 @@ VARIABLES = (
     "NODE_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_ID",
 )
 
 
@@ -238,9 +240,51 @@ def test_deformable_slurm_wrapper(name, tmp_path):
         ]  # fmt: skip
     text = script.read_text()
     head = dict(re.findall(r"^#SBATCH --([\w-]+)=(.+)$", text, re.MULTILINE))
-    assert head.keys() == {"job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "time", "output"}
+    assert head.keys() == {
+        "job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "time", "output", "open-mode", "signal",
+    }  # fmt: skip
     assert (head["job-name"], head["nodes"], head["ntasks-per-node"], head["gres"]) == (name, "1", "8", "gpu:8")
     assert text.index("#SBATCH") < text.index("\nhere=")
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "requeued"),
+    [(75, "RUNNING", True), (75, "CANCELLED", False), (0, "RUNNING", False), (1, "RUNNING", False)],
+)
+def test_preempted_job_goes_back_into_the_queue(status, state, requeued, tmp_path):
+    """And only that one; with programs that stand for SLURM's."""
+    for name, body in {
+        "srun": f"exit {status}",
+        "squeue": f"echo {state}",
+        "scontrol": f'echo "$@" > {tmp_path / "asked"}',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environ = {k: v for k, v in os.environ.items() if k not in VARIABLES} | {"PATH": path, "SLURM_JOB_ID": "12"}
+    ended = subprocess.run(["bash", str(REPOSITORY / "scripts_slurm" / "r50_e12_4gpu.sh")], env=environ)
+    assert ended.returncode == status
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else None) == ("requeue 12\n" if requeued else None)
+    head = (REPOSITORY / "scripts_slurm" / "r50_e12_4gpu.sh").read_text()
+    assert all(f"#SBATCH --{line}\n" in head for line in ("requeue", "signal=USR1@120", "open-mode=append"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [
+        ("", ["--resume", "auto"]),
+        ("--lr 1", ["--lr", "1", "--resume", "auto"]),
+        ("--resume x.pth --lr 1", ["--lr", "1", "--resume", "auto:x.pth"]),
+        ("--resume=auto:x.pth", ["--resume", "auto:x.pth"]),
+        ("--eval --resume x.pth", ["--eval", "--resume", "x.pth"]),
+    ],
+)
+def test_restarted_job_goes_on(flags, resume, tmp_path):
+    name = "r50_e12_4gpu"
+    script = REPOSITORY / "scripts_slurm" / f"{name}.sh"
+    printed = run(script, *shlex.split(flags), cwd=tmp_path, SLURM_RESTART_COUNT="1").split()
+    assert printed == ["srun", "--kill-on-bad-exit=1", "python", "main.py", *flags_of(name), *resume]
 
 
 def test_recipes_start_in_the_repository(tmp_path):

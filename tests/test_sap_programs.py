@@ -71,13 +71,16 @@ def trained_sap(shapes, start) -> Path:
 
 def test_training_writes_the_official_terms(trained_sap):
     assert sorted(os.listdir(trained_sap)) == [
-        "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "curves.png", "log.txt", "settings.json",
+        "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "checkpoint_best.pth", "curves.png", "log.txt",
+        "settings.json",
     ]  # fmt: skip
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_ce_obj": 1, "loss_inner": 2}
     terms = {f"{name}{layer}" for name in weights for layer in ("", "_0", "_1")}
     expected = {"loss", "class_error", *terms} | {f"{name}_unscaled" for name in terms | {"class_error"}}
     first, last = read_log(trained_sap)
-    names = {f"train_{name}" for name in expected | {"lr"}} | {f"test_{name}" for name in expected | {"coco_eval_bbox"}}
+    names = {f"train_{name}" for name in expected | {"lr", "bad_steps"}} | {
+        f"test_{name}" for name in expected | {"coco_eval_bbox"}
+    }
     assert last.keys() == names | {"epoch", "n_parameters"}
     for name in terms:
         weight = weights[name.rstrip("_01")]

@@ -17,11 +17,46 @@ from torch import Tensor, nn
 from util.distributed import main_process_first
 from util.logger import whole_file
 
+SCHEMA_VERSION = 1  # of training checkpoints: raised when an older version of this project could not read them
+
 
 def save_file(content: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write a plain dict that `torch.load(weights_only=True)` reads. The file appears whole or not at all."""
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    """Write a plain dict that `torch.load(weights_only=True)` reads, with a `checksum` of all else in it.
+
+    The file appears whole or not at all, and is on the disk when this returns. Raises OSError.
+    """
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save({**content, "checksum": checksum(content)}, file)
+        except RuntimeError as error:  # torch's writer hides why the disk refused behind one of its own
+            reason = error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise reason from None
+
+
+def checksum(content: Any) -> str:
+    """SHA-256 of what tensors and plain values in (nested) dicts and lists say, in hexadecimal."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(f"dict{len(value)}".encode())
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"list{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    add(content)
+    return sha.hexdigest()
 
 
 def read_file(source: str, *, flag: str) -> dict[str, Any]:
@@ -53,6 +88,11 @@ def read_file(source: str, *, flag: str) -> dict[str, Any]:
         raise ValueError(f"{name} is cut, damaged or no file of plain weights; get it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of weights")
+    version, told = content.get("schema_version"), content.pop("checksum", None)  # official files have neither
+    if (told is not None or version is not None) and told != checksum(content):
+        raise ValueError(f"{name} is damaged: its contents do not have the checksum that it tells; get it again")
+    if version is not None and version > SCHEMA_VERSION:
+        raise ValueError(f"{name} has schema version {version}, this version of the project reads {SCHEMA_VERSION}")
     return content
 
 

@@ -7,23 +7,25 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from util.distributed import get_rank
+
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
-def run_command(program: str, function: Callable[[], None]) -> int:
-    """Call `function` and return the exit status: 0, or 2 after one line on stderr about what is wrong with the input.
+def run_command(program: str, function: Callable[[], int | None]) -> int:
+    """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
     That is what a ValueError of this project means, wherever it was raised. One of another package is a fault of ours
     and keeps its traceback.
     """
     try:
-        function()
+        return function() or 0
     except ValueError as error:
         if not _is_ours(error):
             raise
-        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        who = f"rank {get_rank()}: " if get_rank() else ""
+        print(f"{program}: error: {who}{_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _is_ours(error: ValueError) -> bool:

@@ -171,10 +171,29 @@ def is_first_on_node() -> bool:
     return _ranks.local_rank == 0
 
 
+_exchanging = 0
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    global _exchanging
+    _exchanging += 1
+    try:
+        yield
+    finally:
+        _exchanging -= 1
+
+
+def exchanging() -> bool:
+    """Whether this process waits for others in one of the functions below."""
+    return _exchanging > 0
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if _joined():
-        dist.barrier()
+        with _exchange():
+            dist.barrier()
 
 
 @torch.no_grad()
@@ -184,8 +203,18 @@ def reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(values)
     keys = sorted(values)  # the processes may have filled their dicts in unlike order
     stacked = torch.stack([values[key] for key in keys])
-    dist.all_reduce(stacked)
+    with _exchange():
+        dist.all_reduce(stacked)
     return dict(zip(keys, stacked / get_world_size()))
+
+
+@torch.no_grad()
+def any_process(flags: Tensor) -> Tensor:
+    """Where some process has 1.0 instead of 0.0; every process must bring as many. Changes `flags`, and waits for no
+    GPU."""
+    if _joined():
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return flags
 
 
 def all_gather_object(value: Any) -> list[Any]:
@@ -193,7 +222,8 @@ def all_gather_object(value: Any) -> list[Any]:
     if not _joined():
         return [value]
     gathered: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(gathered, value)
+    with _exchange():
+        dist.all_gather_object(gathered, value)
     return gathered
 
 

@@ -46,6 +46,15 @@ class MetricAverager:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sums and counts of this process, exactly; waits for the device."""
+        return {"sums": {name: float(value) for name, value in self._sums.items()}, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
     def averages(self) -> dict[str, float]:
         """Mean of each name over all steps of all processes; every process must call this, and gets the same."""
         totals: dict[str, tuple[float, int]] = {}
@@ -63,16 +72,19 @@ class progress(Generic[T]):
         for batch in steps:
             steps.set(loss=loss, lr=lr)
 
-    `total` is `len(iterable)` unless given, or unknown. Other processes than the main one iterate in silence.
+    `total` is `len(iterable)` unless given, or unknown; `start` of them are already done. Other processes
+    than the main one iterate in silence.
     """
 
     _REFRESH = 0.5  # seconds between two looks at the values that belong beside the bar
 
-    def __init__(self, iterable: Iterable[T], *, description: str, total: int | None = None, every: int = 50) -> None:
+    def __init__(
+        self, iterable: Iterable[T], *, description: str, start: int = 0, total: int | None = None, every: int = 50
+    ) -> None:
         self._iterable = iterable
         self._description = description
         self._total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-        self._every = every
+        self._start, self._every = start, every
         self._values: dict[str, Any] = {}
 
     def set(self, **values: Tensor | float | str) -> None:
@@ -85,7 +97,9 @@ class progress(Generic[T]):
         return self._with_bar() if sys.stderr.isatty() else self._with_lines()
 
     def _with_bar(self) -> Iterator[T]:
-        with tqdm(total=self._total, desc=self._description, dynamic_ncols=True, file=sys.stderr) as bar:
+        with tqdm(
+            total=self._total, initial=self._start, desc=self._description, dynamic_ncols=True, file=sys.stderr
+        ) as bar:
             shown = -math.inf
             for item in self._iterable:
                 yield item
@@ -96,7 +110,7 @@ class progress(Generic[T]):
             bar.set_postfix_str(self._postfix())
 
     def _with_lines(self) -> Iterator[T]:
-        start, done = time.monotonic(), 0
+        start, done = time.monotonic(), self._start
         for item in self._iterable:
             yield item
             done += 1
@@ -106,8 +120,8 @@ class progress(Generic[T]):
 
     def _line(self, done: int, elapsed: float) -> str:
         parts = [str(done) if self._total is None else f"{done}/{self._total}", f"elapsed {_duration(elapsed)}"]
-        if self._total and 0 < done <= self._total:
-            parts.append(f"ETA {_duration(elapsed / done * (self._total - done))}")
+        if self._total and self._start < done <= self._total:
+            parts.append(f"ETA {_duration(elapsed / (done - self._start) * (self._total - done))}")
         return f"{self._description}: " + ", ".join([*parts, *filter(None, [self._postfix()])])
 
     def _postfix(self) -> str:
@@ -164,8 +178,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: str | os.PathLike) -> None:
+    """Have the disk know which files the folder holds, so that a new name survives a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _without_nonfinite(value: Any) -> Any:

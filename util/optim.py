@@ -80,15 +80,18 @@ def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_ste
 def build_scheduler(
     optimizer: Optimizer, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int = 0, first_step: int = 0
 ) -> LambdaLR:
-    """A scheduler to step after every iteration (not epoch), with `learning_rate_factor` from `first_step` on."""
+    """A scheduler to step after every iteration (not epoch), as if `first_step` steps had been made."""
 
     def factor(step: int) -> float:
         return learning_rate_factor(
-            first_step + step,
-            schedule=schedule,
-            total_steps=total_steps,
-            drop_step=drop_step,
-            warmup_steps=warmup_steps,
+            step, schedule=schedule, total_steps=total_steps, drop_step=drop_step, warmup_steps=warmup_steps
         )
 
-    return LambdaLR(optimizer, factor)
+    scheduler = LambdaLR(optimizer, factor)
+    if first_step:
+        for group, base in zip(optimizer.param_groups, scheduler.base_lrs):
+            group["lr"] = base * factor(first_step)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        place = {"last_epoch": first_step, "_step_count": first_step + 1, "_last_lr": rates}
+        scheduler.load_state_dict({**scheduler.state_dict(), **place})
+    return scheduler

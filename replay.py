@@ -1,0 +1,247 @@
+"""A training step in a file, and the same step once more: what `--max_bad_steps` leaves and `--replay` reads.
+
+Knows no model family. The network runs without DDP's wrapper and uncompiled, so that every module can be watched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine import compute_losses, predict
+from util.checkpoint import read_file, save_file
+from util.checkpoint_folder import CheckpointFolder
+from util.distributed import all_gather_object, barrier, get_rank
+from util.padded_images import PaddedImages
+from util.step_guard import BadSteps, Step
+from util.training_state import TrainingState, set_random_state
+
+NAME, VERSION = "replay.pth", 1
+
+
+def keep(
+    error: BadSteps,
+    *,
+    state: TrainingState,
+    criterion: nn.Module,
+    device: torch.device,
+    amp: torch.dtype | None,
+    folder: CheckpointFolder | None,
+) -> str:
+    """Repeat the last bad step, write it into the folder, and return all that there is to say about it, in a line.
+
+    Every process has to come here. The file holds the part of the first process in which the fault shows.
+    """
+    traceback.clear_frames(error.__traceback__)  # they hold what a later step's forward kept for its backward
+    content = pack(error.step, state)
+    # A copy, because DDP would exchange the gradients of the original.
+    repeated = repeat(content, network=copy.deepcopy(state.model), criterion=criterion, device=device, amp=amp)
+    told = all_gather_object((repeated.finite, repeated.first_fault()))
+    odd = [rank for rank, (finite, _) in enumerate(told) if not finite]
+    rank = error.rank if error.rank is not None else odd[0] if odd else 0
+    text = f"{error}; {told[rank][1]}" if rank in odd else f"{error}; the same step alone is finite"
+    text += ". Try a smaller --lr, and look at these images and their boxes"
+    if folder is None:
+        return f"{text}; with --output_dir the step would be kept, to be repeated"
+    path = folder.path / NAME
+    if get_rank() == rank:
+        with folder.writing():
+            save_file(content, path)
+    barrier()
+    return f"{text}; python main.py --replay {path} repeats the step"
+
+
+def pack(step: Step, state: TrainingState) -> dict[str, Any]:
+    """The file's content, on the CPU: a plain dict. The state must be that from before the step."""
+    network = state.model
+    gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+    content = {
+        "replay": VERSION,
+        "epoch": step.epoch,
+        "iteration": step.iteration,
+        "rank": get_rank(),
+        "parts": [
+            {"images": images.images, "padding": images.padding, "targets": targets} for images, targets in step.parts
+        ],
+        "num_boxes": step.num_boxes,
+        "random": step.random,
+        "model": network.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scale": 1.0 if step.scale is None else step.scale,
+        "gradients": gradients if state.keep_gradients else {},
+        "settings": state.facts["settings"],
+    }
+    return to_device(content, torch.device("cpu"))
+
+
+def read(source: str) -> dict[str, Any]:
+    """What `keep` wrote. Raises ValueError."""
+    content = read_file(source, flag="--replay")
+    if content.get("replay") != VERSION:
+        raise ValueError(f"--replay {source} holds no step; pass the {NAME} that a run left when it stopped")
+    return content
+
+
+@dataclass
+class Repeated:
+    """What a step gave.
+
+    Args:
+        terms: `loss` and its weighted terms.
+        norm: of the gradients, before clipping.
+        same_numbers: whether the device drew the random numbers of the original.
+        nan, infinite: what had the first NaN and the first infinity, in the order of computation; None: nothing had.
+        gradient: the first parameter, in the order of backward, whose gradient is not finite.
+    """
+
+    terms: dict[str, float]
+    norm: float
+    same_numbers: bool
+    nan: str | None
+    infinite: str | None
+    gradient: str | None
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (*self.terms.values(), self.norm)))
+
+    def first_fault(self) -> str:
+        """Where it began. An infinity may be meant, as that of positions which propose nothing; a NaN is not."""
+        found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
+        return next((f"first {what}: {where}" for what, where in found.items() if where), "the norm overflows")
+
+    def lines(self) -> list[str]:
+        """A report."""
+        values = {**self.terms, "norm of the gradients": self.norm}
+        width = max(map(len, values))
+        lines = [f"{n:{width}}  {v:.7g}{'' if math.isfinite(v) else '   <- not finite'}" for n, v in values.items()]
+        found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
+        lines += [f"first {what}: {where or 'none'}" for what, where in found.items()]
+        if not self.same_numbers:
+            lines.append("this device draws other random numbers (dropout) than that of the run")
+        return lines
+
+
+def repeat(
+    content: dict[str, Any], *, network: nn.Module, criterion: nn.Module, device: torch.device, amp: torch.dtype | None
+) -> Repeated:
+    """Forward, losses and backward of a packed step. The network has its weights already; its gradients, without those
+    of a loss scale, are left in it."""
+    parts, num_boxes, scale, gradients = (
+        to_device(content[name], device) for name in ("parts", "num_boxes", "scale", "gradients")
+    )
+    network.train()
+    criterion.train()
+    for name, weight in network.named_parameters():
+        weight.grad = gradients.get(name)
+    set_random_state(content["random"], device)
+    same_numbers = (device.type == "cuda") == ("cuda" in content["random"])
+    terms: dict[str, float] = {}
+    with _watched(network) as watch:
+        for number, part in enumerate(parts):
+            name = f" of part {number}" if len(parts) > 1 else ""
+            watch.see(f"the images{name}", part["images"])
+            watch.see(f"the boxes{name}", [target["boxes"] for target in part["targets"]])
+            outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp)
+            watch.see("the predictions", outputs)
+            loss, values = compute_losses(criterion, outputs, part["targets"], num_boxes=num_boxes, parts=len(parts))
+            values["loss"] = values.pop("loss")  # the sum after what it is of
+            for term, value in values.items():
+                if term.startswith("loss") and not term.endswith("_unscaled"):
+                    watch.see(term, value)
+                    terms[term] = terms.get(term, 0.0) + value.item() / len(parts)
+            (loss * scale).backward()
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    for gradient in gradients:
+        gradient /= scale
+    norm = nn.utils.get_total_norm(gradients).item()
+    return Repeated(terms, norm, same_numbers, watch.nan, watch.infinite, watch.gradient)
+
+
+def image_ids(content: dict[str, Any]) -> list[int]:
+    return [int(target["image_id"]) for part in content["parts"] for target in part["targets"]]
+
+
+@torch.no_grad()
+def take(network: nn.Module, optimizer: Optimizer, *, clip_max_norm: float) -> str:
+    """Let the optimiser take a repeated step, and say what became of the weights."""
+    if clip_max_norm > 0:
+        nn.utils.clip_grad_norm_(network.parameters(), clip_max_norm)
+    optimizer.step()
+    odd = [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]
+    return f"the optimiser makes {odd[0]} infinite" if odd else "after it all weights are finite, too"
+
+
+class _Watch:
+    """Remembers the first values that are not finite."""
+
+    def __init__(self) -> None:
+        self.nan: str | None = None
+        self.infinite: str | None = None
+        self.gradient: str | None = None
+
+    def see(self, name: str, value: Any) -> None:
+        for tensor in _tensors(value):
+            if self.nan is None and tensor.isnan().any():
+                self.nan = name
+            if self.infinite is None and tensor.isinf().any():
+                self.infinite = name
+
+    def see_gradient(self, name: str, weight: Tensor) -> None:
+        if self.gradient is None and not torch.isfinite(weight.grad).all():
+            self.gradient = name
+
+
+@contextmanager
+def _watched(network: nn.Module) -> Iterator[_Watch]:
+    """See what every module returns, inner ones first, and every gradient in the order of backward."""
+    watch = _Watch()
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: watch.see(f"output of {name}", output))
+        for name, module in network.named_modules()
+        if name
+    ]
+    hooks += [
+        weight.register_post_accumulate_grad_hook(lambda weight, name=name: watch.see_gradient(name, weight))
+        for name, weight in network.named_parameters()
+        if weight.requires_grad
+    ]
+    try:
+        yield watch
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value.detach()
+        return
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, (list, tuple, type({}.values()))):
+        for part in value:
+            yield from _tensors(part)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Copies of all tensors in dicts and lists, and plain values as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_device(item, device) for item in value]
+    return value

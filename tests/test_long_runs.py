@@ -1,0 +1,307 @@
+"""Runs that are killed, told to stop, or lose a process or the disk: they go on to the bit, or say what is wrong."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY, TINY, command, environment, read_log
+from test_two_processes import free_port
+
+from util.checkpoint import checksum
+
+FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto")
+ALIKE = {"settings", "versions", "checksum"}  # may differ: settings tell what a run was resumed from
+
+
+class Forks:
+    """Runs main.py in forks of one process, which spares most of the time that starting takes: see tests/forks.py."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tests" / "forks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            text=True,
+        )
+
+    def run(self, output: Path, *flags: str, faults=(), ranks: int = 1, network=TINY) -> list[int]:
+        """Exit statuses by rank. `faults`: (where, which time, what) or (where, which time, what, rank)."""
+        folder = output.with_name(f"{output.name}.printed")
+        folder.mkdir(exist_ok=True)
+        for file in folder.iterdir():
+            file.unlink()
+        self.printed = folder
+        names = ("at", "number", "do", "rank")
+        size = ["--batch_size", str(4 // ranks)]
+        job = {
+            "argv": command(self.data, *size, *FLAGS, "--output_dir", str(output), *flags, network=network)[1:],
+            "faults": [dict(zip(names, (*fault, 0))) for fault in faults],
+            "folder": str(folder),
+            "ranks": ranks,
+            "port": free_port(),
+        }
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def out(self, rank: int = 0) -> str:
+        return (self.printed / f"{rank}.out").read_text()
+
+    def errors(self, rank: int = 0) -> list[str]:
+        """Lines of ours on stderr."""
+        return re.findall(r"^main\.py: .*$", (self.printed / f"{rank}.err").read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def forks(shapes):
+    forks = Forks(shapes)
+    yield forks
+    forks.process.stdin.close()
+    forks.process.wait(timeout=30)
+
+
+def straight(forks, tmp_path_factory, *flags: str, ranks: int = 1, network=TINY) -> Path:
+    """An uninterrupted run."""
+    output = tmp_path_factory.mktemp("straight") / "output"
+    assert forks.run(output, *flags, ranks=ranks, network=network) == [0] * ranks, forks.errors()
+    return output
+
+
+@pytest.fixture(scope="module")
+def alone(forks, tmp_path_factory) -> Path:
+    return straight(forks, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def pair(forks, tmp_path_factory) -> Path:
+    return straight(forks, tmp_path_factory, ranks=2)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Files, log, and all that checkpoints hold."""
+    assert sorted(os.listdir(one)) == sorted(os.listdir(other))
+    assert (one / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
+    for name in ("checkpoint.pth", "checkpoint0000.pth"):
+        first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+        assert first.keys() == second.keys()
+        assert [key for key in first.keys() - ALIKE if checksum(first[key]) != checksum(second[key])] == []
+
+
+# Steps 1 to 4 are epoch 0, 5 to 8 epoch 1; saves 1 and 3 come after step 3 of each, 2 and 4 at the ends.
+KILLS = {
+    "before anything is saved": [("step", 2)],
+    "in the middle": [("step", 6)],
+    "at an epoch's edge": [("step", 4)],
+    "in the first save": [("save", 1)],
+    "in a later save": [("save", 4)],
+    "before checkpoint.pth is the new file": [("rename", 3)],
+    "in evaluation": [("evaluation", 2)],
+    "while the log is written": [("log", 1)],
+    "after the last line": [("curves", 2)],
+    "three times": [("step", 4), ("save", 1), ("evaluation", 1)],
+}
+
+
+@pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS)
+def test_killed_run_ends_as_if_nothing_had_happened(kills, forks, alone, tmp_path):
+    output = tmp_path / "output"
+    for at, number in kills:
+        assert forks.run(output, faults=[(at, number, "SIGKILL")]) == [-9]
+    assert forks.run(output) == [0]
+    assert_same(output, alone)
+
+
+def test_with_workers_accumulation_and_gradients_that_stay(forks, tmp_path_factory, tmp_path):
+    """Steps of 2 x 4 images, whose gradients add up."""
+    flags = [
+        "--num_workers",
+        "2",
+        "--accumulate",
+        "2",
+        "--epochs",
+        "3",
+        "--save_every_iterations",
+        "1",
+        "--legacy_no_zero_grad",
+    ]
+    wanted, output = straight(forks, tmp_path_factory, *flags), tmp_path / "output"
+    assert forks.run(output, *flags, faults=[("step", 4, "SIGKILL")]) == [-9]
+    assert (output / "checkpoint0001_000001.pth").exists()
+    assert forks.run(output, *flags) == [0]
+    assert_same(output, wanted)
+    assert torch.load(output / "checkpoint.pth")["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("killed", "faults"),
+    [([0], [("step", 2)]), ([1], [("step", 6)]), ([0, 1, 0], [("save", 2), ("evaluation", 1), ("step", 2)])],
+    ids=["first", "second", "three times"],
+)
+def test_two_processes_of_which_one_is_killed(killed, faults, forks, pair, tmp_path):
+    output = tmp_path / "output"
+    for rank, (at, number) in zip(killed, faults):
+        statuses = forks.run(output, "--timeout", "10", faults=[(at, number, "SIGKILL", rank)], ranks=2)
+        assert statuses[rank] == -9
+        assert statuses[1 - rank] == 1
+        (line,) = forks.errors(1 - rank)
+        assert f"error: rank {rank} " in line
+    assert forks.run(output, ranks=2) == [0, 0]
+    assert_same(output, pair)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_processes(before, after, forks, tmp_path, tmp_path_factory):
+    """Without dropout, which each process draws for itself, and with norms that know nothing of the batch."""
+    flags = shlex.split("--dropout 0 --backbone_norm frozen")
+    output, wanted = tmp_path / "output", straight(forks, tmp_path_factory, *flags, ranks=before)
+    assert forks.run(output, *flags, faults=[("step", 6, "SIGTERM")], ranks=before) == [75] * before
+    assert forks.run(output, *flags, ranks=after) == [0] * after
+    for line, other in zip(read_log(output), read_log(wanted), strict=True):
+        # That of the evaluation is an average over batches, which are others.
+        assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    seen = [torch.load(folder / "checkpoint.pth")["samples_seen"] for folder in (output, wanted)]
+    assert seen == [32, 32]
+    assert forks.run(output, *flags, "--epochs", "3", faults=[("step", 2, "SIGTERM")]) == [75]
+    assert forks.run(output, *flags, "--epochs", "3", "--batch_size", "2") == [2]
+    assert "middle of epoch 2 of a run with images a step" in forks.errors()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "faults", "epoch", "step"),
+    [("SIGTERM", [("step", 6)], 1, 2), ("SIGUSR1", [("rename", 1)], 0, 3), ("SIGTERM", [("evaluation", 2)], 0, 4)],
+    ids=["in a step", "in a save", "in evaluation"],
+)
+def test_signal_to_make_room(name, faults, epoch, step, forks, alone, tmp_path):
+    output = tmp_path / "output"
+    assert forks.run(output, faults=[(*faults[0], name)]) == [75]
+    saved = torch.load(output / "checkpoint.pth")
+    assert (saved["epoch"], saved["iteration"]) == (epoch, step)
+    assert forks.run(output) == [0]
+    assert (output / "log.txt").read_bytes() == (alone / "log.txt").read_bytes()
+
+
+def test_second_signal_ends_at_once(forks, tmp_path):
+    assert forks.run(tmp_path / "output", faults=[("step", 2, "SIGTERM, SIGTERM")]) == [128 + 15]
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("fault", [("step", 6), ("evaluation", 2)], ids=["in a step", "in evaluation"])
+def test_signal_to_one_of_two_processes(fault, forks, pair, tmp_path):
+    """They agree on the step; slurm's signals do not arrive everywhere at once."""
+    output = tmp_path / "output"
+    assert forks.run(output, faults=[(*fault, "SIGUSR1", 1)], ranks=2) == [75, 75]
+    assert forks.run(output, ranks=2) == [0, 0]
+    assert (output / "log.txt").read_bytes() == (pair / "log.txt").read_bytes()
+    assert checksum(torch.load(output / "checkpoint.pth")["model"]) == checksum(
+        torch.load(pair / "checkpoint.pth")["model"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(("step", 2, "SIGSTOP", 1), "gave no sign of life"), (("image", 5, "hang", 1), "hangs")],
+    ids=["stopped", "hangs"],
+)
+def test_hanging_process_is_named(fault, said, forks, tmp_path):
+    start = time.monotonic()
+    assert forks.run(tmp_path / "output", "--timeout", "5", faults=[fault], ranks=2) == [1, -9]
+    assert time.monotonic() - start < 60  # and not half an hour
+    (line,) = forks.errors()
+    assert re.search(rf"error: rank 1 \(\d+ on .*\) {said}.*; rank 0 stops", line)
+
+
+def test_error_of_another_process_reaches_the_log(forks, tmp_path):
+    assert forks.run(tmp_path / "output", faults=[("step", 2, "raise", 1)], ranks=2) == [2, 2]
+    assert forks.errors(1) == ["main.py: error: rank 1: made up"]
+    assert forks.errors(0) == ["main.py: error: rank 1: made up; rank 0 stops"]
+
+
+def test_full_disk(forks, alone, tmp_path):
+    output = tmp_path / "output"
+    assert forks.run(output, faults=[("step", 5, "fill the disk")]) == [2]
+    (line,) = forks.errors()
+    assert f"cannot write to --output_dir {output}: File too large" in line
+    files = [
+        "checkpoint.pth",
+        "checkpoint0000.pth",
+        "checkpoint0000_000003.pth",
+        "curves.png",
+        "log.txt",
+        "settings.json",
+    ]
+    assert sorted(os.listdir(output)) == files
+    assert forks.run(output) == [0]
+    assert_same(output, alone)
+
+
+def test_lost_folder(forks, tmp_path):
+    output = tmp_path / "output"
+    assert forks.run(output, faults=[("step", 5, "lose the folder")]) == [2]
+    (line,) = forks.errors()
+    assert f"cannot write to --output_dir {output}: the folder is gone" in line
+    assert not output.exists()
+
+
+def cut(file: Path) -> None:
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    """One bit of a weight, which torch.load does not notice."""
+    content = bytearray(file.read_bytes())
+    weight = torch.load(file)["model"]["decoder.reference_boxes"].numpy().tobytes()
+    content[content.index(weight) + 1] ^= 1
+    file.write_bytes(content)
+    assert not torch.equal(torch.load(file)["model"]["decoder.reference_boxes"].flatten()[0], torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("resume", ["auto", "checkpoint.pth"])
+@pytest.mark.parametrize("spoil", [cut, flip])
+def test_damaged_newest_file(spoil, resume, forks, alone, tmp_path):
+    output = tmp_path / "output"
+    assert forks.run(output, faults=[("step", 7, "SIGTERM")]) == [75]
+    newest, before = output / "checkpoint0001_000003.pth", output / "checkpoint0000.pth"
+    assert newest.samefile(output / "checkpoint.pth")
+    spoil(newest)
+    assert forks.run(output, "--resume", resume if resume == "auto" else str(output / resume)) == [0]
+    warnings = [line for line in forks.out().splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 2  # the file has two names
+    assert all(f"going on from {before} instead" in line for line in warnings)
+    assert str(newest) in warnings[1]
+    assert_same(output, alone)
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
+    """After the second process was killed, in step 7, once."""
+    program = tmp_path / "killed_once.py"
+    program.write_text(
+        "import os, signal, sys\nfrom pathlib import Path\nimport main, training\n"
+        f"marker, real = Path({str(tmp_path / 'marker')!r}), training.Trainer._after_step\n"
+        "def step(self, check):\n"
+        "    place = self.state.epoch, self.state.iteration\n"
+        "    if os.environ['RANK'] == '1' and place == (1, 2) and not marker.exists():\n"
+        "        marker.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    real(self, check)\n"
+        "training.Trainer._after_step = step\n"
+        "sys.exit(main.main())\n"
+    )
+    output = tmp_path / "output"
+    flags = command(shapes, *FLAGS, "--batch_size", "2", "--output_dir", str(output))[1:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3"]
+    run = subprocess.run(
+        [*launch, str(program), *flags], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "going on from" in run.stdout
+    assert_same(output, pair)

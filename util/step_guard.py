@@ -1,0 +1,199 @@
+"""Training steps whose loss or gradient is not finite: not taken, counted, and after so many in a row an error.
+
+Whether a step is taken is decided and carried out on the device. The host learns of it one step later, at a time when
+it waits for the device anyway, so that looking costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from util.distributed import all_gather_object, any_process, get_world_size
+from util.logger import log
+from util.training_state import random_state
+
+MOST = 6  # loss terms that are named
+
+
+@dataclass
+class Step:
+    """What there is to tell of a step, and to repeat it with.
+
+    Args:
+        metrics: for each part of the batch, what the log calls its loss and terms; on the device.
+        image_ids: of all parts, on the device.
+        num_boxes: what losses were divided by.
+        parts: images and targets of each part; None where they were not kept.
+        random: `random_state` before the step.
+        scale: of the gradient scaler, where there is one.
+    """
+
+    epoch: int
+    iteration: int
+    metrics: list[dict[str, Tensor]]
+    image_ids: list[Tensor]
+    num_boxes: Tensor
+    parts: list[tuple[Any, Any]] | None
+    random: dict[str, Tensor]
+    scale: Tensor | None
+
+    def faults(self) -> list[str]:
+        """Terms of this process that are not finite, as "loss_ce = nan"; their sum where each alone is."""
+        found = {
+            name: value.item()
+            for metrics in self.metrics
+            for name, value in metrics.items()
+            if not torch.isfinite(value) and name.startswith("loss") and not name.endswith("_unscaled")
+        }
+        listed = [f"{n} = {value}" for n, value in found.items() if n != "loss" or len(found) == 1]
+        return listed if len(listed) <= MOST else [*listed[:MOST], f"{len(listed) - MOST} more"]
+
+
+class BadSteps(ValueError):
+    """`--max_bad_steps` steps in a row were bad. `step` is the last of them; the network is as it was before it.
+    `rank` is that of the first process whose own loss was not finite, None where gradients alone were not."""
+
+    def __init__(self, message: str, *, step: Step, rank: int | None):
+        super().__init__(message)
+        self.step, self.rank = step, rank
+
+
+class StepGuard:
+    """One for the whole of a training.
+
+    A step is skipped where the loss in any process or the norm of the gradients is not finite. It is bad if so, unless
+    a gradient scaler caused it: gradients that overflow under a scale of at least 1 are what the scaler looks for, and
+    answers with a smaller scale.
+
+    A skipped step leaves weights, the optimiser's moments and count of steps, statistics of learned norms, and the
+    gradients that a next step adds to as they were. The learning rate's schedule counts iterations, and goes on.
+
+    Args:
+        network: without DDP's wrapper.
+        limit: bad steps in a row at which to stop.
+        keep_gradients: whether steps add to the gradients that the last step left.
+    """
+
+    def __init__(self, network: nn.Module, *, device: torch.device, limit: int = 10, keep_gradients: bool = False):
+        self.network, self.device, self.limit, self.keep_gradients = network, device, limit, keep_gradients
+        # Statistics that forward changes before anything is known of the loss.
+        norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+        self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        # Steps skipped, bad ones among them, bad ones in a row.
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+        copy = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._on_host, self._read = copy, copy.numpy()
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._bad_before, self._in_a_row = 0, 0  # as of the last look
+        self._last: Step | None = None
+
+    def begin(self) -> dict[str, Tensor]:
+        """Before a step's forward. Returns the state of the random numbers that it will draw."""
+        self._saved = [(tensor, tensor.clone()) for tensor in self._statistics]
+        return random_state(self.device)
+
+    def before_backward(self) -> None:
+        """Before a step's first backward."""
+        if self.keep_gradients:
+            weights = [weight for weight in self.network.parameters() if weight.requires_grad]
+            self._gradients = [(w, torch.zeros_like(w) if w.grad is None else w.grad.clone()) for w in weights]
+
+    @torch.no_grad()
+    def judge(self, losses: Sequence[Tensor], norm: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Whether to skip the step, and whether it is bad: 1.0 or 0.0, on the device, the same in all processes.
+
+        Args:
+            losses: of this process, one for each part of the batch.
+            norm: that of all gradients, which the processes have in common.
+            scale: of the gradient scaler.
+        """
+        odd_loss = ~torch.isfinite(torch.stack(list(losses))).all()
+        odd_norm = ~torch.isfinite(norm)
+        blamed = odd_norm if scale is None else odd_norm & (scale < 1)
+        # The gradients bring a fault of one process to all, but a term without gradient can be at fault, too.
+        skip, bad = any_process(torch.stack([odd_loss | odd_norm, odd_loss | blamed]).float())
+        skipped, total, row = self._counts
+        self._counts = torch.stack([skipped + skip.long(), total + bad.long(), (row + bad.long()) * skip.long()])
+        self._on_host.copy_(self._counts, non_blocking=True)
+        if self._copied:
+            self._copied.record()
+        return skip, bad
+
+    @torch.no_grad()
+    def step(self, optimizer: Optimizer, skip: Tensor) -> None:
+        """Let the optimiser take the step, or put back what forward and backward changed.
+
+        Fused optimisers skip on the device, asked as torch.amp.GradScaler asks them. For others the host waits.
+        """
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = skip
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf
+        elif not skip:
+            optimizer.step()
+        for tensor, before in self._saved:
+            torch.where(skip.bool(), before, tensor, out=tensor)
+        if self.keep_gradients:
+            for weight, before in self._gradients:
+                if weight.grad is not None:
+                    torch.where(skip.bool(), before, weight.grad, out=weight.grad)
+
+    def end(self, step: Step) -> None:
+        """After a step. Its batch is kept only if it may be the last one allowed to be bad."""
+        self._last = step
+        if self._in_a_row + 1 < self.limit:
+            step.parts = None
+
+    def look(self) -> None:
+        """Tell of the last step if it was bad. All processes look at the same time: after a later step's matching,
+        before its backward, or between steps.
+
+        Raises:
+            BadSteps: this was one too many.
+        """
+        if self._copied:
+            self._copied.synchronize()
+        _, bad, self._in_a_row = map(int, self._read)
+        if bad == self._bad_before or self._last is None:
+            return
+        self._bad_before, step, self._last = bad, self._last, None
+        rank, text = _tell(step)
+        if self._in_a_row < self.limit:
+            log(f"step skipped, {self._in_a_row} in a row, {bad} in all: {text}")
+            return
+        with torch.no_grad():
+            for tensor, before in self._saved:
+                tensor.copy_(before)
+        many = f"{self.limit} steps in a row were" if self.limit > 1 else "the step was"
+        raise BadSteps(f"{many} not finite, the last one in {text}", step=step, rank=rank)
+
+    def state_dict(self) -> dict[str, int]:
+        """Call `look` first, which tells of a step while its batch is still known."""
+        return dict(zip(("skipped", "bad", "in_a_row"), self._counts.tolist()))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._counts = torch.tensor([state[name] for name in ("skipped", "bad", "in_a_row")], device=self.device)
+        self._on_host.copy_(self._counts)
+        _, self._bad_before, self._in_a_row = map(int, self._read)
+
+
+def _tell(step: Step) -> tuple[int | None, str]:
+    """The first process whose loss is at fault, and where which terms of which images are. A gathering of all."""
+    faults = step.faults()
+    images = torch.stack(step.image_ids).tolist() if step.image_ids else []
+    told = all_gather_object((faults, images))
+    where = f"epoch {step.epoch}, iteration {step.iteration}"
+    for rank, (faults, images) in enumerate(told):
+        if faults:
+            process = f" of rank {rank}" if get_world_size() > 1 else ""
+            return rank, f"{where}: {', '.join(faults)}; image ids {images}{process}"
+    return None, f"{where}: the gradients, but no loss; image ids {[i for _, images in told for i in images]}"

@@ -1,0 +1,172 @@
+"""All that a run must carry over to go on as if it had never stopped, as one plain dict."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from util.checkpoint import SCHEMA_VERSION
+from util.distributed import all_gather_object, get_rank, get_world_size
+from util.logger import MetricAverager
+
+
+class Stateful(Protocol):
+    """What can be kept in a checkpoint: its state is plain numbers, text, lists, dicts and tensors."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """The living parts of a run, and where it is. Checkpoints are `capture()`; `restore()` undoes it.
+
+    The learning rate is no state: it follows from the flags and the position, so that a run may go on with others.
+
+    Args:
+        model: the network itself, without DDP's wrapper.
+        ema: averaged weights, where there are some.
+        seed: of the order of the images, which is a function of it and the epoch.
+        batch: images of a step, of all processes together.
+        scaler: of float16.
+        keep_gradients: whether the next step adds to the gradients of the last one.
+        extras: further things by name (counters and the like). A checkpoint that does not have one leaves it as it is.
+            They are those of the main process: keep them alike in all. A checkpoint at an epoch's end is written before
+            the epoch is evaluated, so what follows from an evaluation belongs into log.txt, not here.
+        facts: plain values to write along: `settings`, `categories`.
+        epoch: the epoch that the run is in, counted from 0.
+        iteration: steps of the optimiser done in it; all of them at its end.
+        averager: sums of what the log line of this epoch will tell, in this process.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    seed: int
+    batch: int
+    ema: Stateful | None = None
+    scaler: GradScaler | None = None
+    keep_gradients: bool = False
+    extras: dict[str, Stateful] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    iteration: int = 0
+    samples_seen: int = 0
+    averager: MetricAverager = field(default_factory=MetricAverager)
+
+    def capture(self) -> dict[str, Any]:
+        """The checkpoint. Every process has to come here, for its random numbers and sums; waits for the device."""
+        device = next(self.model.parameters()).device
+        ranks = all_gather_object({"random": random_state(device), "averages": self.averager.state_dict()})
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "samples_seen": self.samples_seen,
+            "sampler": {"seed": self.seed, "batch": self.batch, "position": self.iteration * self.batch},
+            "random_states": [rank["random"] for rank in ranks],
+            "averages": [rank["averages"] for rank in ranks],
+            "extras": {name: part.state_dict() for name, part in self.extras.items()},
+            "versions": versions(),
+            **self.facts,
+        }
+        if self.keep_gradients:
+            content["gradients"] = {
+                name: weight.grad for name, weight in self.model.named_parameters() if weight.grad is not None
+            }
+        return content
+
+    def restore(self, checkpoint: dict[str, Any], *, source: str) -> None:
+        """Take over all but the weights, which are loaded where the network is made, and the place in the epoch.
+
+        Files of ours without some of the parts, as the first ones were, leave these as they are. Raises ValueError.
+        """
+        restore_optimizer(self.optimizer, checkpoint, source=source)
+        if self.keep_gradients:
+            gradients = checkpoint.get("gradients", {})
+            for name, weight in self.model.named_parameters():
+                if name in gradients:
+                    weight.grad = gradients[name].to(weight)
+        parts = {"scaler": self.scaler, "ema": self.ema}
+        for name, part in parts.items():
+            if part is not None and checkpoint.get(name):
+                part.load_state_dict(checkpoint[name])
+        for name, part in self.extras.items():
+            if name in checkpoint.get("extras", {}):
+                part.load_state_dict(checkpoint["extras"][name])
+        self.samples_seen = checkpoint.get("samples_seen", 0)
+
+    def restore_place(self, checkpoint: dict[str, Any], *, iteration: int) -> bool:
+        """Go on after `iteration` steps of the checkpoint's epoch: with what its log line will tell, and the random
+        numbers. Returns whether these were those of as many processes; if not, they have to be drawn anew."""
+        self.epoch, self.iteration = checkpoint["epoch"], iteration
+        sums = checkpoint["averages"]
+        alike = len(sums) == get_world_size()
+        if alike:
+            self.averager.load_state_dict(sums[get_rank()])
+            set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
+        else:
+            self.averager.load_state_dict(mean_state(sums))
+        return alike
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that training draws from: PyTorch's on the CPU and on this process's GPU."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def mean_state(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the averagers of some processes, for each of another number of processes: their steps weigh as much as before,
+    beside those to come."""
+    mean: dict[str, Any] = {"sums": {}, "counts": {}}
+    for state in states:
+        for kind, values in state.items():
+            for name, value in values.items():
+                mean[kind][name] = mean[kind].get(name, 0.0) + value / len(states)
+    return mean
+
+
+def versions() -> dict[str, str | None]:
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "cuda": torch.version.cuda,
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
+    """Take over the optimiser's state; the learning rates follow from the schedule. Raises ValueError."""
+    scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError:
+        raise ValueError(
+            f"{source} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
+            "--lr_linear_proj_names that it was trained with"
+        ) from None
+    for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
+        group["lr"], group["initial_lr"] = lr, initial_lr

@@ -1,0 +1,27 @@
+"""A budget of hours for a run that may be interrupted: `--max_hours`."""
+
+from __future__ import annotations
+
+import time
+
+
+class WallClock:
+    """Counts the time since it was made, and what earlier parts of the run had used when they saved last."""
+
+    def __init__(self, *, hours: float) -> None:
+        self.hours = hours
+        self._earlier, self._start = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._start
+
+    @property
+    def is_up(self) -> bool:
+        return self.seconds >= 3600 * self.hours
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._earlier, self._start = state["seconds"], time.monotonic()
