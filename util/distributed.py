@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,13 +55,49 @@ def init_distributed(
         dist_url = slurm_url(os.environ)
     dist.init_process_group(
         backend="nccl" if gpu else "gloo",
-        init_method=dist_url,
+        store=_meet(dist_url, ranks, timeout),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
         device_id=gpu,
     )
     return ranks
+
+
+def _meet(url: str, ranks: Ranks, timeout: timedelta) -> dist.Store:
+    """A store of the processes that are there now.
+
+    torchrun keeps its store when it restarts the processes after one was lost, so that they would read the addresses of
+    those before. Here the first process gives each of the others, which ask under names that nobody had before, the
+    name of a part of the store that is theirs alone. Raises ValueError, with the ranks that did not come.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
+    except dist.DistStoreError as error:
+        raise ValueError(
+            f"not all of the {ranks.world_size} processes met within {timeout.total_seconds():.0f} s at {url}: {error}"
+        ) from None
+    store.set_timeout(timeout)
+    name = uuid.uuid4().hex
+    until = time.monotonic() + timeout.total_seconds()
+    if ranks.rank > 0:
+        store.set(f"asks{ranks.rank}", name)
+        try:
+            own = store.get(name).decode()
+        except dist.DistStoreError:
+            raise ValueError(f"rank 0 did not come to {url} within {timeout.total_seconds():.0f} s") from None
+        store.set(f"{own}/{ranks.rank}", "here")
+        return dist.PrefixStore(own, store)
+    missing = list(range(1, ranks.world_size))
+    while missing:
+        for rank in missing:
+            if store.check([f"asks{rank}"]):
+                store.set(store.get(f"asks{rank}").decode(), name)
+        missing = [rank for rank in missing if not store.check([f"{name}/{rank}"])]
+        if missing and time.monotonic() > until:
+            raise ValueError(f"ranks {missing} did not come to {url} within {timeout.total_seconds():.0f} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
