@@ -213,7 +213,9 @@ def test_signal_to_one_of_two_processes(fault, forks, pair, tmp_path):
 )
 def test_hanging_process_is_named(fault, said, forks, tmp_path):
     start = time.monotonic()
-    assert forks.run(tmp_path / "output", "--timeout", "5", faults=[fault], ranks=2) == [1, -9]
+    first, second = forks.run(tmp_path / "output", "--timeout", "5", faults=[fault], ranks=2)
+    assert first == 1
+    assert second in (1, -9)  # the one at fault notices, too, if it can
     assert time.monotonic() - start < 60  # and not half an hour
     (line,) = forks.errors()
     assert re.search(rf"error: rank 1 \(\d+ on .*\) {said}.*; rank 0 stops", line)
@@ -234,6 +236,7 @@ def test_full_disk(forks, alone, tmp_path):
         "checkpoint.pth",
         "checkpoint0000.pth",
         "checkpoint0000_000003.pth",
+        "checkpoint_best.pth",
         "curves.png",
         "log.txt",
         "settings.json",

@@ -1,6 +1,7 @@
 """Shortcuts of training give the numbers that they should: accumulated batches, 16 bits, compiled networks, repeats."""
 
 import copy
+import warnings
 from collections import Counter
 
 import pytest
@@ -41,16 +42,16 @@ def batches(sizes: list[int], *, dtype: torch.dtype) -> list:
     return [(pad_images(list(images[part])), TargetBatch.pack([targets[i] for i in part])) for part in parts]
 
 
-def train(network: list[str], loader: list, *, dtype: torch.dtype = torch.float64, **options):
+def train(network: list[str], loader: list, *, dtype: torch.dtype = torch.float64, device: str = "cpu", **options):
     """An epoch without dropout on fixed norms; the network, and what is logged."""
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
-    detector = build_tiny(network=flags)[0].to(dtype)
+    detector = build_tiny(network=flags)[0].to(device, dtype)
     criterion = FAMILIES[detector_family(flags)].criterion(main.build_parser().parse_args(flags))
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.1, fused=True)  # AdamW makes steps of rounding errors
     scheduler = build_scheduler(optimizer, schedule="step", total_steps=10, drop_step=10)
     stats = engine.train_one_epoch(
         model=detector, criterion=criterion, loader=loader, optimizer=optimizer, scheduler=scheduler,
-        device=torch.device("cpu"), epoch=0, clip_max_norm=0.1, print_every=50, **options,
+        device=torch.device(device), epoch=0, clip_max_norm=0.1, print_every=50, **options,
     )  # fmt: skip
     return detector, stats
 
@@ -176,6 +177,24 @@ def test_one_transfer_to_the_host_in_a_step(family, monkeypatch):
         train(FAMILY[family], batches([2] * number, dtype=torch.float32), dtype=torch.float32)
         counts.append(calls.total())
     assert counts[1] - counts[0] == 4, calls  # in four more steps; what an epoch needs once is in both
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", FAMILY)
+def test_one_wait_for_the_gpu_in_a_step(family):
+    """As CUDA itself counts them."""
+    counts = []
+    for number in (2, 6):
+        loader = batches([2] * number, dtype=torch.float32)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                train(FAMILY[family], loader, dtype=torch.float32, device="cuda")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
+    assert counts[1] - counts[0] <= 4, [str(warning.message) for warning in caught]
 
 
 def test_profile(shapes, tmp_path, capsys):
