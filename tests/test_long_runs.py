@@ -16,7 +16,7 @@ from test_two_processes import free_port
 
 from util.checkpoint import checksum
 
-FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto")
+FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto --ema 0.9")
 ALIKE = {"settings", "versions", "checksum"}  # may differ: settings tell what a run was resumed from
 
 
@@ -234,6 +234,7 @@ def test_full_disk(forks, alone, tmp_path):
         "checkpoint.pth",
         "checkpoint0000.pth",
         "checkpoint0000_000003.pth",
+        "checkpoint_best.pth",
         "curves.png",
         "log.txt",
         "settings.json",
