@@ -16,7 +16,7 @@ from test_two_processes import free_port
 
 from util.checkpoint import checksum
 
-FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto")
+FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto --ema 0.9")
 ALIKE = {"settings", "versions", "checksum"}  # may differ: settings tell what a run was resumed from
 
 

@@ -145,8 +145,13 @@ def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.
     panels["rate"].plot(*series("train_lr"), color="#555555", marker="o", markersize=2.5)
     panels["rate"].set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
 
-    for index, name, colour in ((1, "AP50", "#e0a030"), (0, "AP", "#1f4e79")):
-        epochs, values = series("test_coco_eval_bbox", index)
+    figures = (
+        ("test_coco_eval_bbox", 1, "AP50", "#e0a030"),
+        ("test_coco_eval_bbox", 0, "AP", "#1f4e79"),
+        ("test_ema_coco_eval_bbox", 0, "AP, averaged weights", "#6c9a8b"),
+    )
+    for key, index, name, colour in figures:
+        epochs, values = series(key, index)
         if epochs:
             label = f"{name}: last {values[-1]:.3f}, best {max(values):.3f}"
             panels["ap"].plot(epochs, values, color=colour, label=label, marker="o", markersize=3)
