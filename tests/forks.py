@@ -60,6 +60,9 @@ def act(what: str, arguments: tuple) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     elif what == "lose the folder":
         shutil.rmtree(arguments[0].folder.path)
+    elif what == "SIGTERM to all":  # this process and its workers
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(0.2)
     else:
         for name in what.split(", "):
             os.kill(os.getpid(), getattr(signal, name))
@@ -83,6 +86,7 @@ def arm(fault: dict) -> None:
 
 
 def child(job: dict, rank: int) -> int:
+    os.setpgrp()
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(job["folder"]) / f"{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if job["ranks"] > 1:

@@ -141,6 +141,17 @@ def test_with_workers_accumulation_and_gradients_that_stay(forks, tmp_path_facto
     assert torch.load(output / "checkpoint.pth")["gradients"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_killed_run_on_a_gpu(forks, tmp_path_factory, tmp_path):
+    flags = ["--device", "cuda", "--deterministic"]
+    wanted, output = straight(forks, tmp_path_factory, *flags), tmp_path / "output"
+    for at, number in [("step", 2), ("step", 6), ("save", 1), ("evaluation", 1)]:
+        assert forks.run(output, *flags, faults=[(at, number, "SIGKILL")]) == [-9]
+    assert forks.run(output, *flags) == [0]
+    assert_same(output, wanted)
+
+
 @pytest.mark.parametrize(
     ("killed", "faults"),
     [([0], [("step", 2)]), ([1], [("step", 6)]), ([0, 1, 0], [("save", 2), ("evaluation", 1), ("step", 2)])],
@@ -192,6 +203,15 @@ def test_signal_to_make_room(name, faults, epoch, step, forks, alone, tmp_path):
 def test_second_signal_ends_at_once(forks, tmp_path):
     assert forks.run(tmp_path / "output", faults=[("step", 2, "SIGTERM, SIGTERM")]) == [128 + 15]
     assert not (tmp_path / "output").exists()
+
+
+def test_signal_to_workers_too(forks, alone, tmp_path):
+    """As clusters send it; the workers go on bringing the data of the last step, and end with the run."""
+    output = tmp_path / "output"
+    assert forks.run(output, "--num_workers", "2", faults=[("step", 5, "SIGTERM to all")]) == [75]
+    assert torch.load(output / "checkpoint.pth")["iteration"] == 1
+    assert forks.run(output, "--num_workers", "1") == [0]
+    assert (output / "log.txt").read_bytes() == (alone / "log.txt").read_bytes()
 
 
 @pytest.mark.parametrize("fault", [("step", 6), ("evaluation", 2)], ids=["in a step", "in evaluation"])
