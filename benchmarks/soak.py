@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py --faults 50 --seed 0
 
-A small run, in one process or two (gloo), is disturbed over and over and started again with --resume auto. A fault must
-end as the table KINDS says: in a given exit status, with a line that names what and where. When a run is through, its
-weights, optimiser and log must be those of the undisturbed run, to the bit; then the next run starts. Ends with status 1
-where one did not.
+A small run, in one process or two (gloo), is disturbed over and over and started again with --resume auto. A fault
+must end as the table KINDS says: in a given exit status, with a line that names what and where. When a run is through,
+its weights, optimiser and log must be those of the undisturbed run, to the bit; then the next run starts. Ends with
+status 1 where something did not.
 """
 
 from __future__ import annotations
@@ -65,16 +65,18 @@ class Kind:
     says: str
 
 
+_NAMED = r"error: rank \d "
+_STOPPED = "stopped after step"
 KINDS = {
-    "kill a process": Kind(at="step", do="SIGKILL", status=SIGKILL, others=1, says=r"error: rank \d "),
-    "kill in a save": Kind(at="save", do="SIGKILL", often=6, status=SIGKILL, others=1, says=r"error: rank 0 "),
-    "kill in evaluation": Kind(at="evaluation", do="SIGKILL", often=6, status=SIGKILL, others=1, says=r"error: rank \d "),
-    "SIGTERM": Kind(at="step", do="SIGTERM", status=PREEMPTED, others=PREEMPTED, says=r"stopped after step \d"),
-    "SIGTERM to all": Kind(at="step", do="SIGTERM to all", status=PREEMPTED, others=PREEMPTED, says="stopped after step"),
+    "kill a process": Kind(at="step", do="SIGKILL", status=SIGKILL, others=1, says=_NAMED),
+    "kill in a save": Kind(at="save", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
+    "kill in evaluation": Kind(at="evaluation", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
+    "SIGTERM": Kind(at="step", do="SIGTERM", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
+    "SIGTERM to workers too": Kind(at="step", do="SIGTERM to all", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
     "full disk": Kind(at="step", do="fill the disk", status=2, others=2, says="cannot write to --output_dir .*large"),
     "newest checkpoint cut": Kind(at=None, do="cut", status=0, others=0, says="warning: .*checkpoint.pth.* instead"),
     "worker killed": Kind(at="step", do="kill a worker", status=1, others=1, says=r"error: .*worker \(pid.* killed"),
-    "loss not finite": Kind(at="loss", do="nan", status=2, others=2, says=r"error: .*not finite in epoch \d, iteration"),
+    "loss not finite": Kind(at="loss", do="nan", status=2, others=2, says=r"error: .*not finite in epoch \d, iter"),
 }
 
 
@@ -89,7 +91,7 @@ class Soak:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.runs = 0
+        self.ends: list[bool] = []  # whether each run ended as the undisturbed one
         self.wanted: dict[int, Path] = {}
 
     def run(self, output: Path, ranks: int, faults: Sequence[dict] = ()) -> tuple[list[int], str]:
@@ -111,69 +113,58 @@ class Soak:
             assert statuses == [0] * ranks, text
         return self.wanted[ranks]
 
-    def new_run(self) -> tuple[Path, int]:
-        self.runs += 1
-        return self.folder / f"run{self.runs}", self.random.choice((1, 2))
-
     def soak(self, number: int) -> list[dict]:
-        """So many faults; a row for each."""
-        rows, (output, ranks) = [], self.new_run()
-        names = list(KINDS)
-        while len(rows) < number or output.exists():
-            calm = len(rows) >= number
-            # Every kind once before any comes again.
-            name = None if calm else names[len(rows) % len(names)]
-            if name == names[0]:
-                self.random.shuffle(names)
-                name = names[0]
-            row = self.one(name, output, ranks)
-            if row is not None:
-                rows.append(row)
-            if row is None or row["through"]:
-                good = same(output, self.undisturbed(ranks)) if calm or row["through"] else True
-                if rows:
-                    rows[-1]["good"] &= good
-                    rows[-1]["why"] += "" if good else "; ended otherwise than the undisturbed run"
-                shutil.rmtree(output, ignore_errors=True)
-                output, ranks = self.new_run()
+        """So many faults that struck, each kind once before any comes again; a row for each. Sets `ends`."""
+        rows, kinds = [], []
+        while len(rows) < number:
+            output, ranks = self.folder / f"run{len(self.ends)}", self.random.choice((1, 2))
+            through = False
+            while not through:
+                kinds = kinds or self.random.sample(sorted(KINDS), len(KINDS))
+                name = kinds.pop() if len(rows) < number else None
+                row = self.one(name, output, ranks)
+                if row["struck"]:
+                    rows.append(row)
+                elif name:
+                    kinds.append(name)  # the run was through before
+                through = row["through"]
+            self.ends.append(same(output, self.undisturbed(ranks)))
+            shutil.rmtree(output)
         return rows
 
-    def one(self, name: str | None, output: Path, ranks: int) -> dict | None:
-        """One run with a fault or, without one, to its end."""
+    def one(self, name: str | None, output: Path, ranks: int) -> dict:
+        """Go on with a run, with a fault or to its end."""
         kind = KINDS.get(name)
-        faults = []
-        rank = 0
-        if kind is None or kind.at is None:
-            if kind:
-                if not (output / "checkpoint0000.pth").exists():  # one that can be cut, and one before it
-                    fault = {"at": "step", "number": 7, "do": "SIGTERM", "rank": 0}
-                    self.run(output, ranks, [fault])
-                with open(output / "checkpoint.pth", "r+b") as file:
-                    file.truncate(self.random.randrange(file.seek(0, 2)))
-        else:
+        faults, rank = [], 0
+        if kind and kind.at:
             rank = 0 if kind.at == "save" else self.random.randrange(ranks)
-            done = progress(output, kind.often)
-            faults = [{"at": kind.at, "number": self.random.randint(1, max(1, kind.often - done)), "do": kind.do, "rank": rank}]
+            left = max(1, kind.often - progress(output, kind.often))
+            faults = [{"at": kind.at, "number": self.random.randint(1, left), "do": kind.do, "rank": rank}]
+        elif kind:
+            if not (output / "checkpoint0000.pth").exists():  # one to cut, and one before it
+                self.run(output, ranks, [{"at": "step", "number": 7, "do": "SIGTERM", "rank": 0}])
+            with open(output / "checkpoint.pth", "r+b") as file:
+                file.truncate(self.random.randrange(file.seek(0, 2)))
         start = time.monotonic()
         statuses, text = self.run(output, ranks, faults)
-        if kind is None:
-            assert statuses == [0] * ranks, text
-            return None
         through = statuses == [0] * ranks
-        struck = kind.at is None or not through  # else the run ended before it came to the place
-        wanted = [kind.status if r == rank else kind.others for r in range(ranks)]
-        alone = ranks == 1 and kind.status == SIGKILL  # nobody is left to say anything
+        struck = bool(kind) and (kind.at is None or not through)
         why = []
-        if struck and statuses != wanted:
-            why.append(f"statuses {statuses}, not {wanted}")
-        if struck and not alone and not re.search(kind.says, text):
-            why.append(f"nothing says {kind.says!r}")
-        if kind.status == 2 and struck and list(output.glob(".*")):
-            why.append("leaves temporary files")
+        if struck:
+            wanted = [kind.status if r == rank else kind.others for r in range(ranks)]
+            alone = ranks == 1 and kind.status == SIGKILL  # nobody is left to say anything
+            if statuses != wanted:
+                why.append(f"statuses {statuses}, not {wanted}")
+            if not alone and not re.search(kind.says, text):
+                why.append(f"nothing says {kind.says!r}")
+            if kind.status == 2 and list(output.glob(".*")):
+                why.append("leaves temporary files")
+        elif not through:
+            why.append(f"statuses {statuses} without a fault")
         return {
-            "fault": name if struck else f"{name} (too late)", "processes": ranks, "rank": rank, "statuses": statuses,
-            "through": through, "good": not why, "why": "; ".join(why), "seconds": time.monotonic() - start,
-            "text": "" if not why else text[-3000:],
+            "fault": name, "processes": ranks, "rank": rank, "statuses": statuses, "struck": struck or bool(why),
+            "through": through, "good": not why, "why": "; ".join(why), "seconds": round(time.monotonic() - start, 2),
+            "text": text[-3000:] if why else "",
         }  # fmt: skip
 
 
@@ -210,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     about = surroundings(packages=["torch"], device="cpu", threads=1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = Soak(Path(folder), seed=args.seed).soak(args.faults)
+        soak = Soak(Path(folder), seed=args.seed)
+        rows = soak.soak(args.faults)
     for row in rows:
         if not row["good"]:
             print(f"{row['fault']} in rank {row['rank']} of {row['processes']}: {row['why']}\n{row['text']}")
@@ -219,8 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in sorted(faults):
         print(f"| {name} | {faults[name]} | {good[name]} |")
     print(f"| all | {len(rows)} | {good.total()} |")
-    write(args.json, {"about": about, "rows": rows})
-    return 0 if good.total() == len(rows) else 1
+    print(f"{sum(soak.ends)} of {len(soak.ends)} runs ended with the bits of the undisturbed one")
+    write(args.json, {"about": about, "rows": rows, "ends": soak.ends})
+    return 0 if good.total() == len(rows) and all(soak.ends) else 1
 
 
 if __name__ == "__main__":

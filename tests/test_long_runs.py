@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, command, environment, read_log
+from helpers import REPOSITORY, TINY, command, environment, read_json, read_log, run_process
 from test_two_processes import free_port
 
 from util.checkpoint import checksum
@@ -21,12 +21,12 @@ ALIKE = {"settings", "versions", "checksum"}  # may differ: settings tell what a
 
 
 class Forks:
-    """Runs main.py in forks of one process, which spares most of the time that starting takes: see tests/forks.py."""
+    """Runs main.py in forks of one process, which spares the time that starting takes: see benchmarks/faults.py."""
 
     def __init__(self, data: Path) -> None:
         self.data = data
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "forks.py")],
+            [sys.executable, str(REPOSITORY / "benchmarks" / "faults.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(),
@@ -214,6 +214,11 @@ def test_signal_to_workers_too(forks, alone, tmp_path):
     assert (output / "log.txt").read_bytes() == (alone / "log.txt").read_bytes()
 
 
+def test_killed_worker(forks, tmp_path):
+    assert forks.run(tmp_path / "output", "--num_workers", "1", faults=[("step", 2, "kill a worker")]) == [1]
+    assert re.search(r"error: DataLoader worker \(pid.* killed.*--num_workers", forks.errors()[0])
+
+
 @pytest.mark.parametrize("fault", [("step", 6), ("evaluation", 2)], ids=["in a step", "in evaluation"])
 def test_signal_to_one_of_two_processes(fault, forks, pair, tmp_path):
     """They agree on the step; slurm's signals do not arrive everywhere at once."""
@@ -325,3 +330,13 @@ def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "going on from" in run.stdout
     assert_same(output, pair)
+
+
+def test_short_soak(tmp_path):
+    """Every kind of fault once, at random places."""
+    program = str(REPOSITORY / "benchmarks" / "soak.py")
+    run = run_process([program, "--faults", "9", "--seed", "3", "--json", str(tmp_path / "soak.json")])
+    assert run.returncode == 0, run.stdout
+    content = read_json(tmp_path / "soak.json")
+    assert len({row["fault"] for row in content["rows"]}) == len(content["rows"]) == 9
+    assert all(content["ends"])
