@@ -11,22 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY, TINY, command, environment, read_log
+from helpers import REPOSITORY, TINY, command, environment, read_json, read_log, run_process
 from test_two_processes import free_port
 
 from util.checkpoint import checksum
 
 FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto --ema 0.9")
-ALIKE = {"settings", "versions", "checksum"}  # may differ: settings tell what a run was resumed from
+MAY_DIFFER = {"settings", "versions", "checksum"}  # settings tell what a run was resumed from
 
 
 class Forks:
-    """Runs main.py in forks of one process, which spares most of the time that starting takes: see tests/forks.py."""
+    """Runs main.py in forks of one process, which spares the time that starting takes: see benchmarks/faults.py."""
 
     def __init__(self, data: Path) -> None:
         self.data = data
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "forks.py")],
+            [sys.executable, str(REPOSITORY / "benchmarks" / "faults.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(),
@@ -93,7 +93,7 @@ def assert_same(one: Path, other: Path) -> None:
     for name in ("checkpoint.pth", "checkpoint0000.pth"):
         first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
         assert first.keys() == second.keys()
-        assert [key for key in first.keys() - ALIKE if checksum(first[key]) != checksum(second[key])] == []
+        assert [key for key in first.keys() - MAY_DIFFER if checksum(first[key]) != checksum(second[key])] == []
 
 
 # Steps 1 to 4 are epoch 0, 5 to 8 epoch 1; saves 1 and 3 come after step 3 of each, 2 and 4 at the ends.
@@ -139,6 +139,17 @@ def test_with_workers_accumulation_and_gradients_that_stay(forks, tmp_path_facto
     assert forks.run(output, *flags) == [0]
     assert_same(output, wanted)
     assert torch.load(output / "checkpoint.pth")["gradients"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_killed_run_on_a_gpu(forks, tmp_path_factory, tmp_path):
+    flags = ["--device", "cuda", "--deterministic"]
+    wanted, output = straight(forks, tmp_path_factory, *flags), tmp_path / "output"
+    for at, number in [("step", 2), ("step", 6), ("save", 1), ("evaluation", 1)]:
+        assert forks.run(output, *flags, faults=[(at, number, "SIGKILL")]) == [-9]
+    assert forks.run(output, *flags) == [0]
+    assert_same(output, wanted)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +203,20 @@ def test_signal_to_make_room(name, faults, epoch, step, forks, alone, tmp_path):
 def test_second_signal_ends_at_once(forks, tmp_path):
     assert forks.run(tmp_path / "output", faults=[("step", 2, "SIGTERM, SIGTERM")]) == [128 + 15]
     assert not (tmp_path / "output").exists()
+
+
+def test_signal_to_workers_too(forks, alone, tmp_path):
+    """As clusters send it; the workers go on bringing the data of the last step, and end with the run."""
+    output = tmp_path / "output"
+    assert forks.run(output, "--num_workers", "2", faults=[("step", 5, "SIGTERM to all")]) == [75]
+    assert torch.load(output / "checkpoint.pth")["iteration"] == 1
+    assert forks.run(output, "--num_workers", "1") == [0]
+    assert (output / "log.txt").read_bytes() == (alone / "log.txt").read_bytes()
+
+
+def test_killed_worker(forks, tmp_path):
+    assert forks.run(tmp_path / "output", "--num_workers", "1", faults=[("step", 2, "kill a worker")]) == [1]
+    assert re.search(r"error: DataLoader worker \(pid.* killed.*--num_workers", forks.errors()[0])
 
 
 @pytest.mark.parametrize("fault", [("step", 6), ("evaluation", 2)], ids=["in a step", "in evaluation"])
@@ -306,3 +331,13 @@ def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
     assert run.returncode == 0, run.stderr
     assert "going on from" in run.stdout
     assert_same(output, pair)
+
+
+def test_short_soak(tmp_path):
+    """Every kind of fault once, at random places."""
+    program = str(REPOSITORY / "benchmarks" / "soak.py")
+    run = run_process([program, "--faults", "9", "--seed", "3", "--json", str(tmp_path / "soak.json")])
+    assert run.returncode == 0, run.stdout
+    content = read_json(tmp_path / "soak.json")
+    assert len({row["fault"] for row in content["rows"]}) == len(content["rows"]) == 9
+    assert all(content["ends"])

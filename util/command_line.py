@@ -16,10 +16,18 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
     That is what a ValueError of this project means, wherever it was raised. One of another package is a fault of ours
-    and keeps its traceback.
+    and keeps its traceback. A data loading worker that was killed is told in one line too, with status 1.
     """
     try:
         return function() or 0
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        who = f"rank {get_rank()}: " if get_rank() else ""
+        reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+        hint = "where memory ran out, pass a smaller --num_workers; --resume auto goes on from the last checkpoint"
+        print(f"{program}: error: {who}{reason}; {hint}", file=sys.stderr)
+        return 1
     except ValueError as error:
         if not _is_ours(error):
             raise

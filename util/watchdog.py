@@ -47,6 +47,7 @@ class Watchdog:
         self._keys = [f"alive{rank}" for rank in range(self.size)]
         self._round, self._place, self._beats = 0, -1, 0
         self._stop, self._ending = threading.Event(), threading.Lock()
+        self._told: Fault | None = None
         self._seen: dict[int, dict[str, Any]] = {}
         self._heard, self._moved = {}, time.monotonic()
 
@@ -119,7 +120,8 @@ class Watchdog:
         note = json.loads(self._store.get("note"))
         if note["rank"] == self.rank:
             return None
-        return Fault(f"rank {note['rank']}: {note['message']}", status=note["status"], told=True)
+        self._told = Fault(f"rank {note['rank']}: {note['message']}", status=note["status"], told=True)
+        return self._told
 
     def _silent(self, seconds: float) -> Fault | None:
         now = time.monotonic()
@@ -143,7 +145,7 @@ class Watchdog:
         until = time.monotonic() + 8 * self.interval
         while time.monotonic() < until:
             try:
-                if fault := self._note() or self._silent(3 * self.interval):
+                if fault := self._told or self._note() or self._silent(3 * self.interval):
                     return fault
             except RuntimeError:
                 return _NO_STORE

@@ -7,24 +7,31 @@ What the processes print goes to folder/0.out, folder/0.err, ... Answers with ex
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 import training
 from datasets.coco import CocoDetection
 from datasets.coco_eval import CocoEvaluator
+from models.criterion import SetCriterion
 from util import checkpoint, checkpoint_folder
 
 training.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))  # which takes longer than a run
+checkpoint.torch = SimpleNamespace(**vars(torch))  # so that its use alone can be disturbed
 REAL_SAVE, REAL_LINE = torch.save, checkpoint_folder.append_json_line
 
 
@@ -42,11 +49,12 @@ def half_a_line(path, record):
 # Where a fault may strike: an object, the name of a function of it, and what is done just before, if anything.
 PLACES = {
     "step": (training.Trainer, "_after_step", None),
-    "save": (checkpoint.torch, "save", half_a_file),
+    "save": (checkpoint.torch, "save", half_a_file),  # of files alone
     "rename": (checkpoint_folder, "_also_name", None),
     "evaluation": (CocoEvaluator, "update", None),
     "log": (checkpoint_folder, "append_json_line", half_a_line),
     "curves": (training, "plot_training_curves", None),
+    "loss": (SetCriterion, "forward", None),
     "image": (CocoDetection, "read_image", None),
 }
 
@@ -60,6 +68,13 @@ def act(what: str, arguments: tuple) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     elif what == "lose the folder":
         shutil.rmtree(arguments[0].folder.path)
+    elif what == "kill a worker":
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        time.sleep(1)  # until the data loader has seen it
+    elif what == "SIGTERM to all":  # this process and its workers, from another one
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+        time.sleep(0.2)
     else:
         for name in what.split(", "):
             os.kill(os.getpid(), getattr(signal, name))
@@ -72,10 +87,12 @@ def arm(fault: dict) -> None:
 
     def watched(*args, **kwargs):
         nonlocal passed
-        passed += 1
+        passed += fault["at"] != "loss" or args[0].training
         if passed == fault["number"]:
             if before:
                 before(*args, **kwargs)
+            if fault["do"] == "nan":
+                return {term: value / 0 * 0 for term, value in real(*args, **kwargs).items()}
             act(fault["do"], args)
         return real(*args, **kwargs)
 
@@ -83,6 +100,7 @@ def arm(fault: dict) -> None:
 
 
 def child(job: dict, rank: int) -> int:
+    os.setpgrp()
     for number, stream in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(job["folder"]) / f"{rank}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     if job["ranks"] > 1:

@@ -1,0 +1,220 @@
+"""Runs training under faults drawn at random from a seed, and checks what becomes of each.
+
+    python benchmarks/soak.py --faults 50 --seed 0
+
+A small run, in one process or two (gloo), is disturbed over and over and started again with --resume auto. A fault
+must end as the table KINDS says: in a given exit status, with a line that names what and where. When a run is through,
+its weights, optimiser and log must be those of the undisturbed run, to the bit; then the next run starts. Ends with
+status 1 where something did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.report import positive, surroundings, write  # noqa: E402
+from datasets.shapes import write_dataset  # noqa: E402
+from util.checkpoint import checksum, read_file  # noqa: E402
+
+NETWORK = (
+    "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 32 --nheads 4 "
+    "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 10 --smca"
+)
+RUN = (
+    "--train_sizes 64 --eval_size 64 --no_crop --num_workers 1 --device cpu --epochs 3 --lr_drop 2 --lr 1e-3 "
+    "--save_every_iterations 2 --timeout 20 --ema 0.9 --max_bad_steps 1 --resume auto"
+)
+STEPS = 12  # 3 epochs of 4
+SIGKILL, PREEMPTED = -9, 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A fault, and what must become of it.
+
+    Args:
+        at: where in the program (benchmarks/faults.py), None: to the files, between two runs.
+        do: what happens there.
+        often: the place is passed so often in a run.
+        status: of the process that it strikes.
+        others: of the other one.
+        says: what a line on stderr, or on stdout where it goes on, must tell.
+    """
+
+    at: str | None
+    do: str
+    often: int = STEPS
+    status: int
+    others: int
+    says: str
+
+
+_NAMED = r"error: rank \d "
+_STOPPED = "stopped after step"
+KINDS = {
+    "kill a process": Kind(at="step", do="SIGKILL", status=SIGKILL, others=1, says=_NAMED),
+    "kill in a save": Kind(at="save", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
+    "kill in evaluation": Kind(at="evaluation", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
+    "SIGTERM": Kind(at="step", do="SIGTERM", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
+    "SIGTERM to workers too": Kind(at="step", do="SIGTERM to all", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
+    "full disk": Kind(at="step", do="fill the disk", status=2, others=2, says="cannot write to --output_dir .*large"),
+    "newest checkpoint cut": Kind(at=None, do="cut", status=0, others=0, says="warning: .*checkpoint.pth.* instead"),
+    "worker killed": Kind(at="step", do="kill a worker", status=1, others=1, says=r"error: .*worker \(pid.* killed"),
+    "loss not finite": Kind(at="loss", do="nan", status=2, others=2, says=r"error: .*not finite in epoch \d, iter"),
+}
+
+
+class Soak:
+    def __init__(self, folder: Path, *, seed: int) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        self.data = folder / "data"
+        write_dataset(self.data, num_train=16, num_val=7, size=64, seed=0)
+        self.forks = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "benchmarks" / "faults.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ends: list[bool] = []  # whether each run ended as the undisturbed one
+        self.wanted: dict[int, Path] = {}
+
+    def run(self, output: Path, ranks: int, faults: Sequence[dict] = ()) -> tuple[list[int], str]:
+        """Exit statuses, and all that the processes print."""
+        printed = self.folder / "printed"
+        shutil.rmtree(printed, ignore_errors=True)
+        printed.mkdir()
+        flags = f"{RUN} {NETWORK} --batch_size {4 // ranks} --coco_path {self.data} --output_dir {output}"
+        job = {"argv": flags.split(), "ranks": ranks, "port": free_port(), "faults": faults, "folder": str(printed)}
+        self.forks.stdin.write(json.dumps(job) + "\n")
+        self.forks.stdin.flush()
+        statuses = json.loads(self.forks.stdout.readline())
+        return statuses, "".join(file.read_text() for file in sorted(printed.iterdir()))
+
+    def undisturbed(self, ranks: int) -> Path:
+        if ranks not in self.wanted:
+            self.wanted[ranks] = self.folder / f"undisturbed{ranks}"
+            statuses, text = self.run(self.wanted[ranks], ranks)
+            assert statuses == [0] * ranks, text
+        return self.wanted[ranks]
+
+    def soak(self, number: int) -> list[dict]:
+        """So many faults that struck, each kind once before any comes again; a row for each. Sets `ends`."""
+        rows, kinds = [], []
+        while len(rows) < number:
+            output, ranks = self.folder / f"run{len(self.ends)}", self.random.choice((1, 2))
+            through = False
+            while not through:
+                kinds = kinds or self.random.sample(sorted(KINDS), len(KINDS))
+                name = kinds.pop() if len(rows) < number else None
+                row = self.one(name, output, ranks)
+                if row["struck"]:
+                    rows.append(row)
+                elif name:
+                    kinds.append(name)  # the run was through before
+                through = row["through"]
+            self.ends.append(same(output, self.undisturbed(ranks)))
+            shutil.rmtree(output)
+        return rows
+
+    def one(self, name: str | None, output: Path, ranks: int) -> dict:
+        """Go on with a run, with a fault or to its end."""
+        kind = KINDS.get(name)
+        faults, rank = [], 0
+        if kind and kind.at:
+            rank = 0 if kind.at == "save" else self.random.randrange(ranks)
+            left = max(1, kind.often - progress(output, kind.often))
+            faults = [{"at": kind.at, "number": self.random.randint(1, left), "do": kind.do, "rank": rank}]
+        elif kind:
+            if not (output / "checkpoint0000.pth").exists():  # one to cut, and one before it
+                self.run(output, ranks, [{"at": "step", "number": 7, "do": "SIGTERM", "rank": 0}])
+            with open(output / "checkpoint.pth", "r+b") as file:
+                file.truncate(self.random.randrange(file.seek(0, 2)))
+        start = time.monotonic()
+        statuses, text = self.run(output, ranks, faults)
+        through = statuses == [0] * ranks
+        struck = bool(kind) and (kind.at is None or not through)
+        why = []
+        if struck:
+            wanted = [kind.status if r == rank else kind.others for r in range(ranks)]
+            alone = ranks == 1 and kind.status == SIGKILL  # nobody is left to say anything
+            if statuses != wanted:
+                why.append(f"statuses {statuses}, not {wanted}")
+            if not alone and not re.search(kind.says, text):
+                why.append(f"nothing says {kind.says!r}")
+            if kind.status == 2 and list(output.glob(".*")):
+                why.append("leaves temporary files")
+        elif not through:
+            why.append(f"statuses {statuses} without a fault")
+        return {
+            "fault": name, "processes": ranks, "rank": rank, "statuses": statuses, "struck": struck or bool(why),
+            "through": through, "good": not why, "why": "; ".join(why), "seconds": round(time.monotonic() - start, 2),
+            "text": text[-3000:] if why else "",
+        }  # fmt: skip
+
+
+def progress(output: Path, often: int) -> int:
+    """About how often a run that goes on has already passed a place."""
+    if not (output / "checkpoint.pth").exists():
+        return 0
+    try:
+        saved = read_file(str(output / "checkpoint.pth"), flag="soak")
+    except ValueError:
+        return 0
+    return often * (4 * saved["epoch"] + saved["iteration"]) // STEPS
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same weights, optimiser, random numbers and log."""
+    first, second = (read_file(str(folder / "checkpoint.pth"), flag="soak") for folder in (one, other))
+    keys = first.keys() - {"settings", "versions"}
+    logs = [(folder / "log.txt").read_bytes() for folder in (one, other)]
+    return logs[0] == logs[1] and all(checksum(first[key]) == checksum(second[key]) for key in keys)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", default=50, type=positive)
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args(argv)
+    about = surroundings(packages=["torch"], device="cpu", threads=1)
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(Path(folder), seed=args.seed)
+        rows = soak.soak(args.faults)
+    for row in rows:
+        if not row["good"]:
+            print(f"{row['fault']} in rank {row['rank']} of {row['processes']}: {row['why']}\n{row['text']}")
+    faults, good = Counter(r["fault"] for r in rows), Counter(r["fault"] for r in rows if r["good"])
+    print("| fault | struck | right outcome |\n| --- | --- | --- |")
+    for name in sorted(faults):
+        print(f"| {name} | {faults[name]} | {good[name]} |")
+    print(f"| all | {len(rows)} | {good.total()} |")
+    print(f"{sum(soak.ends)} of {len(soak.ends)} runs ended with the bits of the undisturbed one")
+    write(args.json, {"about": about, "rows": rows, "ends": soak.ends})
+    return 0 if good.total() == len(rows) and all(soak.ends) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
