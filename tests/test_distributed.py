@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_process
 
 from util.distributed import (
     Ranks,
@@ -186,3 +187,16 @@ def test_two_processes_under_slurm_variables(tmp_path):
     assert outputs[0][0].count("spoken once") == 1
     assert "steps: 2/2" in outputs[0][0]
     assert outputs[1][0] == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_do_not_come(rank):
+    """One of two is there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = run_process([str(REPOSITORY / "main.py"), "--device", "cpu", "--timeout", "1"], **meeting)
+    assert run.returncode == 2
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("main.py: error: not all of the 2 processes met within 1 s at env://: ")

@@ -17,7 +17,7 @@ from test_two_processes import free_port
 from util.checkpoint import checksum
 
 FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto --ema 0.9")
-ALIKE = {"settings", "versions", "checksum"}  # may differ: settings tell what a run was resumed from
+MAY_DIFFER = {"settings", "versions", "checksum"}  # settings tell what a run was resumed from
 
 
 class Forks:
@@ -93,7 +93,7 @@ def assert_same(one: Path, other: Path) -> None:
     for name in ("checkpoint.pth", "checkpoint0000.pth"):
         first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
         assert first.keys() == second.keys()
-        assert [key for key in first.keys() - ALIKE if checksum(first[key]) != checksum(second[key])] == []
+        assert [key for key in first.keys() - MAY_DIFFER if checksum(first[key]) != checksum(second[key])] == []
 
 
 # Steps 1 to 4 are epoch 0, 5 to 8 epoch 1; saves 1 and 3 come after step 3 of each, 2 and 4 at the ends.

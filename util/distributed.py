@@ -73,7 +73,7 @@ def _meet(url: str, ranks: Ranks, timeout: timedelta) -> dist.Store:
     """
     try:
         store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
-    except dist.DistStoreError as error:
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise ValueError(
             f"not all of the {ranks.world_size} processes met within {timeout.total_seconds():.0f} s at {url}: {error}"
         ) from None
