@@ -383,7 +383,9 @@ def test_training_writes_the_official_terms(trained_two_stage):
     extra = {"cardinality_error", "cardinality_error_0", "cardinality_error_enc", "class_error"}
     for line in read_log(trained_two_stage):
         found = {name.removeprefix("train_") for name in line if name.startswith("train_")}
-        assert found == terms | {f"{name}_unscaled" for name in terms | extra} | {"loss", "class_error", "lr"}
+        assert found == terms | {f"{name}_unscaled" for name in terms | extra} | {
+            "loss", "class_error", "lr", "bad_steps",
+        }  # fmt: skip
         assert line["train_loss"] == pytest.approx(sum(line[f"train_{name}"] for name in terms), rel=1e-5)
     first, last = read_log(trained_two_stage)
     assert last["train_loss"] < first["train_loss"]
