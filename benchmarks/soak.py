@@ -74,7 +74,10 @@ KINDS = {
     "SIGTERM": Kind(at="step", do="SIGTERM", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
     "SIGTERM to workers too": Kind(at="step", do="SIGTERM to all", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
     "full disk": Kind(at="step", do="fill the disk", status=2, others=2, says="cannot write to --output_dir .*large"),
-    "newest checkpoint cut": Kind(at=None, do="cut", status=0, others=0, says="warning: .*checkpoint.pth.* instead"),
+    "newest checkpoint cut": Kind(
+        at=None, do="cut checkpoint", status=0, others=0, says="warning: .*checkpoint.pth.* instead"
+    ),
+    "image cut": Kind(at=None, do="cut image", status=2, others=2, says="training images .* cannot be used, more than"),
     "worker killed": Kind(at="step", do="kill a worker", status=1, others=1, says=r"error: .*worker \(pid.* killed"),
     "loss not finite": Kind(at="loss", do="nan", status=2, others=2, says=r"error: .*not finite in epoch \d, iter"),
 }
@@ -140,13 +143,18 @@ class Soak:
             rank = 0 if kind.at == "save" else self.random.randrange(ranks)
             left = max(1, kind.often - progress(output, kind.often))
             faults = [{"at": kind.at, "number": self.random.randint(1, left), "do": kind.do, "rank": rank}]
-        elif kind:
+        elif kind and kind.do == "cut checkpoint":
             if not (output / "checkpoint0000.pth").exists():  # one to cut, and one before it
                 self.run(output, ranks, [{"at": "step", "number": 7, "do": "SIGTERM", "rank": 0}])
             with open(output / "checkpoint.pth", "r+b") as file:
                 file.truncate(self.random.randrange(file.seek(0, 2)))
+        image = self.random.choice(sorted((self.data / "train2017").iterdir()))
+        whole = image.read_bytes()
+        if kind and kind.do == "cut image":
+            image.write_bytes(whole[: len(whole) // 2])
         start = time.monotonic()
         statuses, text = self.run(output, ranks, faults)
+        image.write_bytes(whole)
         through = statuses == [0] * ranks
         struck = bool(kind) and (kind.at is None or not through)
         why = []
