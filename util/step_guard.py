@@ -173,10 +173,10 @@ class StepGuard:
         with torch.no_grad():
             for tensor, before in self._saved:
                 tensor.copy_(before)
-        many = (
-            f"{self.limit} steps in a row were not finite, the last one" if self.limit > 1 else "a step was not finite"
+        what = (
+            f"{self.limit} steps in a row were not finite, the last one" if self.limit > 1 else "a step is not finite"
         )
-        raise BadSteps(f"{many} in {text}", step=step, rank=rank)
+        raise BadSteps(f"{what} in {text}", step=step, rank=rank)
 
     def state_dict(self) -> dict[str, int]:
         """Call `look` first, which tells of a step while its batch is still known."""
