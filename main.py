@@ -342,6 +342,8 @@ def check_settings(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
     if args.ema >= 1:
         raise ValueError(f"--ema {args.ema} must be less than 1, which would never follow the weights")
+    if args.timeout > 1e9:  # 30 years; sockets take no infinity
+        raise ValueError(f"--timeout {args.timeout} must be at most 1e9 seconds")
     if min(args.train_sizes) < 1:
         raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
