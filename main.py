@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -66,6 +66,10 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Parser(argparse.ArgumentParser):
     """Its defaults are those published for the family that --model names; the help shows SAM-DETR's."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line; the usage of so many flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}; --help tells all flags\n")
 
     def parse_known_args(self, args=None, namespace=None):
         chosen, _ = super().parse_known_args(args)

@@ -93,8 +93,9 @@ class _Watched:
         alone = get_world_size() == 1
         for number, (images, targets) in enumerate(self._loader, start=1):
             found |= targets.unreadable
-            if (found and alone) or (not alone and number % self._bad_images._every == 0):
+            # Before the last batch is handed on, after whose step the epoch is saved.
+            together = number % self._bad_images._every == 0 or number == len(self)
+            if found if alone else together:
                 self._bad_images.exchange(found)
                 found = {}
             yield images, targets
-        self._bad_images.exchange(found)

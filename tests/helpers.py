@@ -71,10 +71,10 @@ def environment(**variables: str) -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | variables
 
 
-def run_process(arguments: list[str], **variables: str) -> subprocess.CompletedProcess:
-    """Run `python arguments` until it ends, whatever its status, but not longer than two minutes."""
+def run_process(arguments: list[str], *, seconds: int = 120, **variables: str) -> subprocess.CompletedProcess:
+    """Run `python arguments` until it ends, whatever its status, but not longer than so many seconds."""
     return subprocess.run(
-        [sys.executable, *arguments], env=environment(**variables), capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], env=environment(**variables), capture_output=True, text=True, timeout=seconds
     )
 
 
