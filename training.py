@@ -89,6 +89,7 @@ class Trainer:
         state = self.state
         start = time.time()
         self.saved_at = time.monotonic()
+        n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
         for epoch in range(state.epoch, self.epochs):
             if self._lost_patience():
                 break
@@ -127,7 +128,6 @@ class Trainer:
                     self.folder.keep_best()
                 self.history.append(ap)
             if self.folder and is_main():
-                n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
                 with self.folder.writing() as folder:
                     self.folder.append_log({**line, "epoch": epoch, "n_parameters": n_parameters})
                     plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
@@ -160,15 +160,13 @@ class Trainer:
         state.iteration += 1
         state.samples_seen += state.batch
         every = self.save_every_iterations
-        if state.iteration == self.steps or (every and state.iteration % every == 0):
+        due = state.iteration == self.steps or (every and state.iteration % every == 0)
+        if due:
             check()
             self.save()
-            saved = True
-        else:
-            saved = False
 
         def act(wish: Wish) -> None:
-            if wish > Wish.GO_ON and not saved:
+            if wish > Wish.GO_ON and not due:
                 check()
                 self.save()
             self._act(wish)

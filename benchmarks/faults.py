@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # started by its path: find the packages from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import main
 import training

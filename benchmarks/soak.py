@@ -21,16 +21,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+if __name__ == "__main__":  # started by its path: find the packages from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.report import positive, surroundings, write  # noqa: E402
-from datasets.shapes import write_dataset  # noqa: E402
-from util.checkpoint import checksum, read_file  # noqa: E402
+from benchmarks.report import positive, surroundings, write
+from datasets.shapes import write_dataset
+from util.checkpoint import checksum, read_file
 
 NETWORK = (
     "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 32 --nheads 4 "
@@ -83,30 +83,46 @@ KINDS = {
 }
 
 
+class Forks:
+    """Runs main.py in forks of one process, which spares the time that starting takes: see benchmarks/faults.py."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("faults.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def run(self, argv: Sequence[str], folder: Path, *, ranks: int, faults: Sequence[dict]) -> list[int]:
+        """Exit statuses by rank; `folder`, emptied before, gets what the processes print: 0.out, 0.err, ..."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        job = {"argv": argv, "ranks": ranks, "port": free_port(), "faults": faults, "folder": str(folder)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
 class Soak:
     def __init__(self, folder: Path, *, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
         self.data = folder / "data"
         write_dataset(self.data, num_train=16, num_val=7, size=64, seed=0)
-        self.forks = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "benchmarks" / "faults.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.forks = Forks()
         self.ends: list[bool] = []  # whether each run ended as the undisturbed one
         self.wanted: dict[int, Path] = {}
 
     def run(self, output: Path, ranks: int, faults: Sequence[dict] = ()) -> tuple[list[int], str]:
         """Exit statuses, and all that the processes print."""
         printed = self.folder / "printed"
-        shutil.rmtree(printed, ignore_errors=True)
-        printed.mkdir()
         flags = f"{RUN} {NETWORK} --batch_size {4 // ranks} --coco_path {self.data} --output_dir {output}"
-        job = {"argv": flags.split(), "ranks": ranks, "port": free_port(), "faults": faults, "folder": str(printed)}
-        self.forks.stdin.write(json.dumps(job) + "\n")
-        self.forks.stdin.flush()
-        statuses = json.loads(self.forks.stdout.readline())
+        statuses = self.forks.run(flags.split(), printed, ranks=ranks, faults=faults)
         return statuses, "".join(file.read_text() for file in sorted(printed.iterdir()))
 
     def undisturbed(self, ranks: int) -> Path:
@@ -212,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), seed=args.seed)
         rows = soak.soak(args.faults)
+        soak.forks.close()
     for row in rows:
         if not row["good"]:
             print(f"{row['fault']} in rank {row['rank']} of {row['processes']}: {row['why']}\n{row['text']}")

@@ -59,8 +59,8 @@ def build_dataset(split: str, args: Namespace, categories: Categories | None = N
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         dataset.check_files()
         states = {record.file_name: FileState(size=record.size) for record in dataset.images}
-        for index, fault in dataset.known_faults.items():
-            states[dataset.images[index].file_name] = FileState(*fault)
+        for index, state in dataset.known_faults.items():
+            states[dataset.images[index].file_name] = state
         dataset.report = check_split(content, states, split=split, folder=folder, num_queries=args.num_queries)
     if args.cache_mode:
         dataset.hold_files()

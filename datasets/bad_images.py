@@ -30,7 +30,7 @@ class BadImages:
         self._dataset, self._largest_share, self._every = dataset, largest_share, every
         self._list = folder / LIST if folder else None
         self.reasons: dict[int, str] = {}  # by the index of the image, the same in all processes after an exchange
-        found = {index: reason for index, (_, reason) in dataset.known_faults.items()}
+        found = {index: state.reason for index, state in dataset.known_faults.items()}
         listed = self._listed() if is_main() else None
         for index in listed or ():
             if index not in found and (reason := dataset.fault(index)):

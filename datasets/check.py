@@ -19,7 +19,7 @@ from pathlib import Path
 from datasets.check_images import FileState, inspect_files, shared_pixels
 from datasets.check_repair import repair
 from datasets.check_report import KINDS, Finding, by_severity, counts, is_clean, table
-from datasets.check_splits import Split, check_split, compare_splits, listed_sizes, places
+from datasets.check_splits import Split, all_findings, check_split, listed_sizes, places
 from datasets.coco import read_annotations
 from util.command_line import run_command
 from util.logger import write_json
@@ -55,7 +55,7 @@ class Check:
             if keep:
                 self.contents[name] = content
         missing = [] if only else [Finding("no_split", split, 1, [split]) for split in SPLITS if split not in there]
-        self.findings = by_severity([*missing, *_all_findings(self.splits)])
+        self.findings = by_severity([*missing, *all_findings(self.splits)])
 
     def repaired(self) -> tuple[dict[str, dict], dict[str, dict[str, int]], list[Finding]]:
         """By split the contents of repaired annotation files and what was done; and what a check of them finds."""
@@ -73,11 +73,7 @@ class Check:
             again.append(
                 check_split(content, left, split=split.name, folder=split.folder, num_queries=self.num_queries)
             )
-        return contents, done, by_severity(_all_findings(again))
-
-
-def _all_findings(splits: Sequence[Split]) -> list[Finding]:
-    return [*(finding for split in splits for finding in split.findings), *compare_splits(splits)]
+        return contents, done, by_severity(all_findings(again))
 
 
 def _with_the_files_size(state: FileState) -> FileState:

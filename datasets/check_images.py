@@ -42,7 +42,7 @@ def inspect_files(
 
     Threads are enough: PIL decodes, hashing and reading run without the interpreter's lock.
     """
-    look = _decode if full else _glance
+    look = _decode if full else glance
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
         warnings.simplefilter("ignore")  # PIL's remarks about odd but readable files
         states = pool.map(look, [folder / name for name in sizes], sizes.values())
@@ -86,7 +86,9 @@ def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _glance(path: Path, size: tuple[float, float] | None) -> FileState:
+def glance(path: Path, size: tuple[float, float] | None) -> FileState:
+    """Whether a file is missing, empty, cut, no image at all, or of another size, by a few bytes of it: see
+    `datasets.images.check_image`."""
     try:
         check_image(path, size)
     except Exception as error:  # PIL raises many kinds for a broken file

@@ -54,6 +54,11 @@ def check_split(content: dict, states: dict[str, FileState], *, split: str, fold
     return Split(split, folder, states, removed, annotations.names, used, len(annotations.entries), findings)
 
 
+def all_findings(splits: Sequence[Split]) -> list[Finding]:
+    """Those of each split, and of their comparison."""
+    return [*(finding for split in splits for finding in split.findings), *compare_splits(splits)]
+
+
 def compare_splits(splits: Sequence[Split]) -> list[Finding]:
     """What only several splits together, or a look into their folders, show."""
     findings = []
@@ -94,5 +99,4 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
 
 def start_lines(splits: Sequence[Split]) -> list[str]:
     """What a run should tell before it begins: warnings and errors, a line each."""
-    findings = [*(finding for split in splits for finding in split.findings), *compare_splits(splits)]
-    return [finding.line() for finding in by_severity(findings) if finding.severity != "note"]
+    return [finding.line() for finding in by_severity(all_findings(splits)) if finding.severity != "note"]

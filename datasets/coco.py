@@ -17,11 +17,12 @@ from torchvision import tv_tensors
 
 from datasets.categories import Categories
 from datasets.check_annotations import LARGEST, image_size
+from datasets.check_images import FileState, glance
 from datasets.check_splits import Split
 from datasets.ground_truth import GroundTruth
 from datasets.image_cache import ImageCache, share_files
 from datasets.image_list import ImageList, ImageRecord
-from datasets.images import check_image, fault_of, read_image
+from datasets.images import fault_of, read_image
 from datasets.transforms import seeded
 from util.box_ops import xyxy_to_cxcywh
 
@@ -84,7 +85,7 @@ class CocoDetection(Dataset):
             self._require_at_most(max_objects)
         self.ground_truth = None if train else GroundTruth.from_content(content)
         self._train = train
-        self.known_faults: dict[int, tuple[str, str]] = {}  # of the image files, once `check_files` has looked
+        self.known_faults: dict[int, FileState] = {}  # of image files by index, once `check_files` has looked
         self.report: Split | None = None  # of the check at the start of a run, until it was shown
         self._cache: ImageCache | None = None
         self._seed = seed
@@ -171,30 +172,18 @@ class CocoDetection(Dataset):
         paths = [self.image_path(index) for index in range(len(self))]
         self._cache = share_files(paths, unreadable_as_empty=self._train)
 
-    def faulty_files(self) -> dict[int, tuple[str, str]]:
-        """Image files that are missing, empty, cut or no image at all, or of another size than the annotations say:
-        index -> (kind, why), both as of `datasets.images.fault_of`.
-
-        Reads a few bytes of each file; see `datasets.images.check_image`.
-        """
-
-        def fault(index: int) -> tuple[str, str] | None:
-            try:
-                check_image(self.image_path(index), self.images[index].size)
-            except Exception as error:  # as above
-                return fault_of(self.image_path(index), error)
-            return None
-
-        with ThreadPoolExecutor(max_workers=16) as pool:  # reading waits for the disk, which may be a network's
-            return {index: found for index, found in enumerate(pool.map(fault, range(len(self)))) if found}
-
     def check_files(self) -> None:
-        """Remember what `faulty_files` finds. Raises ValueError for it unless in training: names the first file, and
-        how many more there are."""
-        self.known_faults = self.faulty_files()
+        """Glance at every image file, and remember those that are at fault. Raises ValueError for them unless in
+        training: names the first file, and how many more there are."""
+        paths = map(self.image_path, range(len(self)))
+        sizes = (record.size for record in self.images)
+        with ThreadPoolExecutor(max_workers=16) as pool:  # reading waits for the disk, which may be a network's
+            states = enumerate(pool.map(glance, paths, sizes))
+            self.known_faults = {index: state for index, state in states if state.fault}
         if self.known_faults and not self._train:
-            (index, (_, reason)), *others = self.known_faults.items()
-            raise ValueError(self.unreadable(index, reason) + (f" ({len(others)} more such files)" if others else ""))
+            (index, state), *others = self.known_faults.items()
+            more = f" ({len(others)} more such files)" if others else ""
+            raise ValueError(self.unreadable(index, state.reason) + more)
 
     def unreadable(self, index: int, reason: str) -> str:
         """A line about an image file and what to do."""

@@ -1,6 +1,5 @@
 """Runs that are killed, told to stop, or lose a process or the disk: they go on to the bit, or say what is wrong."""
 
-import json
 import os
 import re
 import shlex
@@ -12,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import REPOSITORY, TINY, command, environment, read_json, read_log, run_process
-from test_two_processes import free_port
 
+from benchmarks import soak
 from util.checkpoint import checksum
 
 SMALLER = [*TINY, "--backbone_level", "3"]  # a third of the time goes into its checkpoints otherwise
@@ -21,38 +20,21 @@ FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 
 MAY_DIFFER = {"settings", "versions", "checksum"}  # settings tell what a run was resumed from
 
 
-class Forks:
-    """Runs main.py in forks of one process, which spares the time that starting takes: see benchmarks/faults.py."""
+class TinyForks(soak.Forks):
+    """Of tiny networks on the drawn data."""
 
     def __init__(self, data: Path) -> None:
+        super().__init__(environment())
         self.data = data
-        self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "benchmarks" / "faults.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment(),
-            text=True,
-        )
 
     def run(self, output: Path, *flags: str, faults=(), ranks: int = 1, network=SMALLER) -> list[int]:
         """Exit statuses by rank. `faults`: (where, which time, what) or (where, which time, what, rank)."""
-        folder = output.with_name(f"{output.name}.printed")
-        folder.mkdir(exist_ok=True)
-        for file in folder.iterdir():
-            file.unlink()
-        self.printed = folder
+        self.printed = output.with_name(f"{output.name}.printed")
         names = ("at", "number", "do", "rank")
         size = ["--batch_size", str(4 // ranks)]
-        job = {
-            "argv": command(self.data, *size, *FLAGS, "--output_dir", str(output), *flags, network=network)[1:],
-            "faults": [dict(zip(names, (*fault, 0))) for fault in faults],
-            "folder": str(folder),
-            "ranks": ranks,
-            "port": free_port(),
-        }
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        argv = command(self.data, *size, *FLAGS, "--output_dir", str(output), *flags, network=network)[1:]
+        struck = [dict(zip(names, (*fault, 0))) for fault in faults]
+        return super().run(argv, self.printed, ranks=ranks, faults=struck)
 
     def out(self, rank: int = 0) -> str:
         return (self.printed / f"{rank}.out").read_text()
@@ -64,10 +46,9 @@ class Forks:
 
 @pytest.fixture(scope="module")
 def forks(shapes):
-    forks = Forks(shapes)
+    forks = TinyForks(shapes)
     yield forks
-    forks.process.stdin.close()
-    forks.process.wait(timeout=30)
+    forks.close()
 
 
 def straight(forks, tmp_path_factory, *flags: str, ranks: int = 1, network=SMALLER) -> Path:

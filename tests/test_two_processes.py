@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from helpers import (
 from torch import multiprocessing
 
 import main
+from benchmarks.soak import free_port
 from models.build import FAMILIES
 from util.distributed import init_distributed, shutdown
 from util.padded_images import pad_images
@@ -45,12 +45,6 @@ CASES = [
     ((1, 4, 0, 0), [*TINY_DEFORMABLE, "--with_box_refine", "--two_stage"]),
     ((3, 0, 1, 2), TINY_SAP),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def batch(counts, part: slice):

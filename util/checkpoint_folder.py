@@ -125,8 +125,7 @@ class CheckpointFolder:
         return [lines[epoch] for epoch in sorted(lines)]
 
     def has_logged(self, epoch: int) -> bool:
-        file = self.path / "log.txt"
-        return file.is_file() and any(line.get("epoch") == epoch for line in read_json_lines(file))
+        return any(line["epoch"] == epoch for line in self.logged())
 
     def _named(self) -> list[Path]:
         """Checkpoints under their own names, the newest first."""
