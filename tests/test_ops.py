@@ -586,7 +586,7 @@ def test_make_as_a_program(tmp_path):
     made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     (library,) = tmp_path.glob("a b/sam_detr_ops/*.so")
     assert library.name in made.stdout
-    assert ctypes.CDLL(str(library)).forward_float32
+    assert ctypes.CDLL(str(library)).ms_deform_attn_forward_float32
 
 
 def test_the_benchmark(monkeypatch, capsys):

@@ -43,7 +43,9 @@ class NoCompiler(BuildError):
 class Recipe:
     """How one library is made. `target` is its processor: a vector extension, or sm_90 and the like."""
 
-    source: Path
+    name: str
+    sources: tuple[Path, ...]
+    headers: tuple[Path, ...]
     find_compiler: Callable[[], list[str]]
     flags: tuple[str, ...]
     target: str
@@ -51,10 +53,11 @@ class Recipe:
 
     @property
     def library(self) -> Path:
-        parts = (self.source.read_text(encoding="utf-8"), self.chosen, *self.flags, torch.__version__)
+        texts = (file.read_text(encoding="utf-8") for file in (*self.sources, *self.headers))
+        parts = (*texts, self.chosen, *self.flags, torch.__version__)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-        cuda = f"-cu{torch.version.cuda}" if self.source.suffix == ".cu" else ""
-        name = f"{self.source.stem}-{self.target}-torch{torch.__version__.split('+')[0]}{cuda}-{digest}.so"
+        cuda = f"-cu{torch.version.cuda}" if self.target.startswith("sm_") else ""
+        name = f"{self.name}-{self.target}-torch{torch.__version__.split('+')[0]}{cuda}-{digest}.so"
         return cache_folder() / name
 
 
@@ -93,7 +96,8 @@ def cpu_recipe() -> Recipe:
     if sys.platform != "darwin":  # Apple's clang has no OpenMP: the kernel is then built without threads
         flags.append("-fopenmp")
     target = f"{platform.machine()}-{capability.lower().replace(' ', '')}"
-    return Recipe(CSRC / "ms_deform_attn_cpu.cpp", find_cxx, tuple(flags), target, os.environ.get("CXX", ""))
+    sources, headers = (tuple(sorted(CSRC.glob(pattern))) for pattern in ("*_cpu.cpp", "*.h"))
+    return Recipe("cpu_kernels", sources, headers, find_cxx, tuple(flags), target, os.environ.get("CXX", ""))
 
 
 def find_nvcc() -> list[str]:
@@ -110,7 +114,8 @@ def cuda_recipe(architecture: str) -> Recipe:
     # The runtime is linked in: it shares the device's primary context with PyTorch's, whichever version that is.
     flags = ["-O3", "-std=c++17", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
     flags += [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"]
-    return Recipe(CSRC / "ms_deform_attn_cuda.cu", find_nvcc, tuple(flags), f"sm_{number}")
+    source = CSRC / "ms_deform_attn_cuda.cu"
+    return Recipe(source.stem, (source,), (), find_nvcc, tuple(flags), f"sm_{number}")
 
 
 @contextlib.contextmanager
@@ -149,7 +154,7 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 output = Path(folder) / "library.so"
                 try:
-                    run([*compiler, *recipe.flags, str(recipe.source), "-o", str(output)], timeout=timeout)
+                    run([*compiler, *recipe.flags, *map(str, recipe.sources), "-o", str(output)], timeout=timeout)
                 except BuildError as error:
                     failure.write_text(str(error))
                     raise

@@ -101,7 +101,7 @@ def forward(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor)
         return output
     wide = value.to(coordinate_dtype(value))  # 16 bits: widening the map once costs less than at every cell read
     output = wide.new_empty(batch, locations.shape[1], heads * channels)
-    function = getattr(load_cpu(), f"forward_{CPU_NAMES[wide.dtype]}")
+    function = getattr(load_cpu(), f"ms_deform_attn_forward_{CPU_NAMES[wide.dtype]}")
     tensors = (wide, locations, weights, output)
     function(
         integers(sizes), dimensions(value, locations), torch.get_num_threads(), *(pointer(tensor) for tensor in tensors)
@@ -119,7 +119,7 @@ def backward(
         tensors = (grad_output, value, locations, weights, *gradients)
         cuda_call("backward", value, sizes, locations, *tensors, ordered=ordered)
     else:
-        function = getattr(load_cpu(), f"backward_{CPU_NAMES[grad_value.dtype]}")
+        function = getattr(load_cpu(), f"ms_deform_attn_backward_{CPU_NAMES[grad_value.dtype]}")
         tensors = (grad_output.to(grad_value.dtype), value.to(grad_value.dtype), locations, weights, *gradients)
         function(
             integers(sizes),

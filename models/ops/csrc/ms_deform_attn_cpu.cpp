@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "export.h"
+
 namespace {
 
 struct Problem {
@@ -224,22 +226,16 @@ Problem problem(const int64_t* sizes, const int64_t* dimensions, int threads) {
 
 }  // namespace
 
-#ifdef _WIN32
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C"
-#endif
-
-#define EXPORT_FOR(T, NAME)                                                                                         \
-  EXPORT void forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads, const T* value,          \
-                             const T* locations, const T* weights, T* out) {                                        \
-    forward<T>(problem(sizes, dimensions, threads), value, locations, weights, out);                                \
-  }                                                                                                                 \
-  EXPORT void backward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads, const T* grad_out,      \
-                              const T* value, const T* locations, const T* weights, T* grad_value,                  \
-                              T* grad_locations, T* grad_weights) {                                                 \
-    backward<T>(problem(sizes, dimensions, threads), grad_out, value, locations, weights, grad_value,               \
-                grad_locations, grad_weights);                                                                      \
+#define EXPORT_FOR(T, NAME)                                                                                          \
+  EXPORT void ms_deform_attn_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,            \
+                                            const T* value, const T* locations, const T* weights, T* out) {          \
+    forward<T>(problem(sizes, dimensions, threads), value, locations, weights, out);                                 \
+  }                                                                                                                  \
+  EXPORT void ms_deform_attn_backward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,           \
+                                             const T* grad_out, const T* value, const T* locations,                  \
+                                             const T* weights, T* grad_value, T* grad_locations, T* grad_weights) {  \
+    backward<T>(problem(sizes, dimensions, threads), grad_out, value, locations, weights, grad_value,                \
+                grad_locations, grad_weights);                                                                       \
   }
 
 EXPORT_FOR(float, float32)
