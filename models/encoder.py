@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.attention import attend, merge_heads, split_heads
 from models.dropout import Dropout
 from models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
-from models.ops import MSDeformAttn
+from models.ops import MSDeformAttn, kernels
 from models.ops.plain import coordinate_dtype
 
 
@@ -53,15 +53,14 @@ class DenseEncoderLayer(nn.Module):
 
     def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
         attention = self.self_attention
-        drops = self.training and attention.dropout > 0
-        if tokens.device.type != "cpu" or not drops or torch.compiler.is_compiling():
+        if not kernels.takes(where, tokens):
             return attention(where, where, tokens, key_padding_mask=padding, need_weights=False)[0]
-        # With dropout PyTorch has nothing fused on a CPU, and what it does instead takes longer than `attend`.
         weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
         query, key = F.linear(where, weight[: 2 * width], bias[: 2 * width]).chunk(2, -1)
         parts = query, key, F.linear(tokens, weight[2 * width :], bias[2 * width :])
         query, key, value = (split_heads(part, attention.num_heads) for part in parts)
-        return attention.out_proj(merge_heads(attend(query, key, value, padding=padding, dropout=attention.dropout)))
+        dropout = attention.dropout if self.training else 0.0
+        return attention.out_proj(merge_heads(attend(query, key, value, padding=padding, dropout=dropout)))
 
 
 class DenseEncoder(nn.Module):

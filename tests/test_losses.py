@@ -6,13 +6,10 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from models import attention
-from models.attention import attend, merge_heads, split_heads
 from models.criterion import (
     SetCriterion,
     box_losses,
@@ -25,7 +22,7 @@ from models.layers import inverse_sigmoid, valid_ratio
 from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from models.position_encoding import grid_points, sine_encoding
 from models.postprocess import postprocess
-from models.spatial_prior import SeparablePrior, gaussian_log_prior
+from models.spatial_prior import gaussian_log_prior
 from util.box_ops import box_area, cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from util.padded_images import pad_images
 
@@ -318,76 +315,7 @@ def test_a_hundred_detections_an_image():
         np.testing.assert_array_equal(detections["scores"], wanted)
 
 
-# ---- Attention, spatial prior, positions
-
-
-@pytest.mark.parametrize("tile", [2**20, 20, 1])  # all at once, two queries of a head at a time, one
-@pytest.mark.parametrize("shared_key", [False, True])
-@pytest.mark.parametrize("prior_heads", [0, 1, 4])
-def test_attention_equals_pytorchs(shared_key, prior_heads, tile, monkeypatch):
-    """Values narrower than keys, one image padded; gradients too."""
-    monkeypatch.setattr(attention, "TILE", tile)
-    inputs = {
-        "query": torch.randn(2, 4, 5, 16, dtype=torch.float64),
-        "key": torch.randn(2, 1 if shared_key else 4, 9, 16, dtype=torch.float64),
-        "value": torch.randn(2, 9, 4, 6, dtype=torch.float64).transpose(1, 2),
-    }
-    if prior_heads:
-        inputs["rows"] = torch.randn(2, prior_heads, 5, 3, dtype=torch.float64)
-        inputs["columns"] = torch.randn(2, prior_heads, 5, 3, dtype=torch.float64)
-    padding = torch.zeros(2, 9, dtype=torch.bool)
-    padding[1, 6:] = True
-    weights = torch.randn(2, 5, 4, 6, dtype=torch.float64).transpose(1, 2)
-    results = []
-    for plain in (False, True):
-        x = {name: value.clone().requires_grad_() for name, value in inputs.items()}
-        prior = SeparablePrior(x["rows"], x["columns"]) if prior_heads else None
-        if plain:
-            mask = torch.zeros(2, 4, 5, 9, dtype=torch.float64).masked_fill(padding[:, None, None], -math.inf)
-            if prior:
-                mask = mask + (x["rows"][..., None] + x["columns"][..., None, :]).flatten(3)
-            key = x["key"].expand(-1, 4, -1, -1)
-            output = F.scaled_dot_product_attention(x["query"], key, x["value"], attn_mask=mask)
-        else:
-            output = attend(x["query"], x["key"], x["value"], padding=padding, prior=prior)
-        (output * weights).sum().backward()
-        results.append([output, *(value.grad for value in x.values())])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("shared_key", [False, True])
-def test_attention_in_tiles_drops_the_same_weights(shared_key, monkeypatch):
-    """From the same random numbers, in outputs and gradients."""
-    query, value = torch.randn(2, 3, 7, 4, dtype=torch.float64), torch.randn(2, 3, 12, 2, dtype=torch.float64)
-    key = torch.randn(2, 1 if shared_key else 3, 12, 4, dtype=torch.float64)
-    prior = torch.randn(2, 3, 7, 3, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
-    results = []
-    for tile in (2**20, 30):
-        monkeypatch.setattr(attention, "TILE", tile)
-        x = [value.clone().requires_grad_() for value in (query, key, value, *prior)]
-        torch.manual_seed(0)
-        output = attend(*x[:3], prior=SeparablePrior(*x[3:]), dropout=0.3)
-        output.square().sum().backward()
-        results.append([output, *(value.grad for value in x)])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
-
-
-def test_attention_dropout_drops_weights():
-    """A weight is 0 or doubled, and rows no longer sum to 1: values of 1 show the sum."""
-    query, key, value = torch.zeros(1, 2, 500, 4), torch.zeros(1, 2, 8, 4), torch.ones(1, 2, 8, 1)
-    sums = attend(query, key, value, dropout=0.5).flatten()  # eight weights of 1/8 each
-    assert set((4 * sums).tolist()) <= set(range(9))
-    assert sums.mean().item() == pytest.approx(1, abs=0.05)  # six standard errors
-    assert sums.std() > 0.2
-    assert (attend(query, key, value) == 1).all()
-
-
-def test_heads_split_and_merge():
-    x = torch.arange(24).view(1, 2, 12)
-    heads = split_heads(x, 3)
-    assert heads.shape == (1, 3, 2, 4)
-    assert heads[0, 1].tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]]
-    assert torch.equal(merge_heads(heads), x)
+# ---- Spatial prior, positions
 
 
 def test_spatial_prior_equals_the_dense_formula():

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention import TILE, in_full_precision_on_cpu
+from models.attention import in_full_precision_on_cpu
 
 # Numbers that roi_align holds between its two products: 16 MiB of float32. With 64 MiB the first product on C3 took
 # twice as long on a CPU: new memory all the time, and none of it in a cache when the second product reads it.
 AT_ONCE = 2**22
+TILE = 2**20
 
 
 def bilinear_weights(positions: Tensor, length: int) -> Tensor:

@@ -154,10 +154,10 @@ inline void in_rows(int64_t m, const Block& block) {
   rows_left<T, ROWS - 1>(row, m - row, block);
 }
 
-// C = A B, or C += A B: all panels of a packed B, a panel at a time, which suits a B panel that fits into the first cache.
+// C = A B, or C += A B: a panel of B at a time, which suits panels that fit into the first cache.
 template <typename T>
-inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_stride, int64_t step, const T* packed, T* c,
-                    int64_t stride, bool add) {
+inline void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_stride, int64_t step, const T* packed,
+                    T* c, int64_t stride, bool add) {
   for (int64_t column = 0; column < n; column += WIDTH<T>) {
     const int64_t columns = n - column < WIDTH<T> ? n - column : WIDTH<T>;
     in_rows<T>(m, [&](int64_t row, auto& tile) {
