@@ -173,6 +173,9 @@ class PlainFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
+    def added_to(self, x: Tensor, *, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
+        return norm(x + dropout(self(x)))
+
 
 class PlainDenseEncoderLayer(DenseEncoderLayer):
     def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class DenseEncoderLayer(nn.Module):
             position = position * self.position_scale(tokens)
         where = tokens + position
         tokens = self.norm1(tokens + self.dropout(self._attend(where, tokens, padding)))
-        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+        return self.feed_forward.added_to(tokens, norm=self.norm2, dropout=self.dropout)
 
     def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
         attention = self.self_attention
@@ -127,7 +127,7 @@ class DeformableEncoderLayer(nn.Module):
         (B, L, levels, 2); `shapes` (H, W) of each level -> (B, L, C)."""
         attended = self.self_attention(tokens + position, reference, tokens, shapes, padding)
         tokens = self.norm1(tokens + self.dropout(attended))
-        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+        return self.feed_forward.added_to(tokens, norm=self.norm2, dropout=self.dropout)
 
 
 class DeformableEncoder(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.dropout import Dropout, relu_dropout_
+from models.ops.feed_forward import compiled_feed_forward, runs_compiled
 from models.ops.plain import coordinate_dtype
 from models.position_encoding import grid_points, sine_encoding
 
@@ -166,6 +167,14 @@ class FeedForward(nn.Module):
         if isinstance(self.activation, nn.ReLU):
             return self.linear2(relu_dropout_(self.linear1(x), self.dropout.p, training=self.training))
         return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+    def added_to(self, x: Tensor, *, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
+        """norm(x + dropout(self(x))), the end of every transformer layer: (B, L, C) in and out."""
+        drops = self.training and (dropout.p > 0 or self.dropout.p > 0)
+        parts = self.linear1, self.linear2, norm
+        if isinstance(self.activation, nn.ReLU) and not drops and runs_compiled(x, *parts):
+            return compiled_feed_forward(x, *parts)
+        return norm(x + dropout(self(x)))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

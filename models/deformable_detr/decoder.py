@@ -96,7 +96,7 @@ class DeformableDecoderLayer(nn.Module):
             where, reference[:, :, None] * ratios[:, None], memory.tokens, memory.shapes, memory.padding
         )
         queries = self.norm2(queries + self.dropout(attended))
-        return self.norm3(queries + self.dropout(self.feed_forward(queries)))
+        return self.feed_forward.added_to(queries, norm=self.norm3, dropout=self.dropout)
 
 
 class DeformableDecoder(nn.Module):

@@ -122,7 +122,7 @@ class SAMDecoderLayer(nn.Module):
             prior = None if aligned.scales is None else self._prior(aligned.points, aligned.scales, level)
             attended = self.cross_attention(aligned.content, aligned.position, level, prior)
         queries = self.norm2(queries + self.dropout(attended))
-        return self.norm3(queries + self.dropout(self.feed_forward(queries)))
+        return self.feed_forward.added_to(queries, norm=self.norm3, dropout=self.dropout)
 
     def _prior(self, points: Tensor, scales: Tensor, level: FeatureLevel) -> SeparablePrior:
         """SMCA's prior around the salient points: rows (B, N or 1, Q, H), columns (B, N or 1, Q, W)."""

@@ -160,7 +160,7 @@ class SAPDecoderLayer(nn.Module):
             height, width = level.features.shape[2:]
             prior = self.gaussian(queries, at.points, at.distances, height=height, width=width)
         queries = self.norm2(queries + self.dropout(self.cross_attention(queries, at, level, prior)))
-        return self.norm3(queries + self.dropout(self.feed_forward(queries)))
+        return self.feed_forward.added_to(queries, norm=self.norm3, dropout=self.dropout)
 
 
 class SAPDecoder(nn.Module):
