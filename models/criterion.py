@@ -126,20 +126,43 @@ class SetCriterion(nn.Module):
         if num_boxes is None:
             num_boxes = self.count(targets, outputs["pred_logits"])
 
-        terms: dict[str, Tensor] = {}
-        for loss in (*self.losses, *self.final_losses):
+        (*of_layers, of_final) = _stacked(self.losses, predictions, targets, matches, num_boxes)
+        terms = dict(of_final)
+        for loss in self.final_losses:
             terms |= loss(outputs, targets, matches[-1], num_boxes)
-        for layer, (prediction, match) in enumerate(zip(predictions[:-1], matches)):
-            for loss in self.losses:
-                terms |= {f"{name}_{layer}": v for name, v in loss(prediction, targets, match, num_boxes).items()}
-        for (match,), ((proposals,), objects) in zip(of_proposals, groups[1:]):
-            for loss in self.losses:
-                terms |= {f"{name}_enc": v for name, v in loss(proposals, objects, match, num_boxes).items()}
+        for layer, of_layer in enumerate(of_layers):
+            terms |= {f"{name}_{layer}": term for name, term in of_layer.items()}
+        for match, (proposals, objects) in zip(of_proposals, groups[1:]):
+            (of_these,) = _stacked(self.losses, proposals, objects, match, num_boxes)
+            terms |= {f"{name}_enc": term for name, term in of_these.items()}
         return terms
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms that training minimises, times their weights."""
         return {name: term * self.weights[_plain(name)] for name, term in terms.items() if _plain(name) in self.weights}
+
+
+def _stacked(
+    losses: Sequence[Loss],
+    predictions: Sequence[dict[str, Any]],
+    targets: Targets,
+    matches: Sequence[Matches],
+    num_boxes: Tensor,
+) -> list[dict[str, Tensor]]:
+    """The terms of each prediction, computed for all at once: they have as many matches each. What costs time here are
+    not these small tensors, but the number of operations."""
+
+    def of_one(prediction: dict[str, Tensor], *match: Tensor) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = {}
+        for loss in losses:
+            terms |= loss(prediction, targets, Matches(*match), num_boxes)
+        return terms
+
+    names = [name for name in predictions[0] if name.startswith("pred_")]
+    stacked = {name: torch.stack([prediction[name] for prediction in predictions]) for name in names}  # (S, B, Q, ...)
+    match = (torch.stack([getattr(m, part) for m in matches]) for part in ("image", "query", "target"))  # (S, M)
+    terms = torch.vmap(of_one)(stacked, *match)
+    return [{name: values[step] for name, values in terms.items()} for step in range(len(predictions))]
 
 
 def _plain(name: str) -> str:

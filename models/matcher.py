@@ -100,16 +100,13 @@ class HungarianMatcher:
 
 
 def _assign(costs: list[np.ndarray], steps: int, device: torch.device) -> list[Matches]:
-    """The matches of each step under the costs (S, Q, n) of each image."""
-    rows, first = [], 0
+    """The matches of each step under the costs (S, Q, n) of each image; as many in each step, sent together."""
+    table: list[list[tuple[int, int, int]]] = [[] for _ in range(steps)]
+    first = 0
     for image, cost in enumerate(costs):
-        for step in range(steps):
-            query, target = linear_sum_assignment(cost[step])
-            rows += [(step, image, q, first + t) for q, t in zip(query, target)]
+        for rows, of_step in zip(table, cost):
+            query, target = linear_sum_assignment(of_step)
+            rows += [(image, q, first + t) for q, t in zip(query, target)]
         first += cost.shape[2]
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, 4).T
-    matches = []
-    for step in range(steps):
-        image, query, target = table[1:, table[0] == step].to(device, non_blocking=True)
-        matches.append(Matches(image, query, target))
-    return matches
+    found = torch.tensor(table, dtype=torch.int64).view(steps, -1, 3).to(device, non_blocking=True)
+    return [Matches(*of_step.unbind(-1)) for of_step in found]
