@@ -39,6 +39,10 @@ def plain_path() -> Iterator[None]:
         _plain_wanted = before
 
 
+def plain_wanted() -> bool:
+    return _plain_wanted
+
+
 def compiled(value: Tensor, sizes: list[int]) -> bool:
     if _plain_wanted or (value.is_cuda and len(sizes) > 2 * kernels.MAX_CUDA_LEVELS):
         return False
