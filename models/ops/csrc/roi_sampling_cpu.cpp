@@ -3,8 +3,8 @@
 // The weight of cell (y, x) in bin (p, q) is rows[p, y] * columns[q, x], and each bin has few rows and columns of
 // weight: only these are visited. The bins of a box are never stored where points inside it are sampled.
 //
-// Layouts, contiguous unless said otherwise: cells (B, H, W, C), of which each image is contiguous; rows (B, Q, bins, H);
-// columns (B, Q, bins, W); pooled (B, Q, bins, bins, C), y before x; positions (B, Q, P, xy), in bins with 0 at the
+// Layouts: cells (B, H, W, C), each image contiguous, the images perhaps apart; all else contiguous. rows (B, Q, bins,
+// H); columns (B, Q, bins, W); pooled (B, Q, bins, bins, C), y before x; positions (B, Q, P, xy), in bins with 0 at the
 // centre of the first, beyond the bins lie zeros; content (B, Q, P, C).
 //
 // No sum is shared between threads and no order depends on how many there are, so results are the same to the bit:
@@ -21,7 +21,7 @@
 
 namespace {
 
-// Channels side by side, a register of each kind where there are such.
+// Channels side by side, as many as a register holds. Where registers are narrower, compilers take several for one.
 #ifdef __AVX512F__
 constexpr int REGISTER_BYTES = 64;
 #else
@@ -85,11 +85,15 @@ inline void in_blocks(int64_t channels, Work work) {
 }
 
 struct Problem {
-  int64_t batch, height, width, channels, image, queries, bins, points;  // `image`: from one image's cells to the next's
+  int64_t batch, height, width, channels;
+  int64_t image;  // from one image's cells to the next's
+  int64_t queries, bins, points;
   int threads;
 
   // For less than some ten thousand numbers a thread, waking it takes longer than its share of the work.
-  int threads_for(int64_t numbers) const { return int(std::min<int64_t>(threads, batch * queries * numbers / 32768 + 1)); }
+  int threads_for(int64_t numbers_of_a_query) const {
+    return int(std::min<int64_t>(threads, batch * queries * numbers_of_a_query / 32768 + 1));
+  }
 };
 
 // Cells begin .. end - 1 along one axis.
@@ -345,8 +349,8 @@ void sample_backward_positions(const Problem& p, const T* grad_content, const T*
 }
 
 // One axis of RoIAlign for `count` boxes from low to high, in cells with 0 at the edge of the first: (count, bins,
-// length). A bin takes ceil(its length) samples, one more than a box as long as the map needs at most. By one thread: to
-// wake others takes longer.
+// length). A bin takes ceil(its length) samples, one more than a box as long as the map needs at most. By one thread:
+// to wake others takes longer.
 template <typename T>
 void weigh(int64_t count, int64_t length, int64_t bins, const T* low, const T* high, T* weights) {
   const int64_t most = length / bins + 1;
@@ -378,29 +382,29 @@ Problem problem(const int64_t* d, int threads) { return {d[0], d[1], d[2], d[3],
 
 }  // namespace
 
-#define EXPORT_FOR(T, NAME)                                                                                          \
-  EXPORT void roi_weigh_##NAME(const int64_t* d, int, const T* low, const T* high, T* weights) {                     \
-    weigh<T>(d[0], d[1], d[2], low, high, weights);                                                                  \
-  }                                                                                                                  \
-  EXPORT void roi_pool_##NAME(const int64_t* d, int threads, const T* cells, const T* rows, const T* columns,        \
-                              T* pooled) {                                                                           \
-    pool<T>(problem(d, threads), cells, rows, columns, pooled);                                                      \
-  }                                                                                                                  \
-  EXPORT void roi_pool_backward_##NAME(const int64_t* d, int threads, const T* grad_pooled, const T* rows,           \
-                                       const T* columns, T* grad_cells) {                                            \
-    pool_backward<T>(problem(d, threads), grad_pooled, rows, columns, grad_cells);                                   \
-  }                                                                                                                  \
-  EXPORT void roi_sample_##NAME(const int64_t* d, int threads, const T* cells, const T* rows, const T* columns,      \
-                                const T* positions, T* content) {                                                    \
-    sample<T>(problem(d, threads), cells, rows, columns, positions, content);                                        \
-  }                                                                                                                  \
-  EXPORT void roi_sample_backward_cells_##NAME(const int64_t* d, int threads, const T* grad_content, const T* rows,  \
-                                               const T* columns, const T* positions, T* grad_cells) {                \
-    sample_backward_cells<T>(problem(d, threads), grad_content, rows, columns, positions, grad_cells);               \
-  }                                                                                                                  \
-  EXPORT void roi_sample_backward_positions_##NAME(const int64_t* d, int threads, const T* grad_content,             \
-                                                   const T* cells, const T* rows, const T* columns,                  \
-                                                   const T* positions, T* grad_positions) {                          \
+#define EXPORT_FOR(T, NAME)                                                                                           \
+  EXPORT void roi_weigh_##NAME(const int64_t* d, int, const T* low, const T* high, T* weights) {                      \
+    weigh<T>(d[0], d[1], d[2], low, high, weights);                                                                   \
+  }                                                                                                                   \
+  EXPORT void roi_pool_##NAME(const int64_t* d, int threads, const T* cells, const T* rows, const T* columns,         \
+                              T* pooled) {                                                                            \
+    pool<T>(problem(d, threads), cells, rows, columns, pooled);                                                       \
+  }                                                                                                                   \
+  EXPORT void roi_pool_backward_##NAME(const int64_t* d, int threads, const T* grad_pooled, const T* rows,            \
+                                       const T* columns, T* grad_cells) {                                             \
+    pool_backward<T>(problem(d, threads), grad_pooled, rows, columns, grad_cells);                                    \
+  }                                                                                                                   \
+  EXPORT void roi_sample_##NAME(const int64_t* d, int threads, const T* cells, const T* rows, const T* columns,       \
+                                const T* positions, T* content) {                                                     \
+    sample<T>(problem(d, threads), cells, rows, columns, positions, content);                                         \
+  }                                                                                                                   \
+  EXPORT void roi_sample_backward_cells_##NAME(const int64_t* d, int threads, const T* grad_content, const T* rows,   \
+                                               const T* columns, const T* positions, T* grad_cells) {                 \
+    sample_backward_cells<T>(problem(d, threads), grad_content, rows, columns, positions, grad_cells);                \
+  }                                                                                                                   \
+  EXPORT void roi_sample_backward_positions_##NAME(const int64_t* d, int threads, const T* grad_content,              \
+                                                   const T* cells, const T* rows, const T* columns,                   \
+                                                   const T* positions, T* grad_positions) {                           \
     sample_backward_positions<T>(problem(d, threads), grad_content, cells, rows, columns, positions, grad_positions); \
   }
 
