@@ -60,11 +60,3 @@ def attend(
         logits = logits.masked_fill(padding[:, None, None, :], -torch.inf)
     weights = dropped(logits.softmax(-1), dropout, training=True)  # of 0 is nothing
     return weights @ value
-
-
-def in_full_precision_on_cpu(*tensors: Tensor) -> bool:
-    """Where work in tiles pays. What is compiled is left in one piece, since tiles differ with the size of the map."""
-    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    dtypes = {x.dtype for x in tensors}
-    return len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64} and not torch.is_autocast_enabled("cpu")

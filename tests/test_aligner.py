@@ -12,7 +12,8 @@ from torchvision.ops import roi_align
 from benchmarks.plain import plain
 from main import build_parser
 from models import build_model
-from models.sam_detr import roi_sampling, semantics_aligner
+from models.ops import kernels, plain_path
+from models.sam_detr import roi_sampling
 from models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
 from models.sam_detr.semantics_aligner import SemanticsAligner
 from util.box_ops import cxcywh_to_xyxy
@@ -23,6 +24,18 @@ from util.padded_images import pad_images
 def _same_start():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the networks here are too small for more to help
+
+
+@pytest.fixture(params=["tensor code", "compiled"])
+def path(request):
+    """Runs a test through the tensor code, then through the compiled kernels where this machine can build them."""
+    if request.param == "tensor code":
+        with plain_path():
+            yield "tensor code"
+    elif reason := kernels.why_not("cpu"):
+        pytest.skip(f"no compiled kernel: {reason}")
+    else:
+        yield "compiled"
 
 
 # Centre and size, as shares of the map: inside, over each border, half of it outside, all of the map, from the middle
@@ -46,7 +59,7 @@ BOXES = torch.tensor(
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 13), (7, 28), (3, 2), (1, 40), (25, 34)])
-def test_roi_align_weights_equal_torchvision(height, width):
+def test_roi_align_weights_equal_torchvision(height, width, path):
     features = torch.randn(2, 3, height, width, dtype=torch.float64)
     boxes = torch.cat([BOXES, torch.rand(50, 4, dtype=torch.float64)]).expand(2, -1, -1)
     boxes = cxcywh_to_xyxy(boxes) * torch.tensor([width, height] * 2)  # (2, Q, 4), in cells
@@ -58,7 +71,7 @@ def test_roi_align_weights_equal_torchvision(height, width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_boxes_as_long_as_the_map_whose_length_is_rounded_up(dtype):
+def test_boxes_as_long_as_the_map_whose_length_is_rounded_up(dtype, path):
     """Where 7 divides the map, such a box needs one sample more than its true length says."""
     centres = torch.rand(200, dtype=dtype)
     low, high = (centres - 0.5) * 14, (centres + 0.5) * 14
@@ -92,13 +105,11 @@ ALIGNERS = [
 
 @pytest.mark.parametrize("options", ALIGNERS, ids=str)
 @pytest.mark.parametrize("large", [False, True], ids=["small map", "large map"])
-def test_outputs_and_gradients_equal_the_plain_formula(large, options, monkeypatch):
+def test_outputs_and_gradients_equal_the_plain_formula(large, options, path, monkeypatch):
     channels, heads = 16, 4
     if large:  # what is done on maps of thousands of cells, with boxes in groups of three
-        monkeypatch.setattr(semantics_aligner, "POOL_FIRST", 0)
+        monkeypatch.setattr(roi_sampling, "POOL_FIRST", 0)
         monkeypatch.setattr(roi_sampling, "AT_ONCE", 3 * 2 * 7 * 13 * channels)
-    else:
-        monkeypatch.setattr(roi_sampling, "TILE", 7 * 9 * 13)  # seven samples at a time
     aligner = SemanticsAligner(hidden_dim=channels, num_heads=heads, **options).double()
     for parameter in aligner.parameters():
         nn.init.normal_(parameter, std=2 * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
@@ -134,16 +145,14 @@ def test_outputs_and_gradients_equal_the_plain_formula(large, options, monkeypat
     torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(("pool_first", "largest"), [(semantics_aligner.POOL_FIRST, 29_400), (2**20, 80_000)])
-def test_nothing_of_the_size_of_points_times_cells_is_kept_for_backward(pool_first, largest, monkeypatch):
+def test_nothing_of_the_size_of_points_times_cells_is_kept_for_backward(path):
     """On a map of 100 x 100 cells, 6 queries keep 49 bins' weights of 100 columns, but not those of 4 points and all
-    cells, 240,000; where pooling is put off, the map itself of 8 channels."""
-    monkeypatch.setattr(semantics_aligner, "POOL_FIRST", pool_first)
+    cells, 240,000; kernels keep the map itself of 8 channels."""
     aligner = SemanticsAligner(hidden_dim=8, num_heads=4)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
         aligner(torch.randn(1, 6, 8), torch.rand(1, 6, 4), torch.randn(1, 8, 100, 100, requires_grad=True))
-    assert max(kept) == largest
+    assert max(kept) == (80_000 if path == "compiled" else 29_400)
 
 
 def test_without_a_valid_ratio_the_whole_map_is_image():

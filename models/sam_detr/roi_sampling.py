@@ -3,22 +3,71 @@
 RoIAlign (He et al., ICCV 2017, section 3) is linear in the map, and its weights separate: the weight of cell (y, x) in
 bin (p, q) is Wy[p, y] * Wx[q, x]. So a 1 x 1 convolution can run before the pooling or after it, and a point sampled
 inside the pooled grid is again a product of one row vector and one column vector. Equal to torchvision.ops.roi_align
-(aligned, adaptive sampling) up to rounding, deterministic in backward, and plain tensor code.
+(aligned, adaptive sampling) up to rounding, and deterministic in backward.
+
+Matrix products spend most of their time on weights of 0. On CPUs, compiled kernels (models/ops/roi_sampling.py) visit
+the others only; the tensor code here runs everywhere else, and is what they are compared with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from models.attention import in_full_precision_on_cpu
+from models.ops import kernels
+from models.ops import roi_sampling as compiled
 
 # Numbers that roi_align holds between its two products: 16 MiB of float32. With 64 MiB the first product on C3 took
 # twice as long on a CPU: new memory all the time, and none of it in a cache when the second product reads it.
 AT_ONCE = 2**22
-TILE = 2**20
+# A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image), to
+# pool the boxes first and to weigh their bins takes less memory and a training step less time; on smaller maps it takes
+# more.
+POOL_FIRST = 2**15
+
+
+class Regions:
+    """The inside of boxes, as a grid of bins x bins to look at whole, or at points.
+
+    Args:
+        cells: (B, H, W, C), the map.
+        rows, columns: (B, Q, bins, H) and (B, Q, bins, W), weights of the cells in the bins; without gradient.
+        points: how many will be sampled in each box, 0 for none. Chooses the path, not the result.
+    """
+
+    def __init__(self, cells: Tensor, rows: Tensor, columns: Tensor, *, points: int):
+        self.cells, self.rows, self.columns = cells, rows, columns
+        large = points * cells.shape[1] * cells.shape[2] > POOL_FIRST
+        pool_first = large and not _has_kernels(cells, constant=(rows, columns))
+        self.bins = roi_align(cells, rows, columns) if pool_first else None
+
+    def pooled(self, linear: Callable[[Tensor], Tensor]) -> Tensor:
+        """`linear` maps channels, (..., C) -> (..., D), and has no bias, so that its place does not matter: on the map
+        or on the bins. -> (B, Q, bins, bins, D), y before x."""
+        if self.bins is not None:
+            return linear(self.bins)
+        return roi_align(linear(self.cells), self.rows, self.columns)
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """Bilinear samples of the bins, (B, Q, P, 2) -> (B, Q, P, C). `offsets` are x, y; -1 and 1 are the edges of the
+        box, beyond which lie zeros."""
+        num_bins = self.rows.shape[2]
+        positions = (offsets + 1) * (num_bins / 2) - 0.5  # in bins, 0 at the centre of the first
+        if self.bins is None and _has_kernels(self.cells, positions, constant=(self.rows, self.columns)):
+            return compiled.SampleBetweenBins.apply(self.cells, self.rows, self.columns, positions)
+        x, y = bilinear_weights(positions, num_bins).unbind(-2)  # (B, Q, P, bins) each
+        if self.bins is not None:
+            return sample_bins(self.bins, y, x)
+        return sample(self.cells, y @ self.rows, x @ self.columns)
+
+
+def _has_kernels(*tensors: Tensor, constant: tuple[Tensor, ...]) -> bool:
+    """Whether the kernels can take over. They have no gradient for what is `constant`."""
+    if any(tensor.requires_grad for tensor in constant) and torch.is_grad_enabled():
+        return False
+    return kernels.takes(*tensors, *constant)
 
 
 def bilinear_weights(positions: Tensor, length: int) -> Tensor:
@@ -41,6 +90,8 @@ def roi_align_weights(low: Tensor, high: Tensor, *, length: int, num_bins: int) 
         (..., num_bins, length). As in RoIAlign, ceil(box length / num_bins) samples share a bin; samples more than one
         cell outside the map count as zero, nearer ones take the border's value.
     """
+    if _has_kernels(constant=(low, high)):
+        return compiled.weigh(low, high, length=length, num_bins=num_bins)
     bin_length = (high - low) / num_bins
     count = bin_length.ceil()[..., None, None]  # samples in a bin
     bins = torch.arange(num_bins, dtype=low.dtype, device=low.device)[:, None]
@@ -65,6 +116,8 @@ def roi_align(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         (B, Q, bins, bins, C), y before x.
     """
+    if _has_kernels(cells, constant=(rows, columns)):
+        return compiled.RoIAlign.apply(cells, rows, columns)
     batch, _, width, channels = cells.shape
     lines = cells.flatten(2)  # (B, H, W * C)
     number = max(1, AT_ONCE // (batch * rows.shape[2] * width * channels))
@@ -79,10 +132,7 @@ def roi_align(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def sample(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Weighted sums over the map: (B, H, W, C), (B, Q, P, H), (B, Q, P, W) -> (B, Q, P, C)."""
-    if in_full_precision_on_cpu(cells, rows, columns):
-        sampled = TiledSampling.apply(cells.flatten(1, 2), rows.flatten(1, 2), columns.flatten(1, 2))
-    else:
-        sampled = products(rows, columns).flatten(1, 2) @ cells.flatten(1, 2)
+    sampled = products(rows, columns).flatten(1, 2) @ cells.flatten(1, 2)
     return sampled.unflatten(1, rows.shape[1:3])
 
 
@@ -94,36 +144,3 @@ def sample_bins(pooled: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def products(rows: Tensor, columns: Tensor) -> Tensor:
     """Weight of every cell: (..., H), (..., W) -> (..., H * W)."""
     return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
-
-
-class TiledSampling(torch.autograd.Function):
-    """Weighted sums over the map, some samples at a time, whose weights stay in a CPU's caches and are not kept.
-
-    (B, L, C), (B, S, H), (B, S, W) -> (B, S, C) for L = H * W.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        sampled = cells.new_empty(*rows.shape[:2], cells.shape[2])
-        for image, some in _tiles(cells, rows):
-            torch.mm(products(rows[image, some], columns[image, some]), cells[image], out=sampled[image, some])
-        ctx.save_for_backward(cells, rows, columns)
-        return sampled
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        cells, rows, columns = ctx.saved_tensors
-        of_cells = torch.zeros(cells.shape, dtype=cells.dtype)
-        of_rows, of_columns = torch.empty_like(rows), torch.empty_like(columns)
-        for image, some in _tiles(cells, rows):
-            along_y, along_x, given = rows[image, some], columns[image, some], gradient[image, some]
-            of_cells[image].addmm_(products(along_y, along_x).mT, given)
-            of_weights = (given @ cells[image].mT).unflatten(1, (rows.shape[2], -1))  # (s, H, W)
-            of_rows[image, some] = (of_weights @ along_x[..., None])[..., 0]
-            of_columns[image, some] = (along_y[:, None] @ of_weights)[:, 0]
-        return of_cells, of_rows, of_columns
-
-
-def _tiles(cells: Tensor, rows: Tensor) -> list[tuple[int, slice]]:
-    size = max(1, TILE // cells.shape[1])
-    return [(b, slice(s, s + size)) for b in range(rows.shape[0]) for s in range(0, rows.shape[1], size)]

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 
 from models.layers import MLP
 from models.position_encoding import sine_encoding
-from models.sam_detr.roi_sampling import bilinear_weights, roi_align, roi_align_weights, sample, sample_bins
+from models.sam_detr.roi_sampling import Regions, bilinear_weights, roi_align, roi_align_weights, sample
 
 ROI_SIZE = 7
-# A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image), to
-# pool the boxes first and to weigh their bins takes less memory and a training step less time; on smaller maps it takes
-# more.
-POOL_FIRST = 2**15
 
 
 @dataclass
@@ -113,14 +109,12 @@ class SemanticsAligner(nn.Module):
         cells = features.permute(0, 2, 3, 1)  # (B, H, W, C)
         scales = None
         if self.resample == "points":
-            large = self.search_range == "box" and self.num_points * height * width > POOL_FIRST
-            pooled = roi_align(cells, rows, columns) if large else None  # (B, Q, 7, 7, C)
-            narrow = self._narrow(pooled) if large else roi_align(self._narrow(cells), rows, columns)
-            offsets, scales = self._find_points(narrow)  # (B, Q, P, 2) in [-1, 1]
-            if self.search_range == "box":
+            in_box = self.search_range == "box"
+            regions = Regions(cells, rows, columns, points=self.num_points if in_box else 0)
+            offsets, scales = self._find_points(regions.pooled(self._narrow))  # (B, Q, P, 2) in [-1, 1]
+            if in_box:
                 points = centres[:, :, None] + offsets * sizes[:, :, None] / 2
-                x, y = bilinear_weights((offsets + 1) * (ROI_SIZE / 2) - 0.5, ROI_SIZE).unbind(-2)  # (B, Q, P, 7) each
-                content = sample_bins(pooled, y, x) if large else sample(cells, y @ rows, x @ columns)
+                content = regions.at(offsets)
             else:
                 points = (offsets + 1) / 2
                 in_map = points * extent[:, :, None] - 0.5
