@@ -12,6 +12,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.ops.winograd import applies as winograd_applies
+from models.ops.winograd import winograd
+
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -71,7 +74,7 @@ class Backbone(nn.Module):
         """`images` (B, 3, H, W), normalised -> one map (B, C_l, H_l, W_l) for each level."""
         if not isinstance(self.body["bn1"], FrozenBatchNorm2d):
             return list(self.body(images).values())
-        x = folded(self.body["conv1"], self.body["bn1"], images).relu_()
+        x = folded(self.body["conv1"], self.body["bn1"], images, relu=True)
         x = self.body["maxpool"](x)
         maps = []
         for name, stage in self.body.items():
@@ -100,24 +103,29 @@ class Backbone(nn.Module):
             self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
 
 
-def folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """norm(convolution(x)) in one pass over the map: what is frozen is a factor of the weights, and a bias.
+def folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor, *, relu: bool = False) -> Tensor:
+    """norm(convolution(x)), and relu of it, in one pass over the map: what is frozen is a factor of the weights, and a
+    bias.
 
     The gradient of the weights passes through the factor; of the norm nothing is kept for it.
     """
+    c = convolution
     with torch.no_grad():
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
-    weight = convolution.weight * scale[:, None, None, None]
-    c = convolution
-    return F.conv2d(x, weight, shift, c.stride, c.padding, c.dilation, c.groups)
+    if winograd_applies(x, c):
+        return winograd(x, c.weight, scale, shift, dilation=c.dilation[0], relu=relu)
+    y = F.conv2d(x, c.weight * scale[:, None, None, None], shift, c.stride, c.padding, c.dilation, c.groups)
+    return y.relu_() if relu else y
 
 
 def _folded_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     """A residual block of torchvision's, its norms folded."""
-    y = folded(block.conv1, block.bn1, x).relu_()
-    y = folded(block.conv2, block.bn2, y)
+    y = folded(block.conv1, block.bn1, x, relu=True)
     if isinstance(block, Bottleneck):
-        y = folded(block.conv3, block.bn3, y.relu_())
+        y = folded(block.conv2, block.bn2, y, relu=True)
+        y = folded(block.conv3, block.bn3, y)
+    else:
+        y = folded(block.conv2, block.bn2, y)
     y += x if block.downsample is None else folded(*block.downsample, x)
     return y.relu_()

@@ -4,13 +4,15 @@ forward() and backward() expect what registration.py has made sure of: contiguou
 weights in coordinate_dtype(value).
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.ops import build
 from models.ops.plain import coordinate_dtype
@@ -72,11 +74,49 @@ def available(device_type: str, index: int | None = None) -> bool:
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if reason and expected and first:
         warnings.warn(
-            f"deformable attention runs as plain PyTorch on {device_type}, several times slower: {reason}\n"
+            f"compiled kernels are missing, plain PyTorch on {device_type} is several times slower: {reason}\n"
             "(`python -m models.ops.doctor` tells more; MS_DEFORM_ATTN=plain silences this)",
             stacklevel=2,
         )
     return reason is None
+
+
+_plain_wanted = False
+
+
+@contextlib.contextmanager
+def plain_path() -> Iterator[None]:
+    """Runs the plain path inside, for comparisons: `with plain_path(): model(images)`. For the whole process."""
+    global _plain_wanted
+    before, _plain_wanted = _plain_wanted, True
+    try:
+        yield
+    finally:
+        _plain_wanted = before
+
+
+def wanted(device_type: str, index: int | None = None) -> bool:
+    """Whether compiled kernels run on this device, and are not turned off by plain_path."""
+    return not _plain_wanted and available(device_type, index)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the CPU's kernels take tensors like these: of one floating type of full precision, and real ones, without
+    autocast. What torch.compile looks at stays plain tensor code."""
+    dtypes = {x.dtype for x in tensors}
+    return (
+        len(dtypes) == 1
+        and dtypes <= CPU_NAMES.keys()
+        and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)  # fake ones are neither
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and wanted("cpu")
+    )
+
+
+def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
+    """A function of the CPU's library, of this type of numbers."""
+    getattr(load_cpu(), f"{name}_{CPU_NAMES[dtype]}")(*arguments)
 
 
 def integers(values: list[int]) -> ctypes.Array:
@@ -101,11 +141,9 @@ def forward(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor)
         return output
     wide = value.to(coordinate_dtype(value))  # 16 bits: widening the map once costs less than at every cell read
     output = wide.new_empty(batch, locations.shape[1], heads * channels)
-    function = getattr(load_cpu(), f"ms_deform_attn_forward_{CPU_NAMES[wide.dtype]}")
     tensors = (wide, locations, weights, output)
-    function(
-        integers(sizes), dimensions(value, locations), torch.get_num_threads(), *(pointer(tensor) for tensor in tensors)
-    )
+    sizes_of = (integers(sizes), dimensions(value, locations))
+    call("ms_deform_attn_forward", wide.dtype, *sizes_of, torch.get_num_threads(), *map(pointer, tensors))
     return output.to(value.dtype)
 
 
@@ -119,14 +157,10 @@ def backward(
         tensors = (grad_output, value, locations, weights, *gradients)
         cuda_call("backward", value, sizes, locations, *tensors, ordered=ordered)
     else:
-        function = getattr(load_cpu(), f"ms_deform_attn_backward_{CPU_NAMES[grad_value.dtype]}")
         tensors = (grad_output.to(grad_value.dtype), value.to(grad_value.dtype), locations, weights, *gradients)
-        function(
-            integers(sizes),
-            dimensions(value, locations),
-            torch.get_num_threads(),
-            *(pointer(tensor) for tensor in tensors),
-        )
+        sizes_of = (integers(sizes), dimensions(value, locations))
+        threads = torch.get_num_threads()
+        call("ms_deform_attn_backward", grad_value.dtype, *sizes_of, threads, *map(pointer, tensors))
     return grad_value.to(value.dtype), *gradients[1:]
 
 

@@ -4,9 +4,6 @@ One operator for every device and path. Which path runs is decided inside, at ru
 and saved graphs carry the operator and not the decision.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -25,24 +22,11 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-_plain_wanted = False
-
-
-@contextlib.contextmanager
-def plain_path() -> Iterator[None]:
-    """Runs the plain path inside, for comparisons: `with plain_path(): model(images)`. For the whole process."""
-    global _plain_wanted
-    before, _plain_wanted = _plain_wanted, True
-    try:
-        yield
-    finally:
-        _plain_wanted = before
-
 
 def compiled(value: Tensor, sizes: list[int]) -> bool:
-    if _plain_wanted or (value.is_cuda and len(sizes) > 2 * kernels.MAX_CUDA_LEVELS):
+    if value.is_cuda and len(sizes) > 2 * kernels.MAX_CUDA_LEVELS:
         return False
-    return kernels.available(value.device.type, value.device.index)
+    return kernels.wanted(value.device.type, value.device.index)
 
 
 def same_width(value: Tensor, *coordinates: Tensor) -> list[Tensor]:

@@ -9,23 +9,49 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.ops import kernels
 
 LAST = torch.channels_last
+SMALLEST = 64  # cells of a map, at least: smaller ones are few tiles, and mostly border
+
+
+def applies(x: Tensor, convolution: nn.Conv2d) -> bool:
+    c = convolution
+    return (
+        c.kernel_size == (3, 3)
+        and c.stride == (1, 1)
+        and c.padding == c.dilation
+        and c.dilation[0] == c.dilation[1]
+        and c.groups == 1
+        and c.padding_mode == "zeros"
+        and all(channels >= 32 and channels % 16 == 0 for channels in (c.in_channels, c.out_channels))
+        and x.shape[2] * x.shape[3] >= SMALLEST * c.dilation[0] ** 2
+        and kernels.takes(x, c.weight)
+    )
+
+
+def winograd(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, dilation: int, relu: bool) -> Tensor:
+    """relu(conv2d(x, weight * scale, padding = dilation) + shift), or that without relu.
+
+    Args:
+        x: (B, C, H, W), of any memory format; channels_last is not copied.
+        weight: (O, C, 3, 3); C and O are multiples of 16.
+        scale, shift: (O,), constants: gradients are of x and weight.
+    Returns:
+        (B, O, H, W), channels_last.
+    """
+    if weight.stride(2) != 3 * weight.stride(3):
+        weight = weight.contiguous()
+    return Winograd.apply(x, weight, scale, shift, dilation, relu)
 
 
 class Winograd(torch.autograd.Function):
-    """relu(conv2d(x, weight * scale) + shift) with padding = dilation; `scale` and `shift` (O,) are constants.
-
-    Of the map (B, C, H, W) and the output nothing more is kept for backward; tiles are transformed anew.
-    """
+    """Keeps the map and, with relu, the output for backward; tiles are transformed anew."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, dilation: int, relu: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, dilation: int, relu: bool) -> Tensor:
         x = x.contiguous(memory_format=LAST)
         output = _convolve(x, weight, scale, shift, dilation, relu=relu)
         ctx.dilation = dilation
@@ -80,5 +106,5 @@ def _shape(x: Tensor, weight: Tensor, dilation: int, *, relu: bool = False, turn
 
 
 def _call(name: str, dtype: torch.dtype, shape: ctypes.Array, *tensors: Tensor | None) -> None:
-    function = getattr(kernels.load_cpu(), f"winograd_{name}_{kernels.CPU_NAMES[dtype]}")
-    function(shape, torch.get_num_threads(), *(None if x is None else kernels.pointer(x) for x in tensors))
+    pointers = (None if x is None else kernels.pointer(x) for x in tensors)
+    kernels.call(f"winograd_{name}", dtype, shape, torch.get_num_threads(), *pointers)

@@ -99,8 +99,8 @@ inline void weight_gradient_line(const V* u, int step, V* out, int out_step) {  
 #define BOTH_WAYS(LINE, FROM, TO, from, to)                                             \
   do {                                                                                  \
     Numbers<T> half_[TO * FROM];                                                        \
-    for (int i_ = 0; i_ < FROM; ++i_) LINE<T>(from + i_, FROM, half_ + i_, FROM);       \
-    for (int i_ = 0; i_ < TO; ++i_) LINE<T>(half_ + i_ * FROM, 1, to + i_ * TO, 1);     \
+    _Pragma("GCC unroll 6") for (int i_ = 0; i_ < FROM; ++i_) LINE<T>(from + i_, FROM, half_ + i_, FROM); \
+    _Pragma("GCC unroll 6") for (int i_ = 0; i_ < TO; ++i_) LINE<T>(half_ + i_ * FROM, 1, to + i_ * TO, 1); \
   } while (false)
 
 struct Shape {
@@ -134,6 +134,14 @@ struct Place {
   }
 };
 
+// How far apart the 36 elements lie, of which each has `size` numbers: an odd number of lines. Each transform touches all
+// 36 at once, and they must not fall into the same few sets of the caches.
+template <typename T>
+inline int64_t spread(int64_t size) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (gemm::panels(size, line) | 1) * line;
+}
+
 // Transformed tiles: for each of the 36 elements panels of WIDTH channels, tiles x WIDTH. As A of a product a panel has
 // the tiles as rows, as B (of the weights' gradient) it is packed as that wants it.
 template <typename T>
@@ -141,17 +149,19 @@ struct Tiles {
   T* data;
   int64_t channels, capacity;
 
-  T* panel(int64_t point, int64_t panel) const {
-    return data + (point * gemm::panels(channels, WIDTH<T>) + panel) * capacity * WIDTH<T>;
+  int64_t step() const { return spread<T>(gemm::panels(channels, WIDTH<T>) * capacity * WIDTH<T>); }
+  T* panel(int64_t point, int64_t panel) const { return data + point * step() + panel * capacity * WIDTH<T>; }
+  int64_t size() const { return POINTS * step(); }
+  static int64_t bytes_of_tile(int64_t channels) {
+    return POINTS * gemm::panels(channels, WIDTH<T>) * WIDTH<T> * sizeof(T);
   }
-  static int64_t size_of_tile(int64_t channels) { return POINTS * gemm::panels(channels, WIDTH<T>) * WIDTH<T>; }
 };
 
 // Tiles `first` to `last` of a map into `to`, from its tile `at` on: inputs of 6x6 cells, or gradients of 4x4.
 template <typename T, int CELLS>
 void transform_tiles(const Shape& s, const T* map, int64_t first, int64_t last, const Tiles<T>& to, int64_t at) {
   constexpr int BEFORE = CELLS == IN ? 1 : 0;
-  const int64_t channels = to.channels;
+  const int64_t channels = to.channels, step = to.step();
   alignas(64) static const T zeros[SIZE<T>] = {};
   for (int64_t tile = first; tile < last; ++tile, ++at) {
     const Place place(s, tile);
@@ -171,7 +181,6 @@ void transform_tiles(const Shape& s, const T* map, int64_t first, int64_t last, 
         BOTH_WAYS(gradient_line, OUT, IN, from, result);
       }
       T* target = to.panel(0, c / WIDTH<T>) + at * WIDTH<T> + c % WIDTH<T>;
-      const int64_t step = to.panel(1, 0) - to.panel(0, 0);
       for (int i = 0; i < POINTS; ++i) gemm::store(target + i * step, result[i]);
     }
   }
@@ -212,7 +221,7 @@ void transform_weights(const Shape& s, const T* weights, const T* scale, int64_t
       for (int tap = 0; tap < 9; ++tap) from_taps[tap] = factor * gemm::load(&taps[c][tap][o]);
       BOTH_WAYS(weight_line, 3, IN, from_taps, result);
       T* target = panels + (channel + c) * W + o;
-      for (int i = 0; i < POINTS; ++i) gemm::store(target + i * s.channels * W, result[i]);
+      for (int i = 0; i < POINTS; ++i) gemm::store(target + i * spread<T>(s.channels * W), result[i]);
     }
   }
 }
@@ -223,15 +232,20 @@ template <typename T>
 void multiply(const Shape& s, const Tiles<T>& input, int64_t at, int64_t count, const T* panels, int64_t output,
               const T* shift, int64_t first, T* sums, T* map) {
   constexpr int W = WIDTH<T>;
+  const int64_t step = spread<T>(count * W);
   for (int point = 0; point < POINTS; ++point) {
     gemm::in_rows<T>(count, [&](int64_t row, auto& tile) {
       tile.zero();
-      const T* weights = panels + point * s.channels * W;
+      const T* weights = panels + point * spread<T>(s.channels * W);
       for (int64_t c = 0; c < s.channels; c += W) {
         const int64_t width = s.channels - c < W ? s.channels - c : W;
-        tile.multiply(input.panel(point, c / W) + (at + row) * W, W, 1, weights + c * W, width);
+        const T* const from = input.panel(point, c / W) + (at + row) * W;
+        if (c + W < s.channels) {
+          for (int64_t i = 0; i < gemm::ROWS * W; i += 64 / sizeof(T)) __builtin_prefetch(from + input.capacity * W + i);
+        }
+        tile.multiply(from, W, 1, weights + c * W, width);
       }
-      tile.store_to(sums + (point * count + row) * W, W);
+      tile.store_to(sums + point * step + row * W, W);
     });
   }
   for (int64_t tile = 0; tile < count; ++tile) {
@@ -243,7 +257,7 @@ void multiply(const Shape& s, const Tiles<T>& input, int64_t at, int64_t count, 
     }
     for (int64_t o = 0; o < W && output + o < s.outputs; o += SIZE<T>) {
       Numbers<T> from[POINTS], result[OUT * OUT];
-      for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + (i * count + tile) * W + o);
+      for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + i * step + tile * W + o);
       BOTH_WAYS(output_line, IN, OUT, from, result);
       const Numbers<T> zero = {}, bias = shift ? gemm::load(shift + output + o) : zero;
       for (int i = 0; i < OUT * OUT; ++i) {
@@ -285,10 +299,10 @@ template <typename T>
 void convolve_by_tiles(const Shape& s, int threads, const T* map, const T* weights, const T* scale, const T* shift,
                        T* out) {
   constexpr int W = WIDTH<T>;
-  const int64_t tiles = s.tiles(), out_panels = gemm::panels(s.outputs, W), of_panel = POINTS * s.channels * W;
-  const int64_t of_tile = Tiles<T>::size_of_tile(s.channels);
-  const int64_t block = fitting(IN_CORE, of_tile * sizeof(T), tiles);
-  const int64_t own = block * of_tile + POINTS * block * W;
+  const int64_t tiles = s.tiles(), out_panels = gemm::panels(s.outputs, W);
+  const int64_t of_panel = POINTS * spread<T>(s.channels * W);
+  const int64_t block = fitting(IN_CORE, Tiles<T>::bytes_of_tile(s.channels), tiles);
+  const int64_t of_block = Tiles<T>{nullptr, s.channels, block}.size(), own = of_block + POINTS * spread<T>(block * W);
   Scratch<T> scratch(out_panels * of_panel + threads * own);
   const int64_t some = s.channels / SOME;
   int64_t next = 0;
@@ -308,7 +322,7 @@ void convolve_by_tiles(const Shape& s, int threads, const T* map, const T* weigh
       const int64_t count = least(block, tiles - first);
       transform_tiles<T, IN>(s, map, first, first + count, input, 0);
       for (int64_t p = 0; p < out_panels; ++p) {
-        multiply(s, input, 0, count, scratch.start + p * of_panel, p * W, shift, first, v + block * of_tile, out);
+        multiply(s, input, 0, count, scratch.start + p * of_panel, p * W, shift, first, v + of_block, out);
       }
     }
   }
@@ -320,10 +334,10 @@ template <typename T>
 void convolve_by_weights(const Shape& s, int threads, const T* map, const T* weights, const T* scale, const T* shift,
                          T* out) {
   constexpr int W = WIDTH<T>;
-  const int64_t tiles = s.tiles(), of_panel = POINTS * s.channels * W, of_tile = Tiles<T>::size_of_tile(s.channels);
-  const int64_t chunk = fitting(SHARED, of_tile * sizeof(T), tiles);
-  const int64_t own = of_panel + POINTS * BLOCK * W;
-  Scratch<T> scratch(chunk * of_tile + threads * own);
+  const int64_t tiles = s.tiles(), chunk = fitting(SHARED, Tiles<T>::bytes_of_tile(s.channels), tiles);
+  const int64_t of_panel = POINTS * spread<T>(s.channels * W), own = of_panel + POINTS * spread<T>(BLOCK * W);
+  const int64_t of_chunk = Tiles<T>{nullptr, s.channels, chunk}.size();
+  Scratch<T> scratch(of_chunk + threads * own);
   const Tiles<T> input{scratch.start, s.channels, chunk};
   int64_t next = 0;
 #pragma omp parallel num_threads(threads)
@@ -331,7 +345,7 @@ void convolve_by_weights(const Shape& s, int threads, const T* map, const T* wei
     int64_t number;
 #pragma omp atomic capture
     number = next++;
-    T* const panels = scratch.start + chunk * of_tile + number * own;
+    T* const panels = scratch.start + of_chunk + number * own;
     for (int64_t begin = 0; begin < tiles; begin += chunk) {
       const int64_t all = least(chunk, tiles - begin);
 #pragma omp for schedule(static)
@@ -360,19 +374,20 @@ template <typename T>
 void weight_block(const Shape& s, const Tiles<T>& input, const Tiles<T>& gradient, int64_t all, int64_t output,
                   int64_t channel, const T* scale, bool begins, T* sums, T* out) {
   constexpr int W = WIDTH<T>;
+  const int64_t step = spread<T>(W * W);
   const int64_t outputs = least(W, s.outputs - output);
   for (int point = 0; point < POINTS; ++point) {
     const T* const from = gradient.panel(point, output / W);
     gemm::in_rows<T>(outputs, [&](int64_t row, auto& tile) {
       tile.zero();
       tile.multiply(from + row, 1, W, input.panel(point, channel / W), all);
-      tile.store_to(sums + (point * W + row) * W, W);
+      tile.store_to(sums + point * step + row * W, W);
     });
   }
   for (int64_t o = 0; o < outputs; ++o) {
     for (int64_t c = 0; c < W && channel + c < s.channels; c += SIZE<T>) {
       Numbers<T> from[POINTS], result[9];
-      for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + (i * W + o) * W + c);
+      for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + i * step + o * W + c);
       BOTH_WAYS(weight_gradient_line, IN, 3, from, result);
       const T factor = scale[output + o];
       T* const target = out + (output + o) * s.weight_o + (channel + c) * s.weight_c;
@@ -392,12 +407,13 @@ void weight_block(const Shape& s, const Tiles<T>& input, const Tiles<T>& gradien
 template <typename T>
 void differentiate_weights(const Shape& s, int threads, const T* map, const T* gradient_map, const T* scale, T* out) {
   constexpr int W = WIDTH<T>;
-  const int64_t tiles = s.tiles(), of_input = Tiles<T>::size_of_tile(s.channels);
-  const int64_t of_gradient = Tiles<T>::size_of_tile(s.outputs), own = POINTS * W * W;
-  const int64_t chunk = fitting(2 * SHARED, (of_input + of_gradient) * sizeof(T), tiles);
-  Scratch<T> scratch(chunk * (of_input + of_gradient) + threads * own);
-  const Tiles<T> input{scratch.start, s.channels, chunk};
-  const Tiles<T> gradient{scratch.start + chunk * of_input, s.outputs, chunk};
+  const int64_t of_tile = Tiles<T>::bytes_of_tile(s.channels) + Tiles<T>::bytes_of_tile(s.outputs);
+  const int64_t tiles = s.tiles(), chunk = fitting(2 * SHARED, of_tile, tiles), own = POINTS * spread<T>(W * W);
+  Tiles<T> input{nullptr, s.channels, chunk}, gradient{nullptr, s.outputs, chunk};
+  const int64_t shared = input.size() + gradient.size();
+  Scratch<T> scratch(shared + threads * own);
+  input.data = scratch.start;
+  gradient.data = scratch.start + input.size();
   const int64_t channel_panels = gemm::panels(s.channels, W), out_panels = gemm::panels(s.outputs, W);
   int64_t next = 0;
 #pragma omp parallel num_threads(threads)
@@ -405,7 +421,7 @@ void differentiate_weights(const Shape& s, int threads, const T* map, const T* g
     int64_t number;
 #pragma omp atomic capture
     number = next++;
-    T* const sums = scratch.start + chunk * (of_input + of_gradient) + number * own;
+    T* const sums = scratch.start + shared + number * own;
     for (int64_t begin = 0; begin < tiles; begin += chunk) {
       const int64_t all = least(chunk, tiles - begin);
 #pragma omp for schedule(static)
