@@ -32,6 +32,10 @@ template <typename T>
 constexpr int SIZE = gemm::Vector<T>::SIZE;
 template <typename T>
 constexpr int WIDTH = gemm::WIDTH<T>;
+template <typename T>
+constexpr int64_t LINE = 64 / sizeof(T);  // of the caches
+
+inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 
 // One line of each transform; `V` is a vector of channels. Lines are `step` vectors apart.
 
@@ -138,8 +142,7 @@ struct Place {
 // 36 at once, and they must not fall into the same few sets of the caches.
 template <typename T>
 inline int64_t spread(int64_t size) {
-  constexpr int64_t line = 64 / sizeof(T);
-  return (gemm::panels(size, line) | 1) * line;
+  return (gemm::panels(size, LINE<T>) | 1) * LINE<T>;
 }
 
 // Transformed tiles: for each of the 36 elements panels of WIDTH channels, tiles x WIDTH. As A of a product a panel has
@@ -189,12 +192,13 @@ void transform_tiles(const Shape& s, const T* map, int64_t first, int64_t last, 
 constexpr int64_t SOME = 16;  // input channels whose weights are read together
 
 // Weights of WIDTH outputs, from `output` on, and of SOME inputs, from `channel` on, transformed: for each of the 36
-// elements a packed panel, C x WIDTH. Outputs there are not count as zeros.
+// elements lines `line` and on of a packed panel of `depth` lines. Outputs there are not count as zeros.
 template <typename T>
-void transform_weights(const Shape& s, const T* weights, const T* scale, int64_t output, int64_t channel, T* panels) {
+void transform_weights(const Shape& s, const T* weights, const T* scale, int64_t output, int64_t channel, T* panels,
+                       int64_t depth, int64_t line) {
   constexpr int W = WIDTH<T>;
-  alignas(64) T taps[SOME][9][W];
-  const int64_t outputs = s.outputs - output < W ? s.outputs - output : W;
+  alignas(64) T taps[SOME][9][W], factors[W] = {};
+  const int64_t outputs = least(W, s.outputs - output), step = spread<T>(depth * W);
   const T* from = weights + s.weight_start + output * s.weight_o + channel * s.weight_c;
   if (outputs < W) std::memset(taps, 0, sizeof(taps));
   if (s.weight_o == 1) {
@@ -206,13 +210,12 @@ void transform_weights(const Shape& s, const T* weights, const T* scale, int64_t
   } else {
     for (int64_t o = 0; o < outputs; ++o) {
       for (int tap = 0; tap < 9; ++tap) {
-        for (int64_t c = 0; c < SOME; ++c) {
-          taps[c][tap][o] = from[o * s.weight_o + c * s.weight_c + tap * s.weight_tap];
-        }
+        const T* const line = from + o * s.weight_o + tap * s.weight_tap;
+        __builtin_prefetch(line + s.weight_o);  // too far away for the processor to see it coming
+        for (int64_t c = 0; c < SOME; ++c) taps[c][tap][o] = line[c * s.weight_c];
       }
     }
   }
-  alignas(64) T factors[W] = {};
   for (int64_t c = 0; c < SOME; ++c) {
     for (int64_t o = 0; o < outputs; ++o) factors[o] = scale[(output + o) * s.scale_o + (channel + c) * s.scale_c];
     for (int o = 0; o < W; o += SIZE<T>) {
@@ -220,34 +223,45 @@ void transform_weights(const Shape& s, const T* weights, const T* scale, int64_t
       Numbers<T> from_taps[9], result[POINTS];
       for (int tap = 0; tap < 9; ++tap) from_taps[tap] = factor * gemm::load(&taps[c][tap][o]);
       BOTH_WAYS(weight_line, 3, IN, from_taps, result);
-      T* target = panels + (channel + c) * W + o;
-      for (int i = 0; i < POINTS; ++i) gemm::store(target + i * spread<T>(s.channels * W), result[i]);
+      T* const target = panels + (line + c) * W + o;
+      for (int i = 0; i < POINTS; ++i) gemm::store(target + i * step, result[i]);
     }
   }
 }
 
-// `count` tiles, from `at` on in `input`, times one panel of weights: WIDTH outputs of them, from `output` on. The
-// tile's number in the map is `first`. `sums` is scratch, 36 x count x WIDTH.
+// `count` tiles, from `at` on, times one panel of weights: sums (36, count, WIDTH) `step` apart, of `depth` channels from
+// `channel` on; added to what is there unless these are the first.
 template <typename T>
-void multiply(const Shape& s, const Tiles<T>& input, int64_t at, int64_t count, const T* panels, int64_t output,
-              const T* shift, int64_t first, T* sums, T* map) {
+void multiply(const Tiles<T>& input, int64_t at, int64_t count, int64_t channel, int64_t depth, const T* panels, T* sums,
+              int64_t step) {
   constexpr int W = WIDTH<T>;
-  const int64_t step = spread<T>(count * W);
   for (int point = 0; point < POINTS; ++point) {
     gemm::in_rows<T>(count, [&](int64_t row, auto& tile) {
-      tile.zero();
-      const T* weights = panels + point * spread<T>(s.channels * W);
-      for (int64_t c = 0; c < s.channels; c += W) {
-        const int64_t width = s.channels - c < W ? s.channels - c : W;
-        const T* const from = input.panel(point, c / W) + (at + row) * W;
-        if (c + W < s.channels) {
-          for (int64_t i = 0; i < gemm::ROWS * W; i += 64 / sizeof(T)) __builtin_prefetch(from + input.capacity * W + i);
-        }
-        tile.multiply(from, W, 1, weights + c * W, width);
+      T* const to = sums + point * step + row * W;
+      if (channel == 0) {
+        tile.zero();
+      } else {
+        tile.load_from(to, W);
       }
-      tile.store_to(sums + point * step + row * W, W);
+      const T* weights = panels + point * spread<T>(depth * W);
+      for (int64_t c = 0; c < depth; c += W) {
+        const T* const from = input.panel(point, (channel + c) / W) + (at + row) * W;
+        if (c + W < depth) {  // a panel's rows are too short a piece of memory for the processor to see them coming
+          for (int64_t i = 0; i < gemm::ROWS * W; i += LINE<T>) __builtin_prefetch(from + input.capacity * W + i);
+        }
+        tile.multiply(from, W, 1, weights + c * W, least(W, depth - c));
+      }
+      tile.store_to(to, W);
     });
   }
+}
+
+// Sums of `count` tiles, the map's from `first` on, to WIDTH outputs of them.
+template <typename T>
+void finish(const Shape& s, int64_t first, int64_t count, int64_t output, const T* shift, const T* sums, int64_t step,
+            T* map) {
+  constexpr int W = WIDTH<T>;
+  const Numbers<T> zero = {};
   for (int64_t tile = 0; tile < count; ++tile) {
     const Place place(s, first + tile);
     T* cells[OUT * OUT];
@@ -259,7 +273,7 @@ void multiply(const Shape& s, const Tiles<T>& input, int64_t at, int64_t count, 
       Numbers<T> from[POINTS], result[OUT * OUT];
       for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + i * step + tile * W + o);
       BOTH_WAYS(output_line, IN, OUT, from, result);
-      const Numbers<T> zero = {}, bias = shift ? gemm::load(shift + output + o) : zero;
+      const Numbers<T> bias = shift ? gemm::load(shift + output + o) : zero;
       for (int i = 0; i < OUT * OUT; ++i) {
         if (!cells[i]) continue;
         const Numbers<T> y = result[i] + bias;
@@ -272,21 +286,18 @@ void multiply(const Shape& s, const Tiles<T>& input, int64_t at, int64_t count, 
 // Scratch of all threads in one piece, each part on lines of its own.
 template <typename T>
 struct Scratch {
-  static constexpr int64_t LINE = 64 / sizeof(T);
   std::unique_ptr<T[]> memory;
   T* start;
 
-  explicit Scratch(int64_t size) : memory(new T[size + LINE]) {
-    start = memory.get() + (LINE - reinterpret_cast<uintptr_t>(memory.get()) / sizeof(T) % LINE) % LINE;
+  explicit Scratch(int64_t size) : memory(new T[size + LINE<T>]) {
+    start = memory.get() + (LINE<T> - reinterpret_cast<uintptr_t>(memory.get()) / sizeof(T) % LINE<T>) % LINE<T>;
   }
 };
 
 constexpr int64_t KEPT = 4 << 20;     // transformed weights of at most so many bytes are made once, and all are kept
 constexpr int64_t IN_CORE = 450000;   // bytes of a block of transformed tiles, in the cache of a core
 constexpr int64_t SHARED = 10 << 20;  // the same in the cache of all cores
-constexpr int64_t BLOCK = 4 * gemm::ROWS;
-
-inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+constexpr int64_t BLOCK = 4 * gemm::ROWS, DEPTH = 128;  // tiles and channels of a product
 
 // How many tiles of `size` bytes fit: a multiple of ROWS, at least ROWS.
 inline int64_t fitting(int64_t bytes, int64_t size, int64_t tiles) {
@@ -302,7 +313,8 @@ void convolve_by_tiles(const Shape& s, int threads, const T* map, const T* weigh
   const int64_t tiles = s.tiles(), out_panels = gemm::panels(s.outputs, W);
   const int64_t of_panel = POINTS * spread<T>(s.channels * W);
   const int64_t block = fitting(IN_CORE, Tiles<T>::bytes_of_tile(s.channels), tiles);
-  const int64_t of_block = Tiles<T>{nullptr, s.channels, block}.size(), own = of_block + POINTS * spread<T>(block * W);
+  const int64_t of_block = Tiles<T>{nullptr, s.channels, block}.size(), step = spread<T>(block * W);
+  const int64_t own = of_block + POINTS * step;
   Scratch<T> scratch(out_panels * of_panel + threads * own);
   const int64_t some = s.channels / SOME;
   int64_t next = 0;
@@ -310,19 +322,22 @@ void convolve_by_tiles(const Shape& s, int threads, const T* map, const T* weigh
   {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < out_panels * some; ++i) {
-      transform_weights(s, weights, scale, i / some * W, i % some * SOME, scratch.start + i / some * of_panel);
+      const int64_t channel = i % some * SOME;
+      T* const panel = scratch.start + i / some * of_panel;
+      transform_weights(s, weights, scale, i / some * W, channel, panel, s.channels, channel);
     }
     int64_t number;
 #pragma omp atomic capture
     number = next++;
-    T* const v = scratch.start + out_panels * of_panel + number * own;
-    const Tiles<T> input{v, s.channels, block};
+    const Tiles<T> input{scratch.start + out_panels * of_panel + number * own, s.channels, block};
+    T* const sums = input.data + of_block;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < tiles; first += block) {
       const int64_t count = least(block, tiles - first);
       transform_tiles<T, IN>(s, map, first, first + count, input, 0);
       for (int64_t p = 0; p < out_panels; ++p) {
-        multiply(s, input, 0, count, scratch.start + p * of_panel, p * W, shift, first, v + of_block, out);
+        multiply(input, 0, count, 0, s.channels, scratch.start + p * of_panel, sums, step);
+        finish(s, first, count, p * W, shift, sums, step, out);
       }
     }
   }
@@ -335,7 +350,7 @@ void convolve_by_weights(const Shape& s, int threads, const T* map, const T* wei
                          T* out) {
   constexpr int W = WIDTH<T>;
   const int64_t tiles = s.tiles(), chunk = fitting(SHARED, Tiles<T>::bytes_of_tile(s.channels), tiles);
-  const int64_t of_panel = POINTS * spread<T>(s.channels * W), own = of_panel + POINTS * spread<T>(BLOCK * W);
+  const int64_t step = spread<T>(chunk * W), own = POINTS * (spread<T>(DEPTH * W) + step);
   const int64_t of_chunk = Tiles<T>{nullptr, s.channels, chunk}.size();
   Scratch<T> scratch(of_chunk + threads * own);
   const Tiles<T> input{scratch.start, s.channels, chunk};
@@ -346,6 +361,7 @@ void convolve_by_weights(const Shape& s, int threads, const T* map, const T* wei
 #pragma omp atomic capture
     number = next++;
     T* const panels = scratch.start + of_chunk + number * own;
+    T* const sums = panels + POINTS * spread<T>(DEPTH * W);
     for (int64_t begin = 0; begin < tiles; begin += chunk) {
       const int64_t all = least(chunk, tiles - begin);
 #pragma omp for schedule(static)
@@ -354,10 +370,16 @@ void convolve_by_weights(const Shape& s, int threads, const T* map, const T* wei
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t o = 0; o < s.outputs; o += W) {
-        for (int64_t c = 0; c < s.channels; c += SOME) transform_weights(s, weights, scale, o, c, panels);
-        for (int64_t at = 0; at < all; at += BLOCK) {
-          multiply(s, input, at, least(BLOCK, all - at), panels, o, shift, begin + at, panels + of_panel, out);
+        for (int64_t c = 0; c < s.channels; c += DEPTH) {
+          const int64_t depth = least(DEPTH, s.channels - c);
+          for (int64_t line = 0; line < depth; line += SOME) {
+            transform_weights(s, weights, scale, o, c + line, panels, depth, line);
+          }
+          for (int64_t at = 0; at < all; at += BLOCK) {
+            multiply(input, at, least(BLOCK, all - at), c, depth, panels, sums + at * W, step);
+          }
         }
+        finish(s, begin, all, o, shift, sums, step, out);
       }
     }
   }
@@ -408,7 +430,7 @@ template <typename T>
 void differentiate_weights(const Shape& s, int threads, const T* map, const T* gradient_map, const T* scale, T* out) {
   constexpr int W = WIDTH<T>;
   const int64_t of_tile = Tiles<T>::bytes_of_tile(s.channels) + Tiles<T>::bytes_of_tile(s.outputs);
-  const int64_t tiles = s.tiles(), chunk = fitting(2 * SHARED, of_tile, tiles), own = POINTS * spread<T>(W * W);
+  const int64_t tiles = s.tiles(), chunk = fitting(SHARED, of_tile, tiles), own = POINTS * spread<T>(W * W);
   Tiles<T> input{nullptr, s.channels, chunk}, gradient{nullptr, s.outputs, chunk};
   const int64_t shared = input.size() + gradient.size();
   Scratch<T> scratch(shared + threads * own);
