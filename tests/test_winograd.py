@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models import backbone
 from models.backbone import Backbone
 from models.ops import kernels, plain_path, winograd
 
@@ -154,7 +153,7 @@ def test_of_a_resnet(dilation, monkeypatch):
     images = torch.randn(1, 3, 262, 270, dtype=torch.float64)
     calls = []
     original = winograd.winograd
-    monkeypatch.setattr(backbone, "winograd", lambda *args, **kw: (calls.append(0), original(*args, **kw))[1])
+    monkeypatch.setattr(winograd, "winograd", lambda *args, **kw: (calls.append(0), original(*args, **kw))[1])
 
     def work() -> dict[str, Tensor]:
         network.zero_grad()

@@ -13,10 +13,10 @@
 // The sums of no element are shared between threads, and no order depends on how many there are.
 
 #include <cstdint>
-#include <memory>
 
 #include "export.h"
 #include "gemm.h"
+#include "scratch.h"
 
 namespace {
 
@@ -282,17 +282,6 @@ void finish(const Shape& s, int64_t first, int64_t count, int64_t output, const 
     }
   }
 }
-
-// Scratch of all threads in one piece, each part on lines of its own.
-template <typename T>
-struct Scratch {
-  std::unique_ptr<T[]> memory;
-  T* start;
-
-  explicit Scratch(int64_t size) : memory(new T[size + LINE<T>]) {
-    start = memory.get() + (LINE<T> - reinterpret_cast<uintptr_t>(memory.get()) / sizeof(T) % LINE<T>) % LINE<T>;
-  }
-};
 
 constexpr int64_t KEPT = 4 << 20;     // transformed weights of at most so many bytes are made once, and all are kept
 constexpr int64_t IN_CORE = 450000;   // bytes of a block of transformed tiles, in the cache of a core
