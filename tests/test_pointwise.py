@@ -1,4 +1,4 @@
-"""1x1 convolutions with what follows them equal PyTorch's, with gradients; which are computed so; the same on any threads."""
+"""1x1 convolutions with what follows them equal PyTorch's, with gradients; which are computed so; threads."""
 
 import pytest
 import torch
