@@ -12,6 +12,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.ops import pointwise, winograd
+
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
@@ -71,7 +73,7 @@ class Backbone(nn.Module):
         """`images` (B, 3, H, W), normalised -> one map (B, C_l, H_l, W_l) for each level."""
         if not isinstance(self.body["bn1"], FrozenBatchNorm2d):
             return list(self.body(images).values())
-        x = folded(self.body["conv1"], self.body["bn1"], images).relu_()
+        x = folded(self.body["conv1"], self.body["bn1"], images, relu=True)
         x = self.body["maxpool"](x)
         maps = []
         for name, stage in self.body.items():
@@ -100,24 +102,34 @@ class Backbone(nn.Module):
             self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
 
 
-def folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """norm(convolution(x)) in one pass over the map: what is frozen is a factor of the weights, and a bias.
+def folded(
+    convolution: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor, *, relu: bool = False, residual: Tensor | None = None
+) -> Tensor:
+    """relu(norm(convolution(x)) + residual) in as few passes over the map as can be: what is frozen is a factor of the
+    weights, and a bias. `residual` is given away: the result may lie in its memory.
 
     The gradient of the weights passes through the factor; of the norm nothing is kept for it.
     """
+    c = convolution
     with torch.no_grad():
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
-    weight = convolution.weight * scale[:, None, None, None]
-    c = convolution
-    return F.conv2d(x, weight, shift, c.stride, c.padding, c.dilation, c.groups)
+    if pointwise.applies(x, c):
+        return pointwise.pointwise(x, c.weight, scale, shift, relu=relu, residual=residual)
+    if residual is None and winograd.applies(x, c):
+        return winograd.winograd(x, c.weight, scale, shift, dilation=c.dilation[0], relu=relu)
+    y = F.conv2d(x, c.weight * scale[:, None, None, None], shift, c.stride, c.padding, c.dilation, c.groups)
+    if residual is not None:
+        y += residual
+    return y.relu_() if relu else y
 
 
 def _folded_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
     """A residual block of torchvision's, its norms folded."""
-    y = folded(block.conv1, block.bn1, x).relu_()
-    y = folded(block.conv2, block.bn2, y)
+    y = folded(block.conv1, block.bn1, x, relu=True)
+    last = block.conv2, block.bn2
     if isinstance(block, Bottleneck):
-        y = folded(block.conv3, block.bn3, y.relu_())
-    y += x if block.downsample is None else folded(*block.downsample, x)
-    return y.relu_()
+        y = folded(*last, y, relu=True)
+        last = block.conv3, block.bn3
+    residual = x if block.downsample is None else folded(*block.downsample, x)
+    return folded(*last, y, relu=True, residual=residual)
