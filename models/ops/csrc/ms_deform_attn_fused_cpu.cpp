@@ -8,6 +8,7 @@
 // No sum is shared between threads and no order depends on how many there are, so results are the same to the bit:
 // all is split by query, but for the gradient of the value, which is split by batch x head x level.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -321,15 +322,19 @@ struct HeadAndLevel {
       if (padding != nullptr) points.leave_out(padding + start);
       for (int64_t q = 0; q < count; ++q) {
         const int64_t head = (b * p.queries + from + q) * p.heads + n, first = (head * p.levels + level) * p.points;
-        std::memcpy(given.data(), grad_out + head * p.channels, p.channels * sizeof(T));
+        const T* g = grad_out + head * p.channels;
+        if (stride != p.channels) {
+          std::copy_n(g, p.channels, given.data());
+          g = given.data();
+        }
         for (int64_t i = 0; i < p.points; ++i) {
           const int64_t at = q * p.points + i;
           Vector<T> dots[4] = {};
           int64_t c = 0;
           for (; c + 2 * LANES<T> <= stride; c += 2 * LANES<T>)
-            scatter<T, 2>(points, at, given.data() + c, map.data() + c, grad_map.data() + c, stride, dots);
+            scatter<T, 2>(points, at, g + c, map.data() + c, grad_map.data() + c, stride, dots);
           if (c < stride)
-            scatter<T, 1>(points, at, given.data() + c, map.data() + c, grad_map.data() + c, stride, dots);
+            scatter<T, 1>(points, at, g + c, map.data() + c, grad_map.data() + c, stride, dots);
           const T right = points.right[at], down = points.down[at], weight = points.weight[at];
           const T dot[4] = {sum_of<T>(dots[0]), sum_of<T>(dots[1]), sum_of<T>(dots[2]), sum_of<T>(dots[3])};
           const T upper = dot[0] + right * (dot[1] - dot[0]), lower = dot[2] + right * (dot[3] - dot[2]);

@@ -70,14 +70,17 @@ inline void store(T* to, V vector) {
   std::memcpy(to, &vector, sizeof vector);
 }
 
-template <typename T>
-inline T sum_of(Vector<T> vector) {
-  T lanes[LANES<T>];
-  std::memcpy(lanes, &vector, sizeof vector);
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int k = 0; k < LANES<T>; ++k) sum += lanes[k];
-  return sum;
+// In halves: one lane after the other, as a loop is compiled, each addition waits for the one before.
+template <typename T, int COUNT = LANES<T>, typename V>
+inline T sum_of(const V& vector) {
+  if constexpr (COUNT == 2) {
+    return vector[0] + vector[1];
+  } else {
+    typedef T Half __attribute__((vector_size(COUNT / 2 * sizeof(T))));
+    Half halves[2];
+    std::memcpy(halves, &vector, sizeof halves);
+    return sum_of<T, COUNT / 2>(halves[0] + halves[1]);
+  }
 }
 
 }  // namespace
