@@ -30,7 +30,7 @@ inline Vector<double> exponential(Vector<double> x) {
 
 // 2^n times the Taylor series of e^r, |r| <= log(2) / 2, to r^7: what is left out is 5e-9 of the result.
 inline Vector<float> exponential(Vector<float> x) {
-  const Vector<float> zero = {}, least = zero - 87;  // below, 2^n would not be a normal number
+  const Vector<float> zero = {}, least = zero - 87.f;  // below, 2^n would not be a normal number
   const Vector<float> y = x > least ? x : least;
   const Integers<float> n = __builtin_convertvector(y * 1.44269504f - 0.5f, Integers<float>);  // nearest, as y <= 0
   const Vector<float> whole_part = __builtin_convertvector(n, Vector<float>);
@@ -86,8 +86,8 @@ struct Points {
       // Not so where a place is infinite or not a number.
       const Integers<T> near = (px > T(-1)) & (py > T(-1)) & (px < w) & (py < h);
       const Vector<T> across = near ? px : zero, along = near ? py : zero;
-      const Integers<T> column = __builtin_convertvector(across, Integers<T>) + (across < 0);  // the floor
-      const Integers<T> line = __builtin_convertvector(along, Integers<T>) + (along < 0);
+      const Integers<T> column = __builtin_convertvector(across, Integers<T>) + (across < zero);  // the floor
+      const Integers<T> line = __builtin_convertvector(along, Integers<T>) + (along < zero);
       const Vector<T> r = across - __builtin_convertvector(column, Vector<T>);
       const Vector<T> d = along - __builtin_convertvector(line, Vector<T>);
       const Vector<T> lower = load(&weight[i]) * d, upper = load(&weight[i]) - lower;
