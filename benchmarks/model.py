@@ -155,11 +155,15 @@ def count(config: str, *, path: str, size: tuple[int, int]) -> dict:
     def sampled(value: tuple, sizes: list, locations: tuple, weights: tuple, **_) -> int:
         return 2 * 5 * prod(weights) * value[-1]
 
+    def sampled_fused(value: tuple, sizes: list, reference: tuple, offsets: tuple, logits: tuple, *_, **__) -> int:
+        return 2 * 5 * prod(logits) * value[-1]
+
     aten, ours = torch.ops.aten, torch.ops.sam_detr
     formulas = {
         aten.native_layer_norm: normalised,
         aten.native_group_norm: normalised,
         ours.ms_deform_attn: sampled,
+        ours.ms_deform_attn_fused: sampled_fused,
     }
     bench = Bench(config, path=path, device="cpu", size=size, batch=1)
     with FakeTensorMode(allow_non_fake_inputs=True):

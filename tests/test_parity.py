@@ -63,8 +63,10 @@ def take(path: str) -> Iterator[Counter]:
         return call
 
     with pytest.MonkeyPatch.context() as patch, plain_path() if path == "plain" else nullcontext():
-        patch.setattr(kernels, "forward", counted("compiled forward", kernels.forward))
-        patch.setattr(kernels, "backward", counted("compiled backward", kernels.backward))
+        patch.setattr(kernels, "fused_forward", counted("compiled forward", kernels.fused_forward))
+        patch.setattr(kernels, "fused_backward", counted("compiled backward", kernels.fused_backward))
+        patch.setattr(kernels, "forward", counted("compiled forward, not fused", kernels.forward))
+        patch.setattr(kernels, "backward", counted("compiled backward, not fused", kernels.backward))
         patch.setattr(registration, "plain_ms_deform_attn", counted("plain forward", registration.plain_ms_deform_attn))
         patch.setattr(registration, "plain_backward", counted("plain backward", registration.plain_backward))
         yield calls

@@ -1,7 +1,8 @@
 """The compiled kernels as functions on tensors: loads (and on first use builds) the libraries, passes pointers.
 
 forward() and backward() expect what registration.py has made sure of: contiguous tensors of one device, locations and
-weights in coordinate_dtype(value).
+weights in coordinate_dtype(value). fused_forward() and fused_backward() are the CPU's own, from what the projections
+give (see fused.py): contiguous, all of float32 or all of float64.
 """
 
 import contextlib
@@ -128,7 +129,7 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def dimensions(value: Tensor, locations: Tensor) -> ctypes.Array:
-    """B, L, N, C, levels, Q, points, as the C functions take them."""
+    """B, L, N, C, levels, Q, points, as the C functions take them; offsets have the shape of locations."""
     _, queries, _, levels, points, _ = locations.shape
     return integers([*value.shape, levels, queries, points])
 
@@ -162,6 +163,44 @@ def backward(
         threads = torch.get_num_threads()
         call("ms_deform_attn_backward", grad_value.dtype, *sizes_of, threads, *map(pointer, tensors))
     return grad_value.to(value.dtype), *gradients[1:]
+
+
+def fused_forward(
+    value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, padding: Tensor | None
+) -> Tensor:
+    output = value.new_empty(*offsets.shape[:2], value.shape[2] * value.shape[3])
+    fused_call("forward", value, sizes, reference, offsets, logits, padding, output)
+    return output
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    sizes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = tuple(torch.empty_like(tensor) for tensor in (value, reference, offsets, logits))
+    fused_call("backward", value, sizes, reference, offsets, logits, padding, grad_output, *gradients)
+    return gradients
+
+
+def fused_call(
+    name: str,
+    value: Tensor,
+    sizes: list[int],
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+    *tensors: Tensor,
+) -> None:
+    function = getattr(load_cpu(), f"ms_deform_attn_fused_{name}_{CPU_NAMES[value.dtype]}")
+    settings = (integers(sizes), dimensions(value, offsets), reference.shape[-1], torch.get_num_threads())
+    mask = None if padding is None else pointer(padding)
+    function(*settings, pointer(value), mask, *map(pointer, (reference, offsets, logits, *tensors)))
 
 
 def cuda_call(name: str, value: Tensor, sizes: list[int], locations: Tensor, *tensors: Tensor, ordered: bool = False):

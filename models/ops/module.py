@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ops.functional import check_level_shapes, ms_deform_attn
+from models.ops.fused import ms_deform_attn_fused, usable
 from models.ops.plain import coordinate_dtype
 
 
@@ -76,29 +77,31 @@ class MSDeformAttn(nn.Module):
             if tensor.ndim != 3 or tensor.shape[2] != hidden_dim:
                 raise ValueError(f"{name}: expected 3 dimensions, the last of {hidden_dim}, got {tuple(tensor.shape)}")
         check_level_shapes(level_shapes, value.shape[1])
-        locations = self.locate(query, reference, level_shapes)
+        self._check_reference(query, reference, level_shapes)
         value = self.value_proj(value)
+        if padding is not None and (padding.shape != value.shape[:2] or padding.dtype != torch.bool):
+            expected = f"{tuple(value.shape[:2])} of torch.bool"
+            raise ValueError(f"padding: expected {expected}, got {tuple(padding.shape)} of {padding.dtype}")
+        projections = (self.sampling_offsets.weight, self.attention_weights.weight)
+        sizes = [size for shape in level_shapes for size in shape]
+        if usable(sizes, value, query, *projections):
+            offsets = self._by_point(self.sampling_offsets(query))
+            logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+            value = value.unflatten(-1, (self.num_heads, -1))
+            attended = ms_deform_attn_fused(value, sizes, reference.to(value), offsets, logits, padding)
+            return self.output_proj(attended)
         if padding is not None:
-            if padding.shape != value.shape[:2] or padding.dtype != torch.bool:
-                expected = f"{tuple(value.shape[:2])} of torch.bool"
-                raise ValueError(f"padding: expected {expected}, got {tuple(padding.shape)} of {padding.dtype}")
             value = value.masked_fill(padding[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))
-        return self.output_proj(ms_deform_attn(value, level_shapes, locations, self.weigh(query)))
+        locations, weights = self.locate(query, reference, level_shapes), self.weigh(query)
+        return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights))
 
     def locate(self, query: Tensor, reference: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Where the heads look -> (B, Q, heads, levels, points, 2), as fractions of each level's padded map."""
-        batch, queries, _ = query.shape
-        if len(level_shapes) != self.num_levels:
-            raise ValueError(f"level_shapes: expected {self.num_levels} levels, got {level_shapes}")
-        if reference.shape[:-1] != (batch, queries, self.num_levels) or reference.shape[-1] not in (2, 4):
-            raise ValueError(
-                f"reference: expected {(batch, queries, self.num_levels)} with 2 or 4 numbers each, "
-                f"got {tuple(reference.shape)}"
-            )
+        self._check_reference(query, reference, level_shapes)
         offsets = self.sampling_offsets(query)
         dtype = coordinate_dtype(offsets)  # with 16 bits, points would miss their cells
-        offsets = offsets.to(dtype).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+        offsets = self._by_point(offsets.to(dtype))
         reference = reference.to(dtype)[:, :, None, :, None]  # (B, Q, 1, levels, 1, 2 or 4)
         if reference.shape[-1] == 2:
             sizes = torch.tensor([(width, height) for height, width in level_shapes], dtype=dtype)
@@ -111,3 +114,16 @@ class MSDeformAttn(nn.Module):
         weights = self.attention_weights(query)
         weights = weights.to(coordinate_dtype(weights)).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         return weights.unflatten(-1, (self.num_levels, self.num_points))
+
+    def _by_point(self, offsets: Tensor) -> Tensor:
+        return offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
+
+    def _check_reference(self, query: Tensor, reference: Tensor, level_shapes: Sequence[tuple[int, int]]) -> None:
+        batch, queries, _ = query.shape
+        if len(level_shapes) != self.num_levels:
+            raise ValueError(f"level_shapes: expected {self.num_levels} levels, got {level_shapes}")
+        if reference.shape[:-1] != (batch, queries, self.num_levels) or reference.shape[-1] not in (2, 4):
+            raise ValueError(
+                f"reference: expected {(batch, queries, self.num_levels)} with 2 or 4 numbers each, "
+                f"got {tuple(reference.shape)}"
+            )

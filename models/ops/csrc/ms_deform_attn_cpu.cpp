@@ -15,14 +15,9 @@
 #include <vector>
 
 #include "export.h"
+#include "problem.h"
 
 namespace {
-
-struct Problem {
-  const int64_t* sizes;  // height, width of each level
-  int64_t batch, length, heads, channels, levels, queries, points;
-  int threads;
-};
 
 // The four cells around a point, top left first, and their shares of it. A cell outside the map has row -1.
 template <typename T>
@@ -215,13 +210,6 @@ void backward(const Problem& p, const T* grad_out, const T* value, const T* loca
       }
     }
   }
-}
-
-Problem problem(const int64_t* sizes, const int64_t* dimensions, int threads) {
-  const int64_t* d = dimensions;  // B, L, N, C, levels, Q, points
-  const int64_t cells = d[0] * d[2] * d[3] * d[4] * d[5] * d[6];  // read, a quarter of them
-  const int64_t worth = cells / 32768 + 1;  // for less, waking a thread takes longer than its share of the work
-  return {sizes, d[0], d[1], d[2], d[3], d[4], d[5], d[6], int(worth < threads ? worth : threads)};
 }
 
 }  // namespace
