@@ -152,15 +152,6 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-# Tokens that the feed-forward branch takes at once on a CPU when no gradient is wanted: what it widens them to, 8 MiB,
-# then stays in caches, and is not fetched page by page from the system as 46 MB of a multi-scale encoder are each time.
-ROWS = 2048
-
-
-def _on_cpu_now(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 class FeedForward(nn.Module):
     """The two-layer branch of a transformer layer, dropout inside. `activation` is "relu", or "prelu" with a learned
     slope."""
@@ -173,11 +164,6 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() > 2 * ROWS and not torch.is_grad_enabled() and _on_cpu_now(x):
-            return torch.cat([self._all(part) for part in x.flatten(0, -2).split(ROWS)]).unflatten(0, x.shape[:-1])
-        return self._all(x)
-
-    def _all(self, x: Tensor) -> Tensor:
         if isinstance(self.activation, nn.ReLU):
             return self.linear2(relu_dropout_(self.linear1(x), self.dropout.p, training=self.training))
         return self.linear2(self.dropout(self.activation(self.linear1(x))))

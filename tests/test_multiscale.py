@@ -7,7 +7,6 @@ from torch import nn
 from main import build_parser
 from models import build_model
 from models.build import coarse_to_fine
-from models.layers import FeedForward
 from util.padded_images import pad_images
 
 # Wide enough for the GroupNorm: of a map of one cell it needs more than one channel a group.
@@ -88,18 +87,3 @@ def test_images_of_any_shape_train(flags, batch):
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
-
-
-@pytest.mark.parametrize("shape", [(2, 2500, 8), (1, 4097, 8), (3, 1400, 8)])
-def test_feed_forward_in_pieces(shape):
-    """Without gradients many tokens go through piece by piece: the same numbers, whatever part the last piece is."""
-    torch.manual_seed(0)
-    branch = FeedForward(hidden_dim=8, feedforward_dim=16, dropout=0.0).double()
-    tokens = torch.randn(shape, dtype=torch.float64)
-    expected = branch(tokens)
-    pieces = []
-    branch.linear1.register_forward_hook(lambda module, inputs, output: pieces.append(len(inputs[0])))
-    with torch.no_grad():
-        torch.testing.assert_close(branch(tokens), expected, rtol=1e-12, atol=1e-12)
-    assert len(pieces) > 1
-    assert sum(pieces) == shape[0] * shape[1]
