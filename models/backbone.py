@@ -115,7 +115,7 @@ def folded(
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
     if pointwise.applies(x, c):
-        return pointwise.pointwise(x, c.weight, scale, shift, relu=relu, residual=residual)
+        return pointwise.pointwise(x, c.weight, scale, shift, stride=c.stride[0], relu=relu, residual=residual)
     if residual is None and winograd.applies(x, c):
         return winograd.winograd(x, c.weight, scale, shift, dilation=c.dilation[0], relu=relu)
     y = F.conv2d(x, c.weight * scale[:, None, None, None], shift, c.stride, c.padding, c.dilation, c.groups)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.ops import kernels
+from models.ops.dropout import draw_seed
 
 
 def runs_compiled(*tensors: Tensor) -> bool:
@@ -61,8 +62,7 @@ class _Attention(torch.autograd.Function):
         batch, heads, number, _ = query.shape
         output = query.new_empty(batch, number, heads, value.shape[3])
         log_sums = query.new_empty(batch, heads, number)
-        # From PyTorch's generator, so that a run with its state restored drops the same.
-        seed = torch.empty(1, dtype=torch.int64).random_(-(2**63), None) if dropout else None
+        seed = draw_seed() if dropout else None
         inputs = (query, key, value, rows, columns, mask, seed)
         _call("forward", inputs, dropout, output, log_sums)
         ctx.save_for_backward(*inputs, output, log_sums)

@@ -19,7 +19,8 @@ LAST = torch.channels_last
 def applies(x: Tensor, convolution: nn.Conv2d) -> bool:
     c = convolution
     return (
-        c.kernel_size == c.stride == (1, 1)
+        c.kernel_size == (1, 1)
+        and c.stride[0] == c.stride[1]
         and c.padding == (0, 0)
         and c.groups == 1
         and c.in_channels % 16 == c.out_channels % 16 == 0
@@ -29,9 +30,16 @@ def applies(x: Tensor, convolution: nn.Conv2d) -> bool:
 
 
 def pointwise(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, *, relu: bool, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: int = 1,
+    relu: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """relu(conv2d(x, weight * scale) + shift + residual), or that without relu or residual.
+    """relu(conv2d(x, weight * scale, stride = stride) + shift + residual), or that without relu or residual.
 
     Args:
         x: (B, C, H, W), of any memory format; channels_last is not copied.
@@ -42,6 +50,8 @@ def pointwise(
     Returns:
         (B, O, H, W), channels_last.
     """
+    if stride > 1:
+        x = x[:, :, ::stride, ::stride]
     leaves = (x, weight) if residual is None else (x, weight, residual)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         return Pointwise.apply(x, weight, scale, shift, relu, residual)

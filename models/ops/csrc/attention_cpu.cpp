@@ -19,6 +19,7 @@
 #include <limits>
 #include <memory>
 
+#include "dropping.h"
 #include "exponential.h"
 #include "export.h"
 #include "gemm.h"
@@ -51,9 +52,7 @@ struct Problem {
   Strided<T> query, key, value;
   const T *rows, *columns, *mask;  // or null
   T scale;
-  const int64_t* seed;  // or null, without dropout
-  uint32_t threshold;   // weights whose random number is lower are dropped
-  T kept_scale;
+  dropping::Rule<T> drops;
   int threads;
 
   int64_t key_head(int64_t n) const { return key_heads > 1 ? n : 0; }
@@ -65,34 +64,6 @@ struct Problem {
 template <typename T>
 std::unique_ptr<T[]> buffer(int64_t size) {
   return std::unique_ptr<T[]>(new T[size]);  // not set to anything
-}
-
-// 64 bits from 64 (the finaliser of MurmurHash3).
-inline uint64_t mixed(uint64_t x) {
-  x ^= x >> 33;
-  x *= 0xff51afd7ed558ccdULL;
-  x ^= x >> 33;
-  x *= 0xc4ceb9fe1a85ec53ULL;
-  return x ^ (x >> 33);
-}
-
-// Factors of the weights of one query for keys from `first` on: 0 or kept_scale.
-template <typename T>
-inline void draw(const Problem<T>& p, int64_t row, int64_t first, int64_t count, T* factors) {
-  const uint64_t of_row = mixed(mixed(uint64_t(*p.seed)) + uint64_t(row));
-  const uint32_t low = uint32_t(of_row), high = uint32_t(of_row >> 32);
-  const uint32_t threshold = p.threshold;
-  const T kept = p.kept_scale;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t x = (uint32_t(first) + uint32_t(i)) * 0x9e3779b9u + low;
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= (x >> 15) ^ high;
-    x *= 0x846ca68bu;
-    x ^= x >> 16;
-    factors[i] = x >= threshold ? kept : T(0);
-  }
 }
 
 // The prior of one query at keys [first, first + count), plus the mask; null where there is neither. `room` has space
@@ -261,8 +232,8 @@ void forward(const Problem<T>& p, T* output, T* log_sums) {
             store(row + i, x);
           }
           sums[q] += sum_of<T>(sum);
-          if (p.seed) {
-            draw(p, (b * p.heads + n) * p.queries + first + q, start, whole, kept.get());
+          if (p.drops.seed) {
+            p.drops.draw((b * p.heads + n) * p.queries + first + q, start, whole, kept.get());
             for (int64_t i = 0; i < whole; i += S) store(row + i, load(row + i) * load(kept.get() + i));
           }
         }
@@ -374,12 +345,12 @@ void backward(const Problem<T>& p, const T* output, const T* log_sums, const T* 
                             padded_columns.get());
               }
               const T* added = bias_of(p, image_mask, of_rows, padded_columns.get(), start, count, bias.get());
-              if (p.seed) draw(p, pair, start, whole, kept.get());
+              if (p.drops.seed) p.drops.draw(pair, start, whole, kept.get());
               for (int64_t i = 0; i < whole; i += S) {
                 V logit = load(x + i) * p.scale;
                 if (added) logit += load(added + i);
                 V weight = exponential::exp<T>(logit - log_sum), gradient = load(g + i), used = weight;
-                if (p.seed) {
+                if (p.drops.seed) {
                   const V factor = load(kept.get() + i);
                   gradient *= factor;
                   used *= factor;
@@ -458,7 +429,6 @@ void backward(const Problem<T>& p, const T* output, const T* log_sums, const T* 
 template <typename T>
 Problem<T> problem(const int64_t* d, int threads, const T* query, const T* key, const T* value, const T* rows,
                    const T* columns, const T* mask, const int64_t* seed, double dropout) {
-  const double threshold = std::min(dropout * 4294967296.0, 4294967295.0);
   Problem<T> p{d[0],
                d[1],
                d[2],
@@ -476,9 +446,7 @@ Problem<T> problem(const int64_t* d, int threads, const T* query, const T* key, 
                columns,
                mask,
                T(1 / std::sqrt(double(d[4]))),
-               seed,
-               uint32_t(threshold),
-               T(dropout < 1 ? 1 / (1 - dropout) : 0),
+               dropping::Rule<T>(seed, dropout),
                threads};
   const int64_t worth = p.batch * p.heads * p.queries * p.keys * (p.depth + p.width) / (1 << 20) + 1;
   p.threads = int(std::min<int64_t>(threads, worth));  // for less, waking a thread takes longer than its share
