@@ -52,6 +52,7 @@ inline void softmax(const T* logits, int64_t heads, int64_t points, T* weights) 
     for (int64_t i = 1; i < points; ++i) largest = row[i] > largest ? row[i] : largest;
     for (int64_t i = 0; i < points; ++i) weights[n * points + i] = row[i] - largest;
   }
+  std::fill(weights + heads * points, weights + whole<T>(heads * points), T(0));
   for (int64_t i = 0; i < heads * points; i += LANES<T>) store(weights + i, exponential(load(weights + i)));
   for (int64_t n = 0; n < heads; ++n) {
     T* row = weights + n * points;
@@ -72,11 +73,11 @@ struct Points {
   }
 
   int64_t count;
-  std::vector<T> x, y, width, height;        // 0 is the centre of the first cell
-  std::vector<T> right, down;                // from the top left one of the four cells around, in cells
-  std::vector<T> weight, share[4];           // of the point; of its cells, weight included
-  std::vector<Integer<T>> start, row;        // of the map; of the top left cell
-  std::vector<Integer<T>> corners;           // bit c: cell c exists; top left, top right, bottom left, bottom right
+  std::vector<T> x, y, width, height;  // 0 is the centre of the first cell
+  std::vector<T> right, down;          // from the top left one of the four cells around, in cells
+  std::vector<T> weight, share[4];     // of the point; of its cells, weight included
+  std::vector<Integer<T>> start, row;  // of the map; of the top left cell
+  std::vector<Integer<T>> corners;     // bit c: cell c exists; top left, top right, bottom left, bottom right
 
   // Fills in what follows from x, y, width, height, weight and start.
   void locate() {
@@ -288,7 +289,8 @@ inline void scatter(const Points<T>& points, int64_t i, const T* g, const T* map
 // they are N * C numbers apart, so that few of them have room in a cache at a time, and each has a page to itself.
 template <typename T>
 struct HeadAndLevel {
-  HeadAndLevel(const Problem& p, const Inputs<T>& in) : p(p), in(in), points(CHUNK * p.points), given(whole<T>(p.channels)) {}
+  HeadAndLevel(const Problem& p, const Inputs<T>& in)
+      : p(p), in(in), points(CHUNK * p.points), given(whole<T>(p.channels)) {}
 
   void run(int64_t b, int64_t n, int64_t level, const uint8_t* padding, const T* grad_out, const Gradients<T>& out) {
     const int64_t height = p.sizes[2 * level], width = p.sizes[2 * level + 1], stride = whole<T>(p.channels);
