@@ -66,7 +66,7 @@ def test_where_it_does_not_run(calls):
         other.added_to(x, **rest)
         torch.compile(branch.eval().added_to, backend="eager", fullgraph=True)(x, **rest)
         torch._dynamo.reset()
-    assert calls == []
+    assert "feed_forward" not in calls
 
 
 def test_what_is_no_number_stays_none(calls):

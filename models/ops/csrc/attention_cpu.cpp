@@ -23,13 +23,11 @@
 #include "exponential.h"
 #include "export.h"
 #include "gemm.h"
+#include "vectors.h"
 
 namespace {
 
-using gemm::load;
-using gemm::store;
-using gemm::Vector;
-using gemm::WIDTH;
+using namespace vectors;
 
 // With 256 channels a block of keys, in the two forms that backward reads, its gradient and a block of queries take
 // two thirds of a MiB of float32.
@@ -71,7 +69,7 @@ std::unique_ptr<T[]> buffer(int64_t size) {
 template <typename T>
 inline const T* bias_of(const Problem<T>& p, const T* mask, const T* row, const T* padded_columns, int64_t first,
                         int64_t count, T* room) {
-  constexpr int S = Vector<T>::SIZE;
+  constexpr int S = LANES<T>;
   if (!row) return mask ? mask + first : nullptr;
   const int64_t width = p.columns_of_map;
   int64_t y = first / width, x = first % width;
@@ -88,24 +86,10 @@ inline const T* bias_of(const Problem<T>& p, const T* mask, const T* row, const 
   return room;
 }
 
-template <typename T>
-inline T sum_of(typename Vector<T>::type values) {
-  T sum = 0;
-  for (int i = 0; i < Vector<T>::SIZE; ++i) sum += values[i];
-  return sum;
-}
-
-template <typename T>
-inline T largest_of(typename Vector<T>::type values) {
-  T most = values[0];
-  for (int i = 1; i < Vector<T>::SIZE; ++i) most = values[i] > most ? values[i] : most;
-  return most;
-}
-
 // The first `count` of a vector, zeros behind them.
 template <typename T>
-inline typename Vector<T>::type first_of(typename Vector<T>::type values, int64_t count) {
-  for (int64_t i = count; i < Vector<T>::SIZE; ++i) values[i] = 0;
+inline Vector<T> first_of(Vector<T> values, int64_t count) {
+  for (int64_t i = count; i < LANES<T>; ++i) values[i] = 0;
   return values;
 }
 
@@ -144,20 +128,20 @@ Packed<T> pack_blocks(const Strided<T>& source, int64_t batch, int64_t heads, in
 // The mask with zeros behind each image's keys, so that whole vectors can be read; null where it hides nothing.
 template <typename T>
 std::unique_ptr<T[]> padded_mask(const Problem<T>& p, int64_t& stride) {
-  stride = p.keys + Vector<T>::SIZE;
+  stride = p.keys + LANES<T>;
   if (!p.mask || std::all_of(p.mask, p.mask + p.batch * p.keys, [](T x) { return x == 0; })) return nullptr;
   auto padded = buffer<T>(p.batch * stride);
   for (int64_t b = 0; b < p.batch; ++b) {
     std::copy_n(p.mask + b * p.keys, p.keys, padded.get() + b * stride);
-    std::fill_n(padded.get() + b * stride + p.keys, Vector<T>::SIZE, T(0));
+    std::fill_n(padded.get() + b * stride + p.keys, LANES<T>, T(0));
   }
   return padded;
 }
 
 template <typename T>
 void forward(const Problem<T>& p, T* output, T* log_sums) {
-  typedef typename Vector<T>::type V;
-  constexpr int S = Vector<T>::SIZE;
+  typedef Vector<T> V;
+  constexpr int S = LANES<T>;
   const T infinity = std::numeric_limits<T>::infinity();
   const int64_t key_blocks = blocks(p.keys, KEYS_FORWARD), query_blocks = blocks(p.queries, QUERIES);
   const int64_t of_block = std::min(p.queries, blocks(blocks(p.queries, query_blocks), gemm::ROWS) * gemm::ROWS);
@@ -259,8 +243,8 @@ struct Gradients {
 
 template <typename T>
 void backward(const Problem<T>& p, const T* output, const T* log_sums, const T* of_output, const Gradients<T>& of) {
-  typedef typename Vector<T>::type V;
-  constexpr int S = Vector<T>::SIZE;
+  typedef Vector<T> V;
+  constexpr int S = LANES<T>;
   const int64_t key_blocks = blocks(p.keys, KEYS_BACKWARD), groups = std::min(GROUPS, key_blocks);
   const int64_t query_blocks = blocks(p.queries, QUERIES);
   const int64_t stride = p.heads * p.width;

@@ -14,13 +14,12 @@
 
 #include "export.h"
 #include "gemm.h"
+#include "vectors.h"
 
 namespace {
 
-using gemm::load;
-using gemm::store;
-using gemm::Vector;
 using gemm::WIDTH;
+using namespace vectors;
 
 template <typename T>
 std::unique_ptr<T[]> packed_transposed(const T* weight, int64_t outputs, int64_t inputs, int threads) {
@@ -36,8 +35,8 @@ std::unique_ptr<T[]> packed_transposed(const T* weight, int64_t outputs, int64_t
 template <typename T>
 void forward(const int64_t* sizes, int threads, double epsilon, const T* x, const T* w1, const T* b1, const T* w2,
              const T* b2, const T* scale, const T* shift, T* output) {
-  typedef typename Vector<T>::type V;
-  constexpr int S = Vector<T>::SIZE;
+  typedef Vector<T> V;
+  constexpr int S = LANES<T>;
   const int64_t rows = sizes[0], channels = sizes[1], units = sizes[2];
   const auto first_weight = packed_transposed(w1, units, channels, threads);
   const auto second_weight = packed_transposed(w2, channels, units, threads);

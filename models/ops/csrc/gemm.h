@@ -8,35 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace gemm {
 
-#if defined(__AVX512F__)
-constexpr int VECTOR_BYTES = 64, ROWS = 12;  // 24 registers of sums, 2 of B
-#elif defined(__AVX2__)
-constexpr int VECTOR_BYTES = 32, ROWS = 6;  // 12 and 2 of 16
-#else
-constexpr int VECTOR_BYTES = 16, ROWS = 6;
-#endif
+// Of a tile of C: with AVX-512 24 registers of sums and 2 of B, else 12 and 2 of 16.
+constexpr int ROWS = vectors::REGISTER == 64 ? 12 : 6;
 
 template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
-  typedef T unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
-  static constexpr int SIZE = VECTOR_BYTES / sizeof(T);
-};
-
-template <typename T>
-constexpr int WIDTH = 2 * Vector<T>::SIZE;
-
-template <typename T>
-inline typename Vector<T>::type load(const T* from) {
-  return *reinterpret_cast<const typename Vector<T>::unaligned*>(from);
-}
-
-template <typename T>
-inline void store(T* to, typename Vector<T>::type values) {
-  *reinterpret_cast<typename Vector<T>::unaligned*>(to) = values;
-}
+constexpr int WIDTH = 2 * vectors::LANES<T>;
 
 inline int64_t panels(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
@@ -82,24 +62,24 @@ inline void pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t 
 // Sums of M rows of A times one panel. `a` has element (row, i) at a[row * row_stride + i * step].
 template <typename T, int M>
 struct Tile {
-  typename Vector<T>::type sums[M][2];
+  vectors::Vector<T> sums[M][2];
 
   inline void zero() {
 #pragma GCC unroll 16
-    for (int row = 0; row < M; ++row) sums[row][0] = sums[row][1] = typename Vector<T>::type{};
+    for (int row = 0; row < M; ++row) sums[row][0] = sums[row][1] = vectors::Vector<T>{};
   }
 
   inline void load_from(const T* c, int64_t stride) {
 #pragma GCC unroll 16
     for (int row = 0; row < M; ++row) {
-      sums[row][0] = load(c + row * stride);
-      sums[row][1] = load(c + row * stride + Vector<T>::SIZE);
+      sums[row][0] = vectors::load(c + row * stride);
+      sums[row][1] = vectors::load(c + row * stride + vectors::LANES<T>);
     }
   }
 
   inline void multiply(const T* a, int64_t row_stride, int64_t step, const T* panel, int64_t k) {
     for (int64_t i = 0; i < k; ++i) {
-      const auto left = load(panel), right = load(panel + Vector<T>::SIZE);
+      const auto left = vectors::load(panel), right = vectors::load(panel + vectors::LANES<T>);
 #pragma GCC unroll 16
       for (int row = 0; row < M; ++row) {
         const T factor = a[row * row_stride];
@@ -114,8 +94,8 @@ struct Tile {
   inline void store_to(T* c, int64_t stride) const {
 #pragma GCC unroll 16
     for (int row = 0; row < M; ++row) {
-      store(c + row * stride, sums[row][0]);
-      store(c + row * stride + Vector<T>::SIZE, sums[row][1]);
+      vectors::store(c + row * stride, sums[row][0]);
+      vectors::store(c + row * stride + vectors::LANES<T>, sums[row][1]);
     }
   }
 
@@ -123,8 +103,8 @@ struct Tile {
     if (columns == WIDTH<T>) return store_to(c, stride);
     T row_of[WIDTH<T>];
     for (int row = 0; row < M; ++row) {
-      store(row_of, sums[row][0]);
-      store(row_of + Vector<T>::SIZE, sums[row][1]);
+      vectors::store(row_of, sums[row][0]);
+      vectors::store(row_of + vectors::LANES<T>, sums[row][1]);
       std::memcpy(c + row * stride, row_of, columns * sizeof(T));
     }
   }

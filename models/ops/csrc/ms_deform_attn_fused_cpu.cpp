@@ -14,34 +14,14 @@
 #include <cstring>
 #include <vector>
 
+#include "exponential.h"
 #include "export.h"
 #include "problem.h"
 #include "vectors.h"
 
 namespace {
 
-// e to the power of x, which is 0 or negative; -infinity gives 0, no number gives no number.
-inline Vector<double> exponential(Vector<double> x) {
-  double lanes[LANES<double>];
-  store(lanes, x);
-  for (double& lane : lanes) lane = std::exp(lane);
-  return load(lanes);
-}
-
-// 2^n times the Taylor series of e^r, |r| <= log(2) / 2, to r^7: what is left out is 5e-9 of the result.
-inline Vector<float> exponential(Vector<float> x) {
-  const Vector<float> zero = {}, least = zero - 87.f;  // below, 2^n would not be a normal number
-  const Vector<float> y = x > least ? x : least;
-  const Integers<float> n = __builtin_convertvector(y * 1.44269504f - 0.5f, Integers<float>);  // nearest, as y <= 0
-  const Vector<float> whole_part = __builtin_convertvector(n, Vector<float>);
-  const Vector<float> r = x - whole_part * 0.693145751953125f - whole_part * 1.42860682e-6f;  // log(2) in two parts
-  Vector<float> series = r * (1.f / 5040) + 1.f / 720;
-  for (const float factor : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) series = series * r + factor;
-  const Integers<float> bits = (n + 127) << 23;
-  Vector<float> power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < least ? zero : series * power;
-}
+using namespace vectors;
 
 // weights = softmax of each of `heads` rows of `points` logits. There must be room for whole registers.
 template <typename T>
@@ -53,7 +33,7 @@ inline void softmax(const T* logits, int64_t heads, int64_t points, T* weights) 
     for (int64_t i = 0; i < points; ++i) weights[n * points + i] = row[i] - largest;
   }
   std::fill(weights + heads * points, weights + whole<T>(heads * points), T(0));
-  for (int64_t i = 0; i < heads * points; i += LANES<T>) store(weights + i, exponential(load(weights + i)));
+  for (int64_t i = 0; i < heads * points; i += LANES<T>) store(weights + i, exponential::exp<T>(load(weights + i)));
   for (int64_t n = 0; n < heads; ++n) {
     T* row = weights + n * points;
     T sum = 0;
@@ -103,8 +83,8 @@ struct Points {
       store(&row[i], load_integers<T>(&start[i]) + line * columns + column);
       const Integers<T> in_left = column >= 0, in_right = column < columns - 1, in_top = near & (line >= 0);
       const Integers<T> in_bottom = near & (line < lines - 1);
-      store(&corners[i], (in_left & in_top & 1) | (in_right & in_top & 2) | (in_left & in_bottom & 4) |
-                             (in_right & in_bottom & 8));
+      store(&corners[i],
+            (in_left & in_top & 1) | (in_right & in_top & 2) | (in_left & in_bottom & 4) | (in_right & in_bottom & 8));
     }
   }
 
@@ -335,8 +315,7 @@ struct HeadAndLevel {
           int64_t c = 0;
           for (; c + 2 * LANES<T> <= stride; c += 2 * LANES<T>)
             scatter<T, 2>(points, at, g + c, map.data() + c, grad_map.data() + c, stride, dots);
-          if (c < stride)
-            scatter<T, 1>(points, at, g + c, map.data() + c, grad_map.data() + c, stride, dots);
+          if (c < stride) scatter<T, 1>(points, at, g + c, map.data() + c, grad_map.data() + c, stride, dots);
           const T right = points.right[at], down = points.down[at], weight = points.weight[at];
           const T dot[4] = {sum_of<T>(dots[0]), sum_of<T>(dots[1]), sum_of<T>(dots[2]), sum_of<T>(dots[3])};
           const T upper = dot[0] + right * (dot[1] - dot[0]), lower = dot[2] + right * (dot[3] - dot[2]);
@@ -389,8 +368,7 @@ inline void finish(const Problem& p, const Inputs<T>& in, int64_t bq, T* weights
     const int64_t size[2] = {width, height};
     for (int axis = 0; axis < 2; ++axis) {
       out.reference[place + axis] = moved[axis] * T(size[axis]);
-      if (in.columns == 4)
-        out.reference[place + 2 + axis] = widened[axis] * T(0.5) / T(p.points) * T(size[axis]);
+      if (in.columns == 4) out.reference[place + 2 + axis] = widened[axis] * T(0.5) / T(p.points) * T(size[axis]);
     }
   }
 }
@@ -420,18 +398,18 @@ void backward(const Problem& p, const Inputs<T>& in, const T* grad_out, const Gr
 
 }  // namespace
 
-#define EXPORT_FOR(T, NAME)                                                                                           \
-  EXPORT void ms_deform_attn_fused_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int columns,       \
-                                                  int threads, const T* value, const uint8_t* padding,                \
-                                                  const T* reference, const T* offsets, const T* logits, T* out) {    \
-    forward<T>(problem(sizes, dimensions, threads), {value, padding, reference, offsets, logits, columns}, out);      \
-  }                                                                                                                   \
-  EXPORT void ms_deform_attn_fused_backward_##NAME(                                                                   \
-      const int64_t* sizes, const int64_t* dimensions, int columns, int threads, const T* value,                      \
-      const uint8_t* padding, const T* reference, const T* offsets, const T* logits, const T* grad_out,               \
-      T* grad_value, T* grad_reference, T* grad_offsets, T* grad_logits) {                                            \
-    backward<T>(problem(sizes, dimensions, threads), {value, padding, reference, offsets, logits, columns}, grad_out, \
-                {grad_value, grad_reference, grad_offsets, grad_logits});                                             \
+#define EXPORT_FOR(T, NAME)                                                                                            \
+  EXPORT void ms_deform_attn_fused_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int columns,        \
+                                                  int threads, const T* value, const uint8_t* padding,                 \
+                                                  const T* reference, const T* offsets, const T* logits, T* out) {     \
+    forward<T>(problem(sizes, dimensions, threads), {value, padding, reference, offsets, logits, columns}, out);       \
+  }                                                                                                                    \
+  EXPORT void ms_deform_attn_fused_backward_##NAME(                                                                    \
+      const int64_t* sizes, const int64_t* dimensions, int columns, int threads, const T* value,                       \
+      const uint8_t* padding, const T* reference, const T* offsets, const T* logits, const T* grad_out, T* grad_value, \
+      T* grad_reference, T* grad_offsets, T* grad_logits) {                                                            \
+    backward<T>(problem(sizes, dimensions, threads), {value, padding, reference, offsets, logits, columns}, grad_out,  \
+                {grad_value, grad_reference, grad_offsets, grad_logits});                                              \
   }
 
 EXPORT_FOR(float, float32)

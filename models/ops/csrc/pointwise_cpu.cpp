@@ -8,6 +8,7 @@
 #include "export.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace {
 
@@ -39,9 +40,9 @@ void gather(const T* rows, int64_t count, int64_t channels, T* panels) {
 template <typename T>
 void multiply(const Shape& s, const Maps<T>& maps, const T* panels, const T* weights, int64_t first, int64_t count,
               int64_t output) {
-  constexpr int W = gemm::WIDTH<T>, SIZE = gemm::Vector<T>::SIZE, LINE = 64 / sizeof(T);
+  constexpr int W = gemm::WIDTH<T>, SIZE = vectors::LANES<T>, LINE = 64 / sizeof(T);
   const int64_t vectors = least(W, s.outputs - output) / SIZE;
-  const typename gemm::Vector<T>::type zero = {};
+  const vectors::Vector<T> zero = {};
   gemm::in_rows<T>(count, [&](int64_t row, auto& tile) {
     constexpr int ROWS = sizeof(tile.sums) / sizeof(tile.sums[0]);
     const int64_t at = (first + row) * s.outputs + output;
@@ -58,13 +59,13 @@ void multiply(const Shape& s, const Maps<T>& maps, const T* panels, const T* wei
     for (int half = 0; half < 2; ++half) {
       if (half >= vectors) break;
       const int64_t o = half * SIZE;
-      const auto scale = gemm::load(maps.scale + output + o), shift = gemm::load(maps.shift + output + o);
+      const auto scale = vectors::load(maps.scale + output + o), shift = vectors::load(maps.shift + output + o);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
         auto y = tile.sums[i][half] * scale + shift;
         const int64_t target = at + i * s.outputs + o;
-        if (maps.residual) y += gemm::load(maps.residual + target);
-        gemm::store(maps.output + target, s.relu ? (y < zero ? zero : y) : y);
+        if (maps.residual) y += vectors::load(maps.residual + target);
+        vectors::store(maps.output + target, s.relu ? (y < zero ? zero : y) : y);
       }
     }
   });
@@ -100,10 +101,10 @@ void convolve(const Shape& s, int threads, const T* weights, const Maps<T>& maps
 
 }  // namespace
 
-#define EXPORT_TYPE(NAME, T)                                                                                           \
-  EXPORT void pointwise_##NAME(const Shape* shape, int threads, const T* weights, const T* input, const T* scale,      \
-                               const T* shift, const T* residual, T* output) {                                         \
-    convolve<T>(*shape, threads, weights, {input, scale, shift, residual, output});                                    \
+#define EXPORT_TYPE(NAME, T)                                                                                      \
+  EXPORT void pointwise_##NAME(const Shape* shape, int threads, const T* weights, const T* input, const T* scale, \
+                               const T* shift, const T* residual, T* output) {                                    \
+    convolve<T>(*shape, threads, weights, {input, scale, shift, residual, output});                               \
   }
 
 EXPORT_TYPE(float32, float)

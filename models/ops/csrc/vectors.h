@@ -1,11 +1,11 @@
-// Whole registers of channels, in the vector extension of GCC and Clang: where there is no such register, the compiler
+// Whole registers of numbers, in the vector extension of GCC and Clang: where there is no such register, the compiler
 // takes several smaller ones.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-namespace {
+namespace vectors {
 
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64;
@@ -83,4 +83,11 @@ inline T sum_of(const V& vector) {
   }
 }
 
-}  // namespace
+template <typename T>
+inline T largest_of(const Vector<T>& vector) {
+  T most = vector[0];
+  for (int k = 1; k < LANES<T>; ++k) most = vector[k] > most ? vector[k] : most;
+  return most;
+}
+
+}  // namespace vectors

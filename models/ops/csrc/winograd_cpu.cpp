@@ -1,9 +1,9 @@
-// 3x3 convolutions of stride 1 on the CPU with a quarter of the multiplications: Winograd's F(4x4, 3x3), after Lavin and
-// Gray, "Fast algorithms for convolutional neural networks", CVPR 2016. float32 and float64.
+// 3x3 convolutions of stride 1 on the CPU with a quarter of the multiplications: Winograd's F(4x4, 3x3), after Lavin
+// and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016. float32 and float64.
 //
-// A tile of 4x4 outputs takes 6x6 inputs d and the 3x3 weights g:  Y = A^T ((G g G^T) * (B^T d B)) A, * of each of the 36
-// elements. Summed over channels, each element is a matrix product of its own, tiles x C by C x O. The 36 products are
-// of blocks that stay in the caches from the transform that makes them to the one that uses them up.
+// A tile of 4x4 outputs takes 6x6 inputs d and the 3x3 weights g:  Y = A^T ((G g G^T) * (B^T d B)) A, * of each of the
+// 36 elements. Summed over channels, each element is a matrix product of its own, tiles x C by C x O. The 36 products
+// are of blocks that stay in the caches from the transform that makes them to the one that uses them up.
 //
 // Padding is the dilation, so the output is as large as the input. A map of dilation D falls into D x D maps without,
 // interleaved; here they differ only in where a tile lies.
@@ -17,19 +17,20 @@
 #include "export.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "vectors.h"
 
 namespace {
 
 constexpr int IN = 6, OUT = 4, POINTS = IN * IN;
 
-// Interpolation points 0, a, -a, b, -b and infinity. Powers of two would save nothing here, and with 5/8 and 3/2, all of
-// whose factors are exact, the largest error in float32 is a fifth of that with 1 and 2.
+// Interpolation points 0, a, -a, b, -b and infinity. Powers of two would save nothing here, and with 5/8 and 3/2, all
+// of whose factors are exact, the largest error in float32 is a fifth of that with 1 and 2.
 constexpr double a = 0.625, b = 1.5, aa = a * a, bb = b * b;
 
 template <typename T>
-using Numbers = typename gemm::Vector<T>::type;
+using Numbers = vectors::Vector<T>;
 template <typename T>
-constexpr int SIZE = gemm::Vector<T>::SIZE;
+constexpr int SIZE = vectors::LANES<T>;
 template <typename T>
 constexpr int WIDTH = gemm::WIDTH<T>;
 template <typename T>
@@ -100,19 +101,21 @@ inline void weight_gradient_line(const V* u, int step, V* out, int out_step) {  
 }
 
 // A square of FROM x FROM vectors to one of TO x TO, by one of the lines above in both directions.
-#define BOTH_WAYS(LINE, FROM, TO, from, to)                                             \
-  do {                                                                                  \
-    Numbers<T> half_[TO * FROM];                                                        \
-    _Pragma("GCC unroll 6") for (int i_ = 0; i_ < FROM; ++i_) LINE<T>(from + i_, FROM, half_ + i_, FROM); \
+#define BOTH_WAYS(LINE, FROM, TO, from, to)                                                                 \
+  do {                                                                                                      \
+    Numbers<T> half_[TO * FROM];                                                                            \
+    _Pragma("GCC unroll 6") for (int i_ = 0; i_ < FROM; ++i_) LINE<T>(from + i_, FROM, half_ + i_, FROM);   \
     _Pragma("GCC unroll 6") for (int i_ = 0; i_ < TO; ++i_) LINE<T>(half_ + i_ * FROM, 1, to + i_ * TO, 1); \
   } while (false)
 
 struct Shape {
   int64_t batch, height, width, channels, outputs, dilation, relu;
   int64_t weight_start, weight_o, weight_c, weight_tap;  // where the first tap is, and strides
-  int64_t scale_o, scale_c;                // of the factors: they belong to O, or (1 and 0 exchanged) to C
+  int64_t scale_o, scale_c;  // of the factors: they belong to O, or (1 and 0 exchanged) to C
 
-  int64_t rows() const { return gemm::panels(gemm::panels(height, dilation), OUT); }  // of tiles, of one interleaved map
+  int64_t rows() const {
+    return gemm::panels(gemm::panels(height, dilation), OUT);
+  }  // of tiles, of one interleaved map
   int64_t columns() const { return gemm::panels(gemm::panels(width, dilation), OUT); }
   int64_t tiles() const { return batch * dilation * dilation * rows() * columns(); }
 };
@@ -138,8 +141,8 @@ struct Place {
   }
 };
 
-// How far apart the 36 elements lie, of which each has `size` numbers: an odd number of lines. Each transform touches all
-// 36 at once, and they must not fall into the same few sets of the caches.
+// How far apart the 36 elements lie, of which each has `size` numbers: an odd number of lines. Each transform touches
+// all 36 at once, and they must not fall into the same few sets of the caches.
 template <typename T>
 inline int64_t spread(int64_t size) {
   return (gemm::panels(size, LINE<T>) | 1) * LINE<T>;
@@ -177,14 +180,14 @@ void transform_tiles(const Shape& s, const T* map, int64_t first, int64_t last, 
     }
     for (int64_t c = 0; c < channels; c += SIZE<T>) {
       Numbers<T> from[CELLS * CELLS], result[POINTS];
-      for (int i = 0; i < CELLS * CELLS; ++i) from[i] = gemm::load(cells[i] + c * steps[i]);
+      for (int i = 0; i < CELLS * CELLS; ++i) from[i] = vectors::load(cells[i] + c * steps[i]);
       if constexpr (CELLS == IN) {
         BOTH_WAYS(input_line, IN, IN, from, result);
       } else {
         BOTH_WAYS(gradient_line, OUT, IN, from, result);
       }
       T* target = to.panel(0, c / WIDTH<T>) + at * WIDTH<T> + c % WIDTH<T>;
-      for (int i = 0; i < POINTS; ++i) gemm::store(target + i * step, result[i]);
+      for (int i = 0; i < POINTS; ++i) vectors::store(target + i * step, result[i]);
     }
   }
 }
@@ -219,21 +222,21 @@ void transform_weights(const Shape& s, const T* weights, const T* scale, int64_t
   for (int64_t c = 0; c < SOME; ++c) {
     for (int64_t o = 0; o < outputs; ++o) factors[o] = scale[(output + o) * s.scale_o + (channel + c) * s.scale_c];
     for (int o = 0; o < W; o += SIZE<T>) {
-      const Numbers<T> factor = gemm::load(factors + o);
+      const Numbers<T> factor = vectors::load(factors + o);
       Numbers<T> from_taps[9], result[POINTS];
-      for (int tap = 0; tap < 9; ++tap) from_taps[tap] = factor * gemm::load(&taps[c][tap][o]);
+      for (int tap = 0; tap < 9; ++tap) from_taps[tap] = factor * vectors::load(&taps[c][tap][o]);
       BOTH_WAYS(weight_line, 3, IN, from_taps, result);
       T* const target = panels + (line + c) * W + o;
-      for (int i = 0; i < POINTS; ++i) gemm::store(target + i * step, result[i]);
+      for (int i = 0; i < POINTS; ++i) vectors::store(target + i * step, result[i]);
     }
   }
 }
 
-// `count` tiles, from `at` on, times one panel of weights: sums (36, count, WIDTH) `step` apart, of `depth` channels from
-// `channel` on; added to what is there unless these are the first.
+// `count` tiles, from `at` on, times one panel of weights: sums (36, count, WIDTH) `step` apart, of `depth` channels
+// from `channel` on; added to what is there unless these are the first.
 template <typename T>
-void multiply(const Tiles<T>& input, int64_t at, int64_t count, int64_t channel, int64_t depth, const T* panels, T* sums,
-              int64_t step) {
+void multiply(const Tiles<T>& input, int64_t at, int64_t count, int64_t channel, int64_t depth, const T* panels,
+              T* sums, int64_t step) {
   constexpr int W = WIDTH<T>;
   for (int point = 0; point < POINTS; ++point) {
     gemm::in_rows<T>(count, [&](int64_t row, auto& tile) {
@@ -271,13 +274,13 @@ void finish(const Shape& s, int64_t first, int64_t count, int64_t output, const 
     }
     for (int64_t o = 0; o < W && output + o < s.outputs; o += SIZE<T>) {
       Numbers<T> from[POINTS], result[OUT * OUT];
-      for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + i * step + tile * W + o);
+      for (int i = 0; i < POINTS; ++i) from[i] = vectors::load(sums + i * step + tile * W + o);
       BOTH_WAYS(output_line, IN, OUT, from, result);
-      const Numbers<T> bias = shift ? gemm::load(shift + output + o) : zero;
+      const Numbers<T> bias = shift ? vectors::load(shift + output + o) : zero;
       for (int i = 0; i < OUT * OUT; ++i) {
         if (!cells[i]) continue;
         const Numbers<T> y = result[i] + bias;
-        gemm::store(cells[i] + o, s.relu ? (y < zero ? zero : y) : y);
+        vectors::store(cells[i] + o, s.relu ? (y < zero ? zero : y) : y);
       }
     }
   }
@@ -398,7 +401,7 @@ void weight_block(const Shape& s, const Tiles<T>& input, const Tiles<T>& gradien
   for (int64_t o = 0; o < outputs; ++o) {
     for (int64_t c = 0; c < W && channel + c < s.channels; c += SIZE<T>) {
       Numbers<T> from[POINTS], result[9];
-      for (int i = 0; i < POINTS; ++i) from[i] = gemm::load(sums + i * step + o * W + c);
+      for (int i = 0; i < POINTS; ++i) from[i] = vectors::load(sums + i * step + o * W + c);
       BOTH_WAYS(weight_gradient_line, IN, 3, from, result);
       const T factor = scale[output + o];
       T* const target = out + (output + o) * s.weight_o + (channel + c) * s.weight_c;
@@ -406,7 +409,7 @@ void weight_block(const Shape& s, const Tiles<T>& input, const Tiles<T>& gradien
         T* const to = target + tap * s.weight_tap;
         const Numbers<T> value = factor * result[tap];
         if (s.weight_c == 1) {
-          gemm::store(to, begins ? value : gemm::load(to) + value);
+          vectors::store(to, begins ? value : vectors::load(to) + value);
         } else {
           for (int i = 0; i < SIZE<T>; ++i) to[i * s.weight_c] = begins ? value[i] : to[i * s.weight_c] + value[i];
         }
@@ -451,14 +454,14 @@ void differentiate_weights(const Shape& s, int threads, const T* map, const T* g
 
 }  // namespace
 
-#define EXPORT_TYPE(NAME, T)                                                                                            \
-  EXPORT void winograd_forward_##NAME(const Shape* shape, int threads, const T* map, const T* weights, const T* scale,  \
-                                      const T* shift, T* out) {                                                         \
-    convolve(*shape, threads, map, weights, scale, shift, out);                                                         \
-  }                                                                                                                     \
-  EXPORT void winograd_weights_##NAME(const Shape* shape, int threads, const T* map, const T* gradient, const T* scale, \
-                                      T* out) {                                                                         \
-    differentiate_weights(*shape, threads, map, gradient, scale, out);                                                  \
+#define EXPORT_TYPE(NAME, T)                                                                                           \
+  EXPORT void winograd_forward_##NAME(const Shape* shape, int threads, const T* map, const T* weights, const T* scale, \
+                                      const T* shift, T* out) {                                                        \
+    convolve(*shape, threads, map, weights, scale, shift, out);                                                        \
+  }                                                                                                                    \
+  EXPORT void winograd_weights_##NAME(const Shape* shape, int threads, const T* map, const T* gradient,                \
+                                      const T* scale, T* out) {                                                        \
+    differentiate_weights(*shape, threads, map, gradient, scale, out);                                                 \
   }
 
 EXPORT_TYPE(float32, float)
