@@ -1,9 +1,13 @@
-"""Dropout that draws its random numbers faster on a CPU, and keeps nothing for backward there."""
+"""Dropout that keeps little for backward, and draws its random numbers faster on a CPU."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.ops import dropout as compiled
 from models.ops import kernels
@@ -24,7 +28,28 @@ class Dropout(nn.Dropout):
 
 
 def relu_dropout_(x: Tensor, probability: float, *, training: bool) -> Tensor:
-    """dropout(relu(x)), in the place of x, which nothing else may need."""
-    if training and probability > 0 and x.is_contiguous() and kernels.takes(x):
+    """dropout(relu(x)), in the place of x, which nothing else may need.
+
+    Backward needs the result alone: what was negative and what was dropped are both 0 in it.
+    """
+    if not training or probability == 0 or torch.compiler.is_compiling():
+        return dropout(x.relu_(), probability, training=training)
+    if x.is_contiguous() and kernels.takes(x):
         return compiled.ReluDropout_.apply(x, probability)
-    return F.dropout(x.relu_(), probability, training)
+    return _ReluDropout_.apply(x, probability)
+
+
+class _ReluDropout_(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        ctx.mark_dirty(x)
+        F.dropout(x.relu_(), probability, inplace=True)
+        ctx.scale = 1 / (1 - probability) if probability < 1 else 0.0
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return result.sign().mul_(ctx.scale).mul_(gradient), None
