@@ -103,15 +103,27 @@ def wanted(device_type: str, index: int | None = None) -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the CPU's kernels take tensors like these: of one floating type of full precision, and real ones, without
-    autocast. What torch.compile looks at stays plain tensor code."""
+    autocast."""
     dtypes = {x.dtype for x in tensors}
     return (
         len(dtypes) == 1
         and dtypes <= CPU_NAMES.keys()
         and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)  # fake ones are neither
-        and not torch.compiler.is_compiling()
+        and not _followed()
         and not torch.is_autocast_enabled("cpu")
         and wanted("cpu")
+    )
+
+
+def _followed() -> bool:
+    """Whether something follows each operation of PyTorch's, and would see nothing of a kernel: torch.compile, export,
+    torch.jit.trace; torch.func and forward-mode differentiation; and modes, as of make_fx and FlopCounterMode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
