@@ -10,10 +10,10 @@ before there was a network.
 
 FLOPs are counted as fvcore does: a multiplication with its addition is one; those of convolutions and matrix products
 count, and five for each value that is normalised; what is element by element does not, nor do RoIAlign and grid_sample.
-The operator of deformable attention counts four corners and one weight for each channel of a point. Those of the fast
-path are of its tensor code, which samples by matrix products; the kernels that run on a CPU need fewer. Those published,
-100 for R50, 210 for DC5 and 203 for three levels, are of the plain path and of COCO's images, to which 800 x 1120 comes
-near.
+The operator of deformable attention counts four corners and one weight for each channel of a point. On the fast path
+it is the tensor code that is counted, which samples by matrix products; the kernels that run on a CPU need fewer.
+Those published, 100 for R50, 210 for DC5 and 203 for three levels, are of the plain path and of COCO's images, to which
+800 x 1120 comes near.
 """
 
 from __future__ import annotations

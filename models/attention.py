@@ -45,9 +45,9 @@ def attend(
         prior: added to the scaled logits, L being H * W; its rows (B, N or 1, Q, H), its columns (B, N or 1, Q, W).
         dropout: probability that an attention weight is dropped.
     """
-    if runs_compiled(query, key, value, *(prior or ())):
+    rows, columns = prior or (None, None)
+    if runs_compiled(query, key, value, padding=padding, rows=rows, columns=columns):
         mask = None if padding is None else query.new_zeros(padding.shape).masked_fill_(padding, -torch.inf)
-        rows, columns = prior or (None, None)
         return compiled_attention(query, key, value, mask=mask, rows=rows, columns=columns, dropout=dropout)
     query = query * query.shape[-1] ** -0.5
     if key.shape[1] == 1:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import attend, merge_heads, split_heads
-from models.ops import attention as compiled
 from models.ops import kernels, plain_path
 from models.spatial_prior import SeparablePrior
 
@@ -246,6 +245,31 @@ def test_heads_split_and_merge():
     assert torch.equal(merge_heads(heads), x)
 
 
-def test_runs_compiled_asks_for_one_type():
-    query = torch.zeros(1, 1, 2, 4)
-    assert not compiled.runs_compiled(query, query.double())
+def test_what_does_not_fit_is_left_to_pytorch(kernel, monkeypatch):
+    """Other types, and shapes that PyTorch expands or refuses: the kernel would read where nothing is."""
+    inputs, padding = random_inputs(height=3, width=4)
+    expanded = [
+        ({"rows": inputs["rows"][:1]}, padding),
+        ({"rows": inputs["rows"][:, :1]}, padding),
+        ({"columns": inputs["columns"][:, :, :1]}, padding),
+        ({"key": inputs["key"][:1]}, padding),
+        ({"value": inputs["value"][:1]}, padding),
+        ({"value": inputs["value"][:, :1]}, padding),
+        ({}, padding[:1]),
+    ]
+    refused = [
+        ({"rows": inputs["rows"][..., :2]}, padding),
+        ({"key": inputs["key"][..., :8]}, padding),
+        ({"key": inputs["key"][:, :, :7]}, None),
+        ({"value": inputs["value"][:, :, :7]}, padding),
+        ({"key": inputs["key"].float()}, padding),
+        ({}, padding[:, :11]),
+    ]
+    monkeypatch.setattr(kernels, "call", None)
+    for others, hidden in expanded:
+        x = {name: value.expand_as(inputs[name]) for name, value in (inputs | others).items()}
+        wanted = pytorchs(x, hidden.expand_as(padding))
+        torch.testing.assert_close(ours(inputs | others, padding=hidden), wanted, rtol=0, atol=1e-12)
+    for others, hidden in refused:
+        with pytest.raises(RuntimeError):
+            ours(inputs | others, padding=hidden)

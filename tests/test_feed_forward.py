@@ -76,3 +76,17 @@ def test_what_is_no_number_stays_none(calls):
     with torch.no_grad():
         assert branch.added_to(x, **rest).isnan().all(2).nonzero().tolist() == [[0, 7]]
     assert calls == ["feed_forward"]
+
+
+def test_other_shapes_are_left_to_pytorch(calls):
+    """The kernel would read where nothing is."""
+    branch, rest = layer(32, 48, dtype=torch.float32)
+    bare = nn.LayerNorm(32, elementwise_affine=False)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            branch.added_to(torch.randn(1, 300, 16), **rest)
+        with pytest.raises(RuntimeError):
+            branch.added_to(torch.randn(1, 300, 32), **rest | {"norm": nn.LayerNorm(16)})
+        x = torch.randn(1, 300, 32)
+        torch.testing.assert_close(branch.added_to(x, **rest | {"norm": bare}), bare(x + branch(x)))
+    assert calls == []

@@ -146,3 +146,25 @@ def test_of_a_resnet(monkeypatch):
         wanted = network(images)
     assert_close(ours, wanted, 1e-11)
     assert_close(without_gradients, wanted, 1e-11)
+
+
+def test_what_another_graph_needs_is_kept():
+    """A residual that gradients flow through is not overwritten under no_grad, as where blocks are checkpointed; one
+    that was saved for backward is missed there."""
+    x, residual, *rest = inputs(1, 16, 16, 4, 5, dtype=torch.float64)
+    before = residual.clone()
+    with torch.no_grad():
+        pointwise.pointwise(x, *rest, relu=True, residual=residual.requires_grad_())
+    assert torch.equal(residual.detach(), before)
+    residual = residual.detach()
+    product = residual * torch.ones(1, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        pointwise.pointwise(x, *rest, relu=True, residual=residual)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_other_channels_are_left_to_pytorch():
+    x = torch.randn(1, 32, 8, 8)
+    assert not pointwise.applies(x, nn.Conv2d(64, 32, 1))
+    assert pointwise.applies(x, nn.Conv2d(32, 64, 1))

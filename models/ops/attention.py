@@ -15,9 +15,22 @@ from models.ops import kernels
 from models.ops.dropout import draw_seed
 
 
-def runs_compiled(*tensors: Tensor) -> bool:
-    """Whether there is a kernel for tensors like these."""
-    return kernels.takes(*tensors) and all(0 not in x.shape for x in tensors)
+def runs_compiled(
+    query: Tensor, key: Tensor, value: Tensor, *, padding: Tensor | None, rows: Tensor | None, columns: Tensor | None
+) -> bool:
+    """Whether there is a kernel for tensors like these, of just the shapes below: other ones are for PyTorch to expand
+    or to refuse."""
+    batch, heads, number, depth = query.shape
+    length = key.shape[2]
+    shared = (1, heads)
+    fit = key.shape[::3] == (batch, depth) and key.shape[1] in shared and value.shape[:3] == (batch, heads, length)
+    fit = fit and (padding is None or padding.shape == (batch, length))
+    tensors = [query, key, value]
+    if rows is not None:
+        fit = fit and rows.shape[:3] == columns.shape[:3] == (batch, rows.shape[1], number) and rows.shape[1] in shared
+        fit = fit and rows.shape[3] * columns.shape[3] == length
+        tensors += [rows, columns]
+    return fit and kernels.takes(*tensors) and all(0 not in x.shape for x in tensors)
 
 
 def compiled_attention(

@@ -14,6 +14,10 @@ LEAST_ROWS = 256  # for fewer, to lay out the weights anew takes longer than is 
 def runs_compiled(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, norm: nn.LayerNorm) -> bool:
     """Whether there is a kernel for this, and no gradient is asked for."""
     tensors = (x, *(parameter for part in (linear1, linear2, norm) for parameter in part.parameters()))
+    channels, units = x.shape[-1], linear1.out_features
+    shapes = [(units, channels), (units,), (channels, units), (channels,), (channels,), (channels,)]
+    if [tensor.shape for tensor in tensors[1:]] != shapes:
+        return False  # for PyTorch to refuse, or without a bias
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     return x.numel() >= LEAST_ROWS * x.shape[-1] > 0 and kernels.takes(*tensors)

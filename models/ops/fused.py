@@ -53,8 +53,9 @@ def ms_deform_attn_fused(
 def forward(
     value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, padding: Tensor | None
 ) -> Tensor:
-    value, reference, offsets, logits = (x.contiguous() for x in (value, reference, offsets, logits))
-    return kernels.fused_forward(value, sizes, reference, offsets, logits, _contiguous(padding))
+    output = value.new_empty(*offsets.shape[:2], value.shape[2] * value.shape[3])
+    _call("forward", sizes, value, reference, offsets, logits, padding, output)
+    return output
 
 
 @torch.library.impl(LIBRARY, "ms_deform_attn_fused_backward", "CPU")
@@ -67,13 +68,27 @@ def backward(
     logits: Tensor,
     padding: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (grad_output, value, reference, offsets, logits)
-    grad_output, value, reference, offsets, logits = (x.contiguous() for x in tensors)
-    return kernels.fused_backward(grad_output, value, sizes, reference, offsets, logits, _contiguous(padding))
+    gradients = tuple(x.new_empty(x.shape) for x in (value, reference, offsets, logits))
+    _call("backward", sizes, value, reference, offsets, logits, padding, grad_output.contiguous(), *gradients)
+    return gradients
 
 
-def _contiguous(padding: Tensor | None) -> Tensor | None:
-    return None if padding is None else padding.contiguous()
+def _call(
+    name: str,
+    sizes: list[int],
+    value: Tensor,
+    reference: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    padding: Tensor | None,
+    *others: Tensor,
+) -> None:
+    """`others` are contiguous."""
+    inputs = (value, padding, reference, offsets, logits)
+    tensors = [None if x is None else x.contiguous() for x in inputs]
+    pointers = (None if x is None else kernels.pointer(x) for x in (*tensors, *others))
+    settings = (kernels.dimensions(value, offsets), reference.shape[-1], torch.get_num_threads())
+    kernels.call(f"ms_deform_attn_fused_{name}", value.dtype, kernels.integers(sizes), *settings, *pointers)
 
 
 @torch.library.register_fake(FORWARD, lib=LIBRARY)

@@ -1,8 +1,7 @@
 """The compiled kernels as functions on tensors: loads (and on first use builds) the libraries, passes pointers.
 
 forward() and backward() expect what registration.py has made sure of: contiguous tensors of one device, locations and
-weights in coordinate_dtype(value). fused_forward() and fused_backward() are the CPU's own, from what the projections
-give (see fused.py): contiguous, all of float32 or all of float64.
+weights in coordinate_dtype(value).
 """
 
 import contextlib
@@ -103,15 +102,27 @@ def wanted(device_type: str, index: int | None = None) -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the CPU's kernels take tensors like these: of one floating type of full precision, and real ones, without
-    autocast. What torch.compile looks at stays plain tensor code."""
+    autocast."""
     dtypes = {x.dtype for x in tensors}
     return (
         len(dtypes) == 1
         and dtypes <= CPU_NAMES.keys()
         and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)  # fake ones are neither
-        and not torch.compiler.is_compiling()
+        and not _followed()
         and not torch.is_autocast_enabled("cpu")
         and wanted("cpu")
+    )
+
+
+def _followed() -> bool:
+    """Whether something follows each operation of PyTorch's, and would see nothing of a kernel: torch.compile, export,
+    torch.jit.trace; torch.func and forward-mode differentiation; and modes, as of make_fx and FlopCounterMode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 
@@ -163,44 +174,6 @@ def backward(
         threads = torch.get_num_threads()
         call("ms_deform_attn_backward", grad_value.dtype, *sizes_of, threads, *map(pointer, tensors))
     return grad_value.to(value.dtype), *gradients[1:]
-
-
-def fused_forward(
-    value: Tensor, sizes: list[int], reference: Tensor, offsets: Tensor, logits: Tensor, padding: Tensor | None
-) -> Tensor:
-    output = value.new_empty(*offsets.shape[:2], value.shape[2] * value.shape[3])
-    fused_call("forward", value, sizes, reference, offsets, logits, padding, output)
-    return output
-
-
-def fused_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    sizes: list[int],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = tuple(torch.empty_like(tensor) for tensor in (value, reference, offsets, logits))
-    fused_call("backward", value, sizes, reference, offsets, logits, padding, grad_output, *gradients)
-    return gradients
-
-
-def fused_call(
-    name: str,
-    value: Tensor,
-    sizes: list[int],
-    reference: Tensor,
-    offsets: Tensor,
-    logits: Tensor,
-    padding: Tensor | None,
-    *tensors: Tensor,
-) -> None:
-    function = getattr(load_cpu(), f"ms_deform_attn_fused_{name}_{CPU_NAMES[value.dtype]}")
-    settings = (integers(sizes), dimensions(value, offsets), reference.shape[-1], torch.get_num_threads())
-    mask = None if padding is None else pointer(padding)
-    function(*settings, pointer(value), mask, *map(pointer, (reference, offsets, logits, *tensors)))
 
 
 def cuda_call(name: str, value: Tensor, sizes: list[int], locations: Tensor, *tensors: Tensor, ordered: bool = False):

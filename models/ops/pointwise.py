@@ -24,6 +24,8 @@ def applies(x: Tensor, convolution: nn.Conv2d) -> bool:
         and c.padding == (0, 0)
         and c.groups == 1
         and c.in_channels % 16 == c.out_channels % 16 == 0
+        and x.ndim == 4
+        and x.shape[1] == c.in_channels
         and x.numel() > 0
         and kernels.takes(x, c.weight)
     )
@@ -45,8 +47,8 @@ def pointwise(
         x: (B, C, H, W), of any memory format; channels_last is not copied.
         weight: (O, C, 1, 1); C and O are multiples of 16.
         scale, shift: (O,), constants: gradients are of x, weight and residual.
-        residual: (B, O, H, W). Where no gradient is asked for it is overwritten with the result, if it is
-            channels_last.
+        residual: (B, O, H, W). Where no gradient is asked for, nor was for it, it is overwritten with the result, if
+            it is channels_last.
     Returns:
         (B, O, H, W), channels_last.
     """
@@ -55,9 +57,13 @@ def pointwise(
     leaves = (x, weight) if residual is None else (x, weight, residual)
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         return Pointwise.apply(x, weight, scale, shift, relu, residual)
+    into = None
     if residual is not None:
         residual = residual.contiguous(memory_format=LAST)
-    return _product(x.contiguous(memory_format=LAST), weight, scale, shift, relu, residual, into=residual)
+        into = None if residual.requires_grad else residual  # a part of another graph, under no_grad
+    if into is not None and not into.is_inference():
+        torch.autograd.graph.increment_version(into)  # so that who kept it for backward learns of it
+    return _product(x.contiguous(memory_format=LAST), weight, scale, shift, relu, residual, into)
 
 
 class Pointwise(torch.autograd.Function):

@@ -28,6 +28,8 @@ def applies(x: Tensor, convolution: nn.Conv2d) -> bool:
         and c.groups == 1
         and c.padding_mode == "zeros"
         and all(channels >= 32 and channels % 16 == 0 for channels in (c.in_channels, c.out_channels))
+        and x.ndim == 4
+        and x.shape[1] == c.in_channels
         and len(x) > 0
         and x.shape[2] * x.shape[3] >= SMALLEST * c.dilation[0] ** 2
         and kernels.takes(x, c.weight)

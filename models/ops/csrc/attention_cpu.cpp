@@ -281,7 +281,8 @@ void backward(const Problem<T>& p, const T* output, const T* log_sums, const T* 
 
 #pragma omp parallel num_threads(p.threads)
   {
-    const auto logits = buffer<T>(QUERIES * KEYS_BACKWARD), of_weights = buffer<T>(QUERIES * KEYS_BACKWARD);
+    const auto logits = buffer<T>(QUERIES * KEYS_BACKWARD);
+    const auto of_weights = buffer<T>(QUERIES * KEYS_BACKWARD + S);  // read in whole vectors from any place in a row on
     const auto of_key = buffer<T>(p.key_heads * KEYS_BACKWARD * p.depth), bias = buffer<T>(KEYS_BACKWARD + S);
     const auto of_value = buffer<T>(KEYS_BACKWARD * p.width), kept = buffer<T>(KEYS_BACKWARD + S);
     const auto padded_columns = buffer<T>(map_stride), padded_gradient = buffer<T>(map_stride);

@@ -18,25 +18,11 @@
 #include <vector>
 
 #include "export.h"
+#include "vectors.h"
 
 namespace {
 
-// Channels side by side, as many as a register holds. Where registers are narrower, compilers take several for one.
-#ifdef __AVX512F__
-constexpr int REGISTER_BYTES = 64;
-#else
-constexpr int REGISTER_BYTES = 32;
-#endif
-template <typename T>
-struct Register;
-template <>
-struct Register<float> {
-  typedef float type __attribute__((vector_size(REGISTER_BYTES)));
-};
-template <>
-struct Register<double> {
-  typedef double type __attribute__((vector_size(REGISTER_BYTES)));
-};
+using vectors::Vector;
 
 // N registers of one type (V is T for the channels that fill none), spelt out so that compilers keep them in registers.
 template <typename T, typename V, int N>
@@ -75,8 +61,8 @@ struct Block {
 // Calls work(Block, first channel) until all channels had their turn: blocks of MOST registers, of 4, of 1, the rest.
 template <typename T, int MOST, typename Work>
 inline void in_blocks(int64_t channels, Work work) {
-  using V = typename Register<T>::type;
-  constexpr int LANES = sizeof(V) / sizeof(T);
+  using V = Vector<T>;
+  constexpr int LANES = vectors::LANES<T>;
   int64_t c = 0;
   for (; c + MOST * LANES <= channels; c += MOST * LANES) work(Block<T, V, MOST>(), c);
   for (; c + 4 * LANES <= channels; c += 4 * LANES) work(Block<T, V, 4>(), c);
