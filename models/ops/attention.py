@@ -111,5 +111,5 @@ def _call(name: str, inputs: tuple[Tensor | None, ...], dropout: float, *others:
         kernels.integers([*sizes, *strides]),
         torch.get_num_threads(),
         ctypes.c_double(dropout),
-        *(None if x is None else kernels.pointer(x) for x in (*inputs, *others)),
+        *map(kernels.pointer, (*inputs, *others)),
     )

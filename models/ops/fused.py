@@ -86,7 +86,7 @@ def _call(
     """`others` are contiguous."""
     inputs = (value, padding, reference, offsets, logits)
     tensors = [None if x is None else x.contiguous() for x in inputs]
-    pointers = (None if x is None else kernels.pointer(x) for x in (*tensors, *others))
+    pointers = map(kernels.pointer, (*tensors, *others))
     settings = (kernels.dimensions(value, offsets), reference.shape[-1], torch.get_num_threads())
     kernels.call(f"ms_deform_attn_fused_{name}", value.dtype, kernels.integers(sizes), *settings, *pointers)
 

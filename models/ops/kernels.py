@@ -135,8 +135,9 @@ def integers(values: list[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    """The null pointer for None."""
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 def dimensions(value: Tensor, locations: Tensor) -> ctypes.Array:

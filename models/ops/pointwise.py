@@ -113,6 +113,6 @@ def _product(
     if into is None:
         into = torch.empty(batch, outputs, height, width, dtype=x.dtype, memory_format=LAST)
     shape = [batch * height * width, channels, outputs, int(relu), *weight.stride()[:2]]
-    pointers = (None if t is None else kernels.pointer(t) for t in (weight, x, scale, shift, residual, into))
+    pointers = map(kernels.pointer, (weight, x, scale, shift, residual, into))
     kernels.call("pointwise", x.dtype, kernels.integers(shape), torch.get_num_threads(), *pointers)
     return into

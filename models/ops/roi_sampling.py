@@ -1,7 +1,7 @@
 """RoIAlign and sampling between its bins by compiled CPU kernels, which visit the few cells of weight only.
 
-For tensors that kernels.takes; models/sam_detr/roi_sampling.py has the same in
-tensor code. Legend: B batch, Q boxes, P points of a box, C channels, H x W the map.
+For tensors that kernels.takes; models/sam_detr/roi_sampling.py has the same in tensor code.
+Legend: B batch, Q boxes, P points of a box, C channels, H x W the map.
 """
 
 from __future__ import annotations

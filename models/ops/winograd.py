@@ -111,5 +111,5 @@ def _shape(x: Tensor, weight: Tensor, dilation: int, *, relu: bool = False, turn
 
 
 def _call(name: str, dtype: torch.dtype, shape: ctypes.Array, *tensors: Tensor | None) -> None:
-    pointers = (None if x is None else kernels.pointer(x) for x in tensors)
+    pointers = map(kernels.pointer, tensors)
     kernels.call(f"winograd_{name}", dtype, shape, torch.get_num_threads(), *pointers)
