@@ -20,23 +20,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets.categories import Categories
-from datasets.coco import CocoDetection
-from datasets.images import read_image
-from datasets.transforms import EvalTransforms
-from main import build_parser, checkpoint_categories, choose_device, chosen_weights, take_network_settings
-from models.build import build_model, read_checkpoint
-from models.inspection import Sampling, cell_of, watch, watch_sampling
-from models.ops import MSDeformAttn
-from models.sam_detr.semantics_aligner import SemanticsAligner
-from models.sap_detr.decoder import SAPDecoder
-from util.box_ops import cxcywh_to_xyxy
-from util.checkpoint import load_weights
-from util.command_line import run_command
-from util.logger import log, progress, whole_file
-from util.padded_images import pad_images
-from util.visualize import contact_sheet, draw_detections, side_by_side
-from util.visualize_points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.images import read_image
+from samdetr.datasets.transforms import EvalTransforms
+from samdetr.inference.watch import Sampling, cell_of, watch, watch_sampling
+from samdetr.main import build_parser, checkpoint_categories, choose_device, chosen_weights, take_network_settings
+from samdetr.models.build import build_model, read_checkpoint
+from samdetr.models.ops import MSDeformAttn
+from samdetr.models.sap_detr.decoder import SAPDecoder
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.util.box_ops import cxcywh_to_xyxy
+from samdetr.util.checkpoint import load_weights
+from samdetr.util.command_line import run_command
+from samdetr.util.logger import log, progress, whole_file
+from samdetr.util.padded_images import pad_images
+from samdetr.util.visualize import contact_sheet, draw_detections, side_by_side
+from samdetr.util.visualize_points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 PREFIX = "det_res_"

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from datasets.coco_eval import CocoEvaluator
-from util.ema import WeightAverage
-from util.logger import MetricAverager, log, progress
-from util.prefetch import on_device
-from util.profiler import StepProfiler
-from util.step_guard import Step, StepGuard
+from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.training.ema import WeightAverage
+from samdetr.training.guard import Step, StepGuard
+from samdetr.training.profiler import StepProfiler
+from samdetr.util.logger import MetricAverager, log, progress
+from samdetr.util.prefetch import on_device
 
 
 def train_one_epoch(

@@ -14,9 +14,9 @@ dependencies = ["torch", "torchvision", "scipy"]
 
 def _build(flags: str, *, checkpoint: str | None, num_classes: int):
     # torch.hub imports this file before the repository is on the path.
-    from main import build_parser, chosen_weights, take_network_settings
-    from models.build import build_model, read_checkpoint
-    from util.checkpoint import load_weights
+    from samdetr.main import build_parser, chosen_weights, take_network_settings
+    from samdetr.models.build import build_model, read_checkpoint
+    from samdetr.util.checkpoint import load_weights
 
     parser = build_parser()
     args = parser.parse_args(flags.split())

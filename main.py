@@ -23,26 +23,34 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import replay
-from datasets import build_dataset, collate, start_report
-from datasets.bad_images import BadImages
-from datasets.categories import COCO, Categories
-from datasets.coco_eval import CocoEvaluator
-from datasets.sampler import DistributedEvalSampler, TrainSampler
-from engine import evaluate
-from models.backbone import RESNETS
-from models.build import (
+from samdetr.datasets.bad_images import BadImages
+from samdetr.datasets.build import build_dataset, collate, start_report
+from samdetr.datasets.categories import COCO, Categories
+from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.datasets.sampler import DistributedEvalSampler, TrainSampler
+from samdetr.engine import evaluate
+from samdetr.models.backbone import RESNETS
+from samdetr.models.build import (
     FAMILIES,
     build_model,
     input_proj_norm,
     load_backbone_weights,
     read_checkpoint,
 )
-from training import Trainer
-from util.checkpoint import load_weights
-from util.checkpoint_folder import NEWEST, CheckpointFolder
-from util.command_line import run_command
-from util.distributed import (
+from samdetr.training import replay
+from samdetr.training.checkpoints import NEWEST, CheckpointFolder
+from samdetr.training.cluster.preemption import PREEMPTED, Signals, Stopped, Wish, end_now, shield_worker
+from samdetr.training.cluster.wall_clock import WallClock
+from samdetr.training.cluster.watchdog import Watchdog
+from samdetr.training.ema import WeightAverage
+from samdetr.training.guard import BadSteps, StepGuard
+from samdetr.training.loop import Trainer
+from samdetr.training.optim import SCHEDULES, build_scheduler, parameter_groups
+from samdetr.training.profiler import StepProfiler
+from samdetr.training.state import TrainingState
+from samdetr.util.checkpoint import load_weights
+from samdetr.util.command_line import run_command
+from samdetr.util.distributed import (
     all_gather_object,
     get_rank,
     get_world_size,
@@ -51,15 +59,7 @@ from util.distributed import (
     main_process_first,
     shutdown,
 )
-from util.ema import WeightAverage
-from util.logger import log, write_json
-from util.optim import SCHEDULES, build_scheduler, parameter_groups
-from util.preemption import PREEMPTED, Signals, Stopped, Wish, end_now, shield_worker
-from util.profiler import StepProfiler
-from util.step_guard import BadSteps, StepGuard
-from util.training_state import TrainingState
-from util.wall_clock import WallClock
-from util.watchdog import Watchdog
+from samdetr.util.logger import log, write_json
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -31,9 +31,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from benchmarks.report import positive, surroundings, write
-from datasets.categories import Categories
-from datasets.coco_eval import FIGURES, CocoEvaluator
-from datasets.ground_truth import GroundTruth
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.coco_eval import FIGURES, CocoEvaluator
+from samdetr.datasets.ground_truth import GroundTruth
 
 BATCH = 16
 

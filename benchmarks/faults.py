@@ -24,16 +24,16 @@ import torch
 if __name__ == "__main__":  # started by its path: find the packages from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import main
-import training
-from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator
-from models.criterion import SetCriterion
-from util import checkpoint, checkpoint_folder
+from samdetr import main
+from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.models.criterion import SetCriterion
+from samdetr.training import checkpoints, loop
+from samdetr.util import checkpoint
 
-training.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))  # which takes longer than a run
+loop.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))  # which takes longer than a run
 checkpoint.torch = SimpleNamespace(**vars(torch))  # so that its use alone can be disturbed
-REAL_SAVE, REAL_LINE = torch.save, checkpoint_folder.append_json_line
+REAL_SAVE, REAL_LINE = torch.save, checkpoints.append_json_line
 
 
 def half_a_file(content, file):
@@ -49,12 +49,12 @@ def half_a_line(path, record):
 
 # Where a fault may strike: an object, the name of a function of it, and what is done just before, if anything.
 PLACES = {
-    "step": (training.Trainer, "_after_step", None),
+    "step": (loop.Trainer, "_after_step", None),
     "save": (checkpoint.torch, "save", half_a_file),  # of files alone
-    "rename": (checkpoint_folder, "_also_name", None),
+    "rename": (checkpoints, "_also_name", None),
     "evaluation": (CocoEvaluator, "update", None),
-    "log": (checkpoint_folder, "append_json_line", half_a_line),
-    "curves": (training, "plot_training_curves", None),
+    "log": (checkpoints, "append_json_line", half_a_line),
+    "curves": (loop, "plot_training_curves", None),
     "loss": (SetCriterion, "forward", None),
     "image": (CocoDetection, "read_image", None),
 }

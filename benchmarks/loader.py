@@ -41,14 +41,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-import main as program
 from benchmarks.report import positive, surroundings, write
-from datasets import build_dataset, collate
-from datasets.images import read_image
-from datasets.shapes import write_dataset
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, SHORT_SIDES, ToTensor, resized_size
-from util.padded_images import pad_images
-from util.targets import TargetBatch
+from samdetr import main as program
+from samdetr.datasets.build import build_dataset, collate
+from samdetr.datasets.images import read_image
+from samdetr.datasets.shapes import write_dataset
+from samdetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, SHORT_SIDES, ToTensor, resized_size
+from samdetr.util.padded_images import pad_images
+from samdetr.util.targets import TargetBatch
 
 to_tensor = ToTensor()
 

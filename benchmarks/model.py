@@ -43,10 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report
 from benchmarks.plain import plain
-from main import build_parser
-from models import build_model
-from util.optim import parameter_groups
-from util.padded_images import PaddedImages
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.training.optim import parameter_groups
+from samdetr.util.padded_images import PaddedImages
 
 _SAP = "--model sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer"
 CONFIGS = {

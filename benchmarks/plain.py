@@ -29,18 +29,18 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from models.backbone import Backbone
-from models.criterion import SetCriterion, Targets, box_losses
-from models.dropout import Dropout
-from models.encoder import DenseEncoderLayer
-from models.layers import FeatureLevel, FeedForward
-from models.matcher import HungarianMatcher, Matches
-from models.ops import MSDeformAttn
-from models.ops.plain import plain_ms_deform_attn
-from models.position_encoding import sine_encoding
-from models.sam_detr.decoder import CrossAttention, SAMDecoderLayer, SelfAttention
-from models.sam_detr.semantics_aligner import AlignedQueries, SemanticsAligner
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from samdetr.models.backbone import Backbone
+from samdetr.models.criterion import SetCriterion, Targets, box_losses
+from samdetr.models.dropout import Dropout
+from samdetr.models.encoder import DenseEncoderLayer
+from samdetr.models.layers import FeatureLevel, FeedForward
+from samdetr.models.matcher import HungarianMatcher, Matches
+from samdetr.models.ops import MSDeformAttn
+from samdetr.models.ops.plain import plain_ms_deform_attn
+from samdetr.models.position_encoding import sine_encoding
+from samdetr.models.sam_detr.decoder import CrossAttention, SAMDecoderLayer, SelfAttention
+from samdetr.models.semantics_aligner import AlignedQueries, SemanticsAligner
+from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 
 M = TypeVar("M", bound=nn.Module)
 

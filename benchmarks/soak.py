@@ -29,8 +29,8 @@ if __name__ == "__main__":  # started by its path: find the packages from any fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.report import positive, surroundings, write
-from datasets.shapes import write_dataset
-from util.checkpoint import checksum, read_file
+from samdetr.datasets.shapes import write_dataset
+from samdetr.util.checkpoint import checksum, read_file
 
 NETWORK = (
     "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 32 --nheads 4 "

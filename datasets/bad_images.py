@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from datasets.coco import CocoDetection
-from util.distributed import all_gather_object, get_world_size, is_main
-from util.logger import log, whole_file
+from samdetr.datasets.coco import CocoDetection
+from samdetr.util.distributed import all_gather_object, get_world_size, is_main
+from samdetr.util.logger import log, whole_file
 
 LIST = "bad_images.txt"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from datasets.transforms import normalize
-from util.padded_images import PaddedImages
+from samdetr.datasets.transforms import normalize
+from samdetr.util.padded_images import PaddedImages
 
 
 class ByteImages(PaddedImages):

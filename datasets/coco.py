@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from datasets.categories import Categories
-from datasets.check_annotations import LARGEST, image_size
-from datasets.check_images import FileState, glance
-from datasets.check_splits import Split
-from datasets.ground_truth import GroundTruth
-from datasets.image_cache import ImageCache, share_files
-from datasets.image_list import ImageList, ImageRecord
-from datasets.images import fault_of, read_image
-from datasets.transforms import seeded
-from util.box_ops import xyxy_to_cxcywh
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.check.annotations import LARGEST, image_size
+from samdetr.datasets.check.files import FileState, glance
+from samdetr.datasets.check.splits import Split
+from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.datasets.image_cache import ImageCache, share_files
+from samdetr.datasets.image_list import ImageList, ImageRecord
+from samdetr.datasets.images import fault_of, read_image
+from samdetr.datasets.transforms import seeded
+from samdetr.util.box_ops import xyxy_to_cxcywh
 
 TRIES = 50  # images that may be unreadable one after the other
 

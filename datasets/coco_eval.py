@@ -10,9 +10,9 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from datasets.categories import Categories
-from datasets.ground_truth import GroundTruth
-from util.distributed import all_gather_object
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.util.distributed import all_gather_object
 
 # In the order of COCOeval.stats. AP and AR average over IoU 0.50:0.95; 50 and 75 after AP are one IoU each, s, m, l the
 # size of the object, numbers after AR the detections allowed in an image.

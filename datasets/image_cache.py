@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.distributed import all_gather_object, is_first_on_node
+from samdetr.util.distributed import all_gather_object, is_first_on_node
 
 
 class ImageCache:

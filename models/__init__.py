@@ -1,3 +1,1 @@
-from models.build import build_model
-
-__all__ = ["build_model"]
+"""The published networks. `samdetr.models.build.build_model` makes one."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.dropout import dropout as dropped
-from models.ops.attention import compiled_attention, runs_compiled
-from models.spatial_prior import SeparablePrior
+from samdetr.models.dropout import dropout as dropped
+from samdetr.models.ops.attention import compiled_attention, runs_compiled
+from samdetr.models.spatial_prior import SeparablePrior
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.ops import pointwise, winograd
+from samdetr.models.ops import pointwise, winograd
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 

@@ -16,22 +16,21 @@ import torch
 import torchvision
 from torch import Tensor
 
-from models.backbone import Backbone
-from models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
-from models.deformable_detr import official_weights as deformable_detr_weights
-from models.deformable_detr.decoder import DeformableDecoder, DeformableDecoderLayer
-from models.detector import Detector
-from models.encoder import DeformableEncoder, DenseEncoder
-from models.layers import InputProjection
-from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
-from models.postprocess import postprocess
-from models.sam_detr import official_weights as sam_detr_weights
-from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
-from models.sam_detr.semantics_aligner import SemanticsAligner
-from models.sap_detr import official_weights as sap_detr_weights
-from models.sap_detr.decoder import TEMPERATURE as SAP_DETR_TEMPERATURE
-from models.sap_detr.decoder import SAPDecoder, SAPDecoderLayer
-from models.sap_detr.losses import (
+from samdetr.models.backbone import Backbone
+from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
+from samdetr.models.deformable_detr import official_weights as deformable_detr_weights
+from samdetr.models.deformable_detr.decoder import DeformableDecoder, DeformableDecoderLayer
+from samdetr.models.detector import Detector
+from samdetr.models.encoder import DeformableEncoder, DenseEncoder
+from samdetr.models.layers import InputProjection
+from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from samdetr.models.postprocess import postprocess
+from samdetr.models.sam_detr import official_weights as sam_detr_weights
+from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
+from samdetr.models.sap_detr import official_weights as sap_detr_weights
+from samdetr.models.sap_detr.decoder import TEMPERATURE as SAP_DETR_TEMPERATURE
+from samdetr.models.sap_detr.decoder import SAPDecoder, SAPDecoderLayer
+from samdetr.models.sap_detr.losses import (
     OUTSIDE,
     corner_box_losses,
     corner_l1_cost,
@@ -40,8 +39,9 @@ from models.sap_detr.losses import (
     object_loss,
     outside_cost,
 )
-from models.sap_detr.losses import giou_cost as sap_giou_cost
-from util.checkpoint import read_file
+from samdetr.models.sap_detr.losses import giou_cost as sap_giou_cost
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.util.checkpoint import read_file
 
 # Settings that shape every network and its input in evaluation: a checkpoint brings its own, so that evaluation and
 # drawing need no flags. Each family adds its own in the table below.

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matcher import HungarianMatcher, Matches
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
-from util.distributed import reduce_mean
+from samdetr.models.matcher import HungarianMatcher, Matches
+from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
+from samdetr.util.distributed import reduce_mean
 
 Targets = Sequence[dict[str, Tensor]]
 Loss = Callable[[dict[str, Any], Targets, Matches, Tensor], dict[str, Tensor]]

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from models.backbone import Backbone
-from models.layers import InputProjection
-from util.padded_images import PaddedImages
+from samdetr.models.backbone import Backbone
+from samdetr.models.layers import InputProjection
+from samdetr.util.padded_images import PaddedImages
 
 
 class Detector(nn.Module):

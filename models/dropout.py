@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.ops import dropout as compiled
-from models.ops import kernels
+from samdetr.models.ops import dropout as compiled
+from samdetr.models.ops import kernels
 
 
 def dropout(x: Tensor, probability: float, *, training: bool) -> Tensor:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend, merge_heads, split_heads
-from models.dropout import Dropout
-from models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
-from models.ops import MSDeformAttn, kernels
-from models.ops.plain import coordinate_dtype
+from samdetr.models.attention import attend, merge_heads, split_heads
+from samdetr.models.dropout import Dropout
+from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
+from samdetr.models.ops import MSDeformAttn, kernels
+from samdetr.models.ops.plain import coordinate_dtype
 
 
 class DenseEncoderLayer(nn.Module):

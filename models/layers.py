@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.dropout import Dropout, relu_dropout_
-from models.ops.feed_forward import compiled_feed_forward, runs_compiled
-from models.ops.plain import coordinate_dtype
-from models.position_encoding import grid_points, sine_encoding
+from samdetr.models.dropout import Dropout, relu_dropout_
+from samdetr.models.ops.feed_forward import compiled_feed_forward, runs_compiled
+from samdetr.models.ops.plain import coordinate_dtype
+from samdetr.models.position_encoding import grid_points, sine_encoding
 
 
 @dataclass

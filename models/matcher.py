@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
+from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 
 Cost = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.box_ops import cxcywh_to_xyxy
+from samdetr.util.box_ops import cxcywh_to_xyxy
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import MULTISCALE, TINY, run_main
 
-from datasets.shapes import write_dataset
+from samdetr.datasets.shapes import write_dataset
 
 # Tests compute little at a time: a second thread costs more than it brings, and ten times as much on a busy machine.
 torch.set_num_threads(1)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-import main
-from models.build import build_model
-from models.detector import Detector
-from models.sam_detr.official_weights import to_official
+from samdetr import main
+from samdetr.models.build import build_model
+from samdetr.models.detector import Detector
+from samdetr.models.sam_detr.official_weights import to_official
 
 REPOSITORY = Path(__file__).parents[1]
 

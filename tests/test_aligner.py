@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from benchmarks.plain import plain
-from main import build_parser
-from models import build_model
-from models.ops import kernels, plain_path
-from models.sam_detr import roi_sampling
-from models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
-from models.sam_detr.semantics_aligner import SemanticsAligner
-from util.box_ops import cxcywh_to_xyxy
-from util.padded_images import pad_images
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.models.ops import kernels, plain_path
+from samdetr.models.sam_detr import roi_sampling
+from samdetr.models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.util.box_ops import cxcywh_to_xyxy
+from samdetr.util.padded_images import pad_images
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,14 @@ import ast
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-PACKAGES = ("models", "datasets", "util")
-PROGRAMS = ("main", "demo", "hubconf")
+FOLDERS = ("samdetr", "models", "datasets", "training", "inference", "util")
 
 SOURCE = sorted(
     path.relative_to(REPOSITORY).as_posix()
-    for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in (*PACKAGES, "scripts", "benchmarks")))
+    for pattern in ("*.py", *(f"{folder}/**/*.py" for folder in (*FOLDERS, "scripts", "benchmarks")))
     for path in REPOSITORY.glob(pattern)
 )
+PROGRAMS = {file.removesuffix(".py") for file in SOURCE if "/" not in file} - {"engine"}
 MODULES = {file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in SOURCE}
 FAMILIES = sorted(
     path.name for path in (REPOSITORY / "models").iterdir() if (path / "__init__.py").exists() and path.name != "ops"
@@ -23,57 +23,78 @@ def parse(file: str) -> ast.Module:
 
 
 def imports(tree: ast.Module) -> set[str]:
-    """Modules of ours that a file imports, wherever in it."""
+    """Modules of ours that a file imports, wherever in it, without the package's name: "models.layers"."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: a relative import"
-            # `from models import build` names a module, `from models.build import build_model` does not.
+            # `from samdetr.models import build` names a module, `from samdetr.models.build import ...` does not.
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= (names & MODULES) or {node.module}
-    return {name for name in found if name.split(".")[0] in {module.split(".")[0] for module in MODULES}}
+            found |= {name for name in names if name.removeprefix("samdetr.") in MODULES} or {node.module}
+    return {name.removeprefix("samdetr.") for name in found if name.startswith("samdetr.")}
+
+
+def foreign_names(tree: ast.Module) -> set[str]:
+    """Imports of our folders and programs by bare names, which belong to everyone."""
+    bare = {*FOLDERS, *PROGRAMS, "engine"} - {"samdetr"}
+    found = set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        found |= {name for name in names if name.split(".")[0] in bare}
+    return found
 
 
 def may_import(file: str, module: str) -> bool:
-    """The rules. "Shared" are the files of models/ that are neither a family nor the builder."""
+    """The drawing: programs -> training, inference -> engine, models, datasets -> util. "Shared" are the files of
+    models/ that are neither a family nor the builder."""
     package, *rest = module.split(".")
     family = rest[0] if package == "models" and rest and rest[0] in FAMILIES else None
     shared = package == "models" and bool(rest) and family is None and rest[0] not in ("build", "ops")
     operator = package == "models" and rest[:1] == ["ops"]
+    check = package == "datasets" and rest[:1] == ["check"]
     if file.startswith("util/"):
         return package == "util"
-    if file.startswith("datasets/"):
+    if file.startswith("datasets/check/"):
         return package in ("datasets", "util")
+    if file.startswith("datasets/"):
+        return (package == "datasets" and not check) or package == "util"
     if file.startswith("models/ops/"):
         return operator
-    if file == "models/__init__.py":
-        return module == "models.build"
     if file == "models/build.py":
         return package == "util" or shared or family is not None
     if file.startswith("models/"):
         own = file.split("/")[1]
         return package == "util" or shared or operator or (family is not None and family == own)
     if file == "engine.py":
-        return package in ("util", "datasets")
-    if file in ("training.py", "replay.py"):
-        return package in ("engine", "util")
-    if file == "main.py":
-        return package not in PROGRAMS
-    return True  # demo.py, hubconf.py, and programs that measure
+        return package in ("util", "datasets", "models")
+    if file.startswith("training/"):
+        return package in ("training", "engine", "models", "datasets", "util")
+    if file.startswith("inference/"):
+        return package in ("inference", "models", "datasets", "util")
+    return package not in PROGRAMS or package == "cli"  # programs, and what measures them
 
 
 def test_the_rules_see_the_files():
     """The tables above are made by looking; an empty one would let everything pass."""
-    assert {"main.py", "training.py", "models/build.py", "models/sam_detr/decoder.py", "util/box_ops.py"} <= set(SOURCE)
+    assert {"main.py", "training/loop.py", "models/build.py", "models/sam_detr/decoder.py"} <= set(SOURCE)
     assert "sam_detr" in FAMILIES
-    assert imports(parse("models/sam_detr/decoder.py")) > {"models.attention", "models.sam_detr.semantics_aligner"}
-    tree = ast.parse("def f():\n    from models import matcher, build_model\n    import util.box_ops as b, os")
+    assert imports(parse("models/sam_detr/decoder.py")) > {"models.attention", "models.semantics_aligner"}
+    tree = ast.parse("def f():\n    from samdetr.models import matcher, load\n    import samdetr.util.box_ops as b, os")
     assert imports(tree) == {"models.matcher", "util.box_ops"}
+    assert foreign_names(ast.parse("import datasets\nfrom models.x import y\nimport modelsx, samdetr.util")) == {
+        "datasets",
+        "models.x",
+    }
     assert not may_import("models/detector.py", "models.sam_detr.decoder")
     assert not may_import("models/detector.py", "models.build")
     assert not may_import("models/ops/x.py", "util.box_ops")
+    assert not may_import("inference/x.py", "training.loop")
+    assert not may_import("training/x.py", "inference.watch")
+    assert not may_import("training/x.py", "main")
 
 
 def test_imports_flow_one_way():
@@ -81,9 +102,15 @@ def test_imports_flow_one_way():
     assert not {file: modules for file, modules in wrong.items() if modules}
 
 
+def test_nothing_is_imported_by_a_bare_name():
+    everything = [*SOURCE, *(f"tests/{path.name}" for path in (REPOSITORY / "tests").glob("*.py"))]
+    wrong = {file: foreign_names(parse(file)) for file in everything}
+    assert not {file: names for file, names in wrong.items() if names}
+
+
 # Who may turn command-line settings into arguments. The last two are programs with settings of their own.
-READ_SETTINGS = {"main.py", "demo.py", "hubconf.py", "models/build.py", "datasets/__init__.py"}
-READ_SETTINGS |= {"datasets/shapes.py", "datasets/check.py"}
+READ_SETTINGS = {"main.py", "demo.py", "hubconf.py", "models/build.py", "datasets/build.py"}
+READ_SETTINGS |= {"datasets/shapes.py", "datasets/check/__main__.py"}
 NAME_THE_TYPE = {"util/checkpoint.py"}  # the reference's checkpoints hold a Namespace
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import attend, merge_heads, split_heads
-from models.ops import kernels, plain_path
-from models.spatial_prior import SeparablePrior
+from samdetr.models.attention import attend, merge_heads, split_heads
+from samdetr.models.ops import kernels, plain_path
+from samdetr.models.spatial_prior import SeparablePrior
 
 
 @pytest.fixture(params=["compiled", "plain"])

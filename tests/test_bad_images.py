@@ -12,10 +12,11 @@ import torch
 from helpers import call_main, command, damage, error_line, read_log, run_main, run_process
 from torch import multiprocessing
 
-import main
-from datasets import bad_images, build_dataset
-from datasets.bad_images import BadImages
-from util import distributed
+from samdetr import main
+from samdetr.datasets import bad_images
+from samdetr.datasets.bad_images import BadImages
+from samdetr.datasets.build import build_dataset
+from samdetr.util import distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 MANY = ["--max_bad_images", "0.2"]  # of 16 images: three

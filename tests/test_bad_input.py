@@ -12,7 +12,7 @@ import torch
 import torchvision
 from helpers import TINY, build_tiny, call_main, command, damage, error_line, run_main, run_process
 
-import main
+from samdetr import main
 
 TRAIN_IMAGE = "000000000001.jpg"  # image id 1
 VAL_IMAGE = "000000000017.jpg"  # the first after 16 images to train on

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.categories import COCO, Categories
+from samdetr.datasets.categories import COCO, Categories
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 

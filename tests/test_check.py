@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from datasets.check import main as check
-from datasets.shapes import write_dataset
+from samdetr.datasets.check.__main__ import main as check
+from samdetr.datasets.shapes import write_dataset
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 CLEAN = {"ids_with_gaps", "empty_image"}  # notes: category 4 is left out, image 13 is empty

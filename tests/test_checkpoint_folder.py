@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from datasets.sampler import TrainSampler
-from util import checkpoint_folder
-from util.checkpoint import checksum, read_file, save_file
-from util.checkpoint_folder import CheckpointFolder
-from util.logger import append_json_line
+from samdetr.datasets.sampler import TrainSampler
+from samdetr.training import checkpoints
+from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.util.checkpoint import checksum, read_file, save_file
+from samdetr.util.logger import append_json_line
 
 
 def read(path: str) -> dict:
@@ -49,7 +49,7 @@ def test_newest_is_a_file_of_its_own(links, tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     if not links:
-        monkeypatch.setattr(checkpoint_folder.os, "link", refuse)
+        monkeypatch.setattr(checkpoints.os, "link", refuse)
     folder = CheckpointFolder(tmp_path)
     write(folder, (0, None), (1, None))
     assert not (tmp_path / "checkpoint.pth").is_symlink()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import build_dataset, collate
-from datasets.categories import Categories
-from datasets.coco import CocoDetection
-from datasets.image_list import ImageList, ImageRecord
-from datasets.images import read_image, to_rgb
-from datasets.transforms import EvalTransforms, TrainTransforms
+from samdetr.datasets.build import build_dataset, collate
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.image_list import ImageList, ImageRecord
+from samdetr.datasets.images import read_image, to_rgb
+from samdetr.datasets.transforms import EvalTransforms, TrainTransforms
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

@@ -12,10 +12,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import distributed, multiprocessing
 
-from datasets.categories import Categories
-from datasets.coco_eval import CocoEvaluator
-from datasets.ground_truth import GroundTruth
-from datasets.sampler import DistributedEvalSampler
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.datasets.sampler import DistributedEvalSampler
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]

@@ -22,15 +22,14 @@ from helpers import (
 )
 from torch import Tensor, nn
 
-import demo
-import hubconf
-from main import build_parser
-from models import build_model
-from models.deformable_detr.official_weights import to_official
-from models.deformable_detr.proposals import initial_boxes
-from models.layers import FeatureLevel, InputProjection
-from util.optim import parameter_groups
-from util.padded_images import pad_images
+from samdetr import demo, hubconf
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.models.deformable_detr.official_weights import to_official
+from samdetr.models.deformable_detr.proposals import initial_boxes
+from samdetr.models.layers import FeatureLevel, InputProjection
+from samdetr.training.optim import parameter_groups
+from samdetr.util.padded_images import pad_images
 
 # One level, several, refined, two-stage.
 VARIANTS = {

@@ -16,14 +16,14 @@ from helpers import (
 )
 from PIL import Image, ImageChops
 
-import demo
-from datasets.transforms import EvalTransforms
-from main import build_parser, take_network_settings
-from models.build import build_model, read_checkpoint
-from models.inspection import watch
-from models.sam_detr.semantics_aligner import SemanticsAligner
-from util.checkpoint import load_weights, save_file
-from util.padded_images import pad_images
+from samdetr import demo
+from samdetr.datasets.transforms import EvalTransforms
+from samdetr.inference.watch import watch
+from samdetr.main import build_parser, take_network_settings
+from samdetr.models.build import build_model, read_checkpoint
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.util.checkpoint import load_weights, save_file
+from samdetr.util.padded_images import pad_images
 
 
 @pytest.fixture

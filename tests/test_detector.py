@@ -11,16 +11,16 @@ from parity import extract
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from main import build_parser
-from models import build_model
-from models.backbone import RESNETS, Backbone
-from models.encoder import DeformableEncoder, DenseEncoder
-from models.layers import InputProjection
-from models.ops import MSDeformAttn
-from models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
-from models.sam_detr.official_weights import from_official
-from models.sam_detr.semantics_aligner import SemanticsAligner
-from util.padded_images import PaddedImages, pad_images
+from samdetr.main import build_parser
+from samdetr.models.backbone import RESNETS, Backbone
+from samdetr.models.build import build_model
+from samdetr.models.encoder import DeformableEncoder, DenseEncoder
+from samdetr.models.layers import InputProjection
+from samdetr.models.ops import MSDeformAttn
+from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
+from samdetr.models.sam_detr.official_weights import from_official
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.util.padded_images import PaddedImages, pad_images
 
 NETWORK = (
     "--backbone resnet18 --backbone_level 4 --hidden_dim 32 --nheads 4 --dim_feedforward 48 --enc_layers 2 "

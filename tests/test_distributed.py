@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import run_process
 
-from util.distributed import (
+from samdetr.util.distributed import (
     Ranks,
     all_gather_object,
     barrier,
@@ -111,9 +111,9 @@ TWO_PROCESSES = """
 import json, sys, time
 from pathlib import Path
 import torch
-from util.distributed import (all_gather_object, barrier, get_rank, init_distributed, main_process_first, reduce_mean,
-                              shutdown)
-from util.logger import MetricAverager, log, progress
+from samdetr.util.distributed import (all_gather_object, barrier, get_rank, init_distributed, main_process_first,
+                                      reduce_mean, shutdown)
+from samdetr.util.logger import MetricAverager, log, progress
 torch.set_num_threads(1)
 fetched, answer = Path(sys.argv[1]) / "fetched", Path(sys.argv[1])
 rank = init_distributed(device="cpu").rank

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import Dropout, dropout, relu_dropout_
-from models.ops import kernels, plain_path
+from samdetr.models.dropout import Dropout, dropout, relu_dropout_
+from samdetr.models.ops import kernels, plain_path
 
 
 @pytest.fixture(params=["compiled", "plain"], autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from util.ema import WeightAverage
+from samdetr.training.ema import WeightAverage
 
 
 def network() -> nn.Module:

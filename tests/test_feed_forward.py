@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import Dropout
-from models.layers import FeedForward
-from models.ops import kernels, plain_path
+from samdetr.models.dropout import Dropout
+from samdetr.models.layers import FeedForward
+from samdetr.models.ops import kernels, plain_path
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from helpers import environment, read_log, run_main
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-import main
-from datasets import build_dataset, collate, image_cache
-from util import distributed
+from samdetr import main
+from samdetr.datasets import image_cache
+from samdetr.datasets.build import build_dataset, collate
+from samdetr.util import distributed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared by memfd on Linux only")
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import MULTISCALE, build_tiny
 
-from models.inspection import cell_of, watch, watch_sampling
-from models.ops import MSDeformAttn
-from util.padded_images import pad_images
+from samdetr.inference.watch import cell_of, watch, watch_sampling
+from samdetr.models.ops import MSDeformAttn
+from samdetr.util.padded_images import pad_images
 
 
 @pytest.fixture(scope="module")

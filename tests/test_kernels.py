@@ -8,11 +8,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.attention import attend
-from models.backbone import folded
-from models.dropout import Dropout
-from models.layers import FeedForward
-from models.ops import kernels, plain_path
+from samdetr.models.attention import attend
+from samdetr.models.backbone import folded
+from samdetr.models.dropout import Dropout
+from samdetr.models.layers import FeedForward
+from samdetr.models.ops import kernels, plain_path
 
 
 class Network(nn.Module):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import main
-from datasets import build_dataset
-from datasets.coco import CocoDetection
+from samdetr import main
+from samdetr.datasets.build import build_dataset
+from samdetr.datasets.coco import CocoDetection
 
 # More workers than cores are no fault here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from util import logger
-from util.logger import MetricAverager, append_json_line, log, progress, whole_file, write_json
+from samdetr.util import logger
+from samdetr.util.logger import MetricAverager, append_json_line, log, progress, whole_file, write_json
 
 
 def test_averages_count_each_metric_by_its_own_steps():

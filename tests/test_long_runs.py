@@ -13,7 +13,7 @@ import torch
 from helpers import REPOSITORY, TINY, command, environment, read_json, read_log, run_process
 
 from benchmarks import soak
-from util.checkpoint import checksum
+from samdetr.util.checkpoint import checksum
 
 SMALLER = [*TINY, "--backbone_level", "3"]  # a third of the time goes into its checkpoints otherwise
 FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto --ema 0.9")

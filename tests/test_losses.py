@@ -10,7 +10,7 @@ import torchvision
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from models.criterion import (
+from samdetr.models.criterion import (
     SetCriterion,
     box_losses,
     cardinality_error,
@@ -18,13 +18,13 @@ from models.criterion import (
     focal_loss,
     sigmoid_focal_loss,
 )
-from models.layers import inverse_sigmoid, valid_ratio
-from models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
-from models.position_encoding import grid_points, sine_encoding
-from models.postprocess import postprocess
-from models.spatial_prior import gaussian_log_prior
-from util.box_ops import box_area, cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
-from util.padded_images import pad_images
+from samdetr.models.layers import inverse_sigmoid, valid_ratio
+from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from samdetr.models.position_encoding import grid_points, sine_encoding
+from samdetr.models.postprocess import postprocess
+from samdetr.models.spatial_prior import gaussian_log_prior
+from samdetr.util.box_ops import box_area, cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
+from samdetr.util.padded_images import pad_images
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ from helpers import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import training
+from samdetr.training import loop
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def start_of_training(monkeypatch):
                 start[name] = copy.deepcopy(arguments[name].state_dict())
         return train_one_epoch(**arguments)
 
-    train_one_epoch = training.train_one_epoch
-    monkeypatch.setattr(training, "train_one_epoch", watched)
+    train_one_epoch = loop.train_one_epoch
+    monkeypatch.setattr(loop, "train_one_epoch", watched)
     return start
 
 

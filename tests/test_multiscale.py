@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from main import build_parser
-from models import build_model
-from models.build import coarse_to_fine
-from util.padded_images import pad_images
+from samdetr.main import build_parser
+from samdetr.models.build import build_model, coarse_to_fine
+from samdetr.util.padded_images import pad_images
 
 # Wide enough for the GroupNorm: of a map of one cell it needs more than one channel a group.
 NETWORK = (

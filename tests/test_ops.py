@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.ops import MSDeformAttn, build, doctor, kernels, ms_deform_attn, plain_path
-from models.ops import test as checks
-from models.ops.plain import plain_backward, plain_ms_deform_attn
+from samdetr.models.ops import MSDeformAttn, build, doctor, kernels, ms_deform_attn, plain_path
+from samdetr.models.ops import test as checks
+from samdetr.models.ops.plain import plain_backward, plain_ms_deform_attn
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPES = [(7, 5), (4, 3), (1, 2)]

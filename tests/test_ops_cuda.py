@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.ops import build, kernels, plain_path
-from models.ops import test as checks
-from models.ops.plain import plain_backward, plain_ms_deform_attn
+from samdetr.models.ops import build, kernels, plain_path
+from samdetr.models.ops import test as checks
+from samdetr.models.ops.plain import plain_backward, plain_ms_deform_attn
 
 SOURCE = build.CSRC / "ms_deform_attn_cuda.cu"
 

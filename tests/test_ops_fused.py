@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.ops import MSDeformAttn, kernels, plain_path
-from models.ops import test as checks
-from models.ops.fused import ms_deform_attn_fused
-from models.ops.plain import plain_ms_deform_attn
+from samdetr.models.ops import MSDeformAttn, kernels, plain_path
+from samdetr.models.ops import test as checks
+from samdetr.models.ops.fused import ms_deform_attn_fused
+from samdetr.models.ops.plain import plain_ms_deform_attn
 
 SIZES = [7, 5, 4, 3, 1, 2, 1, 1]
 SHAPES = list(zip(SIZES[::2], SIZES[1::2]))

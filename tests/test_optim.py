@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from util.optim import build_scheduler, learning_rate_factor, parameter_groups
+from samdetr.training.optim import build_scheduler, learning_rate_factor, parameter_groups
 
 
 def detector() -> nn.Module:

@@ -20,10 +20,10 @@ import torch
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures, weight
 
-from main import build_parser
-from models import build_model
-from models.ops import kernels, plain_path, registration
-from models.sam_detr.official_weights import convert_official, from_official, is_official, to_official
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.models.ops import kernels, plain_path, registration
+from samdetr.models.sam_detr.official_weights import convert_official, from_official, is_official, to_official
 
 OUTPUTS = {"rtol": 0, "atol": 1e-9 if USUAL_SINE else 1e-5}
 LOSSES = {"rtol": 1e-9 if USUAL_SINE else 1e-5, "atol": 1e-9}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from parity import cases, extract
 
-from main import build_parser
-from models import build_model
-from models.deformable_detr.official_weights import convert_official, from_official, is_official, to_official
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.models.deformable_detr.official_weights import convert_official, from_official, is_official, to_official
 
 FAMILY = "deformable_detr"
 VARIANTS = extract.FAMILIES[FAMILY]

@@ -12,11 +12,10 @@ import torch
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures
 
-from main import build_parser
-from models import build_model
-from models.build import FAMILIES
-from models.sam_detr import official_weights as sam_detr_weights
-from models.sap_detr.official_weights import convert_official, from_official, is_official, to_official
+from samdetr.main import build_parser
+from samdetr.models.build import FAMILIES, build_model
+from samdetr.models.sam_detr import official_weights as sam_detr_weights
+from samdetr.models.sap_detr.official_weights import convert_official, from_official, is_official, to_official
 
 VARIANTS = extract.FAMILIES["sap_detr"]
 # We see 5e-14, 3e-14 (relative) and 1e-12 (relative). As in test_parity.py, other tolerances hold on processors that

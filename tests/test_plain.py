@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks import model
 from benchmarks.plain import PLAIN, PlainMatcher, plain
-from main import build_parser
-from models import build_model
-from util.padded_images import pad_images
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.util.padded_images import pad_images
 
 TINY = (
     "--backbone resnet50 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 3 --num_queries 12"

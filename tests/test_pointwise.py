@@ -7,8 +7,8 @@ from test_winograd import LAST, assert_close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.backbone import Backbone
-from models.ops import kernels, plain_path, pointwise
+from samdetr.models.backbone import Backbone
+from samdetr.models.ops import kernels, plain_path, pointwise
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import main
-from models.build import build_model
+from samdetr import main
+from samdetr.models.build import build_model
 
 REPOSITORY = Path(__file__).parents[1]
 

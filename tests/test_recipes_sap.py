@@ -10,8 +10,8 @@ import pytest
 import torch
 from test_recipes import REPOSITORY, run
 
-import main
-from models.build import build_model
+from samdetr import main
+from samdetr.models.build import build_model
 
 # Backbone, DC5, GPUs, images a step, the published AP and GFLOPs, all parameters
 RECIPES = {

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import roi_align
 
-from models.ops import kernels, plain_path
-from models.ops import roi_sampling as compiled
-from models.sam_detr.roi_sampling import Regions, roi_align_weights
-from models.sam_detr.roi_sampling import roi_align as ours
-from models.sam_detr.semantics_aligner import SemanticsAligner
+from samdetr.models.ops import kernels, plain_path
+from samdetr.models.ops import roi_sampling as compiled
+from samdetr.models.sam_detr.roi_sampling import Regions, roi_align_weights
+from samdetr.models.sam_detr.roi_sampling import roi_align as ours
+from samdetr.models.semantics_aligner import SemanticsAligner
 
 pytestmark = pytest.mark.skipif(bool(kernels.why_not("cpu")), reason="no compiled kernels here")
 KERNELS = {"weigh", "pool", "pool_backward", "sample", "sample_backward_cells", "sample_backward_positions"}

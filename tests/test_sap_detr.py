@@ -8,14 +8,14 @@ import torchvision
 from helpers import TINY_SAP, build_tiny
 from torch import Tensor, nn
 
-import main
-from models.build import FAMILIES, build_model
-from models.encoder import DenseEncoderLayer
-from models.layers import FeatureLevel, FeedForward
-from models.matcher import Matches
-from models.position_encoding import grid_points
-from models.postprocess import postprocess
-from models.sap_detr.losses import (
+from samdetr import main
+from samdetr.models.build import FAMILIES, build_model
+from samdetr.models.encoder import DenseEncoderLayer
+from samdetr.models.layers import FeatureLevel, FeedForward
+from samdetr.models.matcher import Matches
+from samdetr.models.position_encoding import grid_points
+from samdetr.models.postprocess import postprocess
+from samdetr.models.sap_detr.losses import (
     corner_box_losses,
     corner_l1_cost,
     giou_cost,
@@ -24,10 +24,10 @@ from models.sap_detr.losses import (
     object_loss,
     outside_cost,
 )
-from models.sap_detr.points import boxes_around, corners_around, grid_cell, grid_logits, move_points, move_sides
-from models.sap_detr.side_directed_gaussian import SideDirectedGaussian
-from util.box_ops import cxcywh_to_xyxy, generalized_iou, iou
-from util.padded_images import pad_images
+from samdetr.models.sap_detr.points import boxes_around, corners_around, grid_cell, grid_logits, move_points, move_sides
+from samdetr.models.sap_detr.side_directed_gaussian import SideDirectedGaussian
+from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou, iou
+from samdetr.util.padded_images import pad_images
 
 # No width is its default, as in helpers.TINY; 16 queries make a grid of 4 x 4, the published reach of a point is 1/20.
 EXACT = {"rtol": 0, "atol": 1e-12}

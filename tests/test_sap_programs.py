@@ -23,15 +23,13 @@ from helpers import (
 from test_two_processes import TORCHRUN
 from torch import nn
 
-import demo
-import hubconf
-import main
-from engine import train_one_epoch
-from models.build import FAMILIES, read_checkpoint
-from models.sap_detr.official_weights import to_official
-from util.optim import learning_rate_factor
-from util.padded_images import pad_images
-from util.targets import TargetBatch
+from samdetr import demo, hubconf, main
+from samdetr.engine import train_one_epoch
+from samdetr.models.build import FAMILIES, read_checkpoint
+from samdetr.models.sap_detr.official_weights import to_official
+from samdetr.training.optim import learning_rate_factor
+from samdetr.util.padded_images import pad_images
+from samdetr.util.targets import TargetBatch
 
 TWO_EPOCHS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3")
 SAME = {"rtol": 0, "atol": 0}

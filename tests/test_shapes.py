@@ -7,11 +7,11 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from datasets import shapes
-from datasets.coco import CocoDetection
-from datasets.coco_eval import CocoEvaluator
-from datasets.transforms import EvalTransforms
-from util.box_ops import cxcywh_to_xyxy
+from samdetr.datasets import shapes
+from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.datasets.transforms import EvalTransforms
+from samdetr.util.box_ops import cxcywh_to_xyxy
 
 SETTINGS = ["--num_train", "8", "--num_val", "40"]
 

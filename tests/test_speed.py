@@ -9,13 +9,12 @@ import torch
 from helpers import MULTISCALE, TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, call_main, error_line, read_log, run_main
 from torch import Tensor
 
-import engine
-import main
-from datasets import collate
-from models.build import FAMILIES
-from util.optim import build_scheduler
-from util.padded_images import pad_images
-from util.targets import TargetBatch
+from samdetr import engine, main
+from samdetr.datasets.build import collate
+from samdetr.models.build import FAMILIES
+from samdetr.training.optim import build_scheduler
+from samdetr.util.padded_images import pad_images
+from samdetr.util.targets import TargetBatch
 
 FAMILY = {
     "sam": TINY,

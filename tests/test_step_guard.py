@@ -12,19 +12,18 @@ from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-import engine
-import main
-import replay
-from models.build import FAMILIES
-from util.checkpoint import read_file, save_file
-from util.checkpoint_folder import CheckpointFolder
-from util.distributed import init_distributed, shutdown
-from util.ema import WeightAverage
-from util.optim import build_scheduler
-from util.padded_images import pad_images
-from util.step_guard import BadSteps, StepGuard
-from util.targets import TargetBatch
-from util.training_state import TrainingState
+from samdetr import engine, main
+from samdetr.models.build import FAMILIES
+from samdetr.training import replay
+from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.training.ema import WeightAverage
+from samdetr.training.guard import BadSteps, StepGuard
+from samdetr.training.optim import build_scheduler
+from samdetr.training.state import TrainingState
+from samdetr.util.checkpoint import read_file, save_file
+from samdetr.util.distributed import init_distributed, shutdown
+from samdetr.util.padded_images import pad_images
+from samdetr.util.targets import TargetBatch
 
 CPU = torch.device("cpu")
 

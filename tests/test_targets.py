@@ -2,7 +2,7 @@
 
 import torch
 
-from util.targets import TargetBatch
+from samdetr.util.targets import TargetBatch
 
 
 def target(image_id: int, objects: int) -> dict[str, torch.Tensor]:

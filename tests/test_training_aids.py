@@ -7,13 +7,12 @@ import pytest
 import torch
 from helpers import TINY, call_main, command, error_line, evaluate, read_log, run_main, run_process
 
-import demo
-import main
-import training
-from util.checkpoint import checksum
-from util.ema import WeightAverage
-from util.step_guard import StepGuard
-from util.training_state import TrainingState
+from samdetr import demo, main
+from samdetr.training import loop
+from samdetr.training.ema import WeightAverage
+from samdetr.training.guard import StepGuard
+from samdetr.training.state import TrainingState
+from samdetr.util.checkpoint import checksum
 
 FLAGS = shlex.split("--epochs 2 --lr 1e-3 --lr_schedule cosine --warmup_iters 3 --ema 0.9")
 
@@ -128,15 +127,15 @@ def test_the_best_checkpoint_and_patience(shapes, tmp_path, capsys, made_up):
 
 def test_the_best_is_that_of_averaged_weights():
     figures = {"test_coco_eval_bbox": [0.4] * 12, "test_ema_coco_eval_bbox": [0.3] * 12}
-    assert training.average_precision(figures) == 0.3
-    assert training.average_precision({"test_coco_eval_bbox": [0.4] * 12}) == 0.4
-    assert training.average_precision({"train_loss": 1}) is None
+    assert loop.average_precision(figures) == 0.3
+    assert loop.average_precision({"test_coco_eval_bbox": [0.4] * 12}) == 0.4
+    assert loop.average_precision({"train_loss": 1}) is None
 
 
 def test_hours_are_counted_over_resumes(shapes, tmp_path, capsys, monkeypatch):
     """A step takes an hour."""
     now = [0.0]
-    monkeypatch.setattr("util.wall_clock.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("samdetr.training.cluster.wall_clock.time.monotonic", lambda: now[0])
     step = StepGuard.step
 
     def slow(*arguments):

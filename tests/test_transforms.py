@@ -7,8 +7,8 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from datasets import collate
-from datasets.transforms import EvalTransforms, RandomCrop, TrainTransforms, resized_size
+from samdetr.datasets.build import collate
+from samdetr.datasets.transforms import EvalTransforms, RandomCrop, TrainTransforms, resized_size
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

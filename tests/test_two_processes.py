@@ -24,11 +24,11 @@ from helpers import (
 )
 from torch import multiprocessing
 
-import main
 from benchmarks.soak import free_port
-from models.build import FAMILIES
-from util.distributed import init_distributed, shutdown
-from util.padded_images import pad_images
+from samdetr import main
+from samdetr.models.build import FAMILIES
+from samdetr.util.distributed import init_distributed, shutdown
+from samdetr.util.padded_images import pad_images
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LAUNCH = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.backbone import Backbone
-from models.ops import kernels, plain_path, winograd
+from samdetr.models.backbone import Backbone
+from samdetr.models.ops import kernels, plain_path, winograd
 
 LAST = torch.channels_last
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.distributed import main_process_first
-from util.logger import whole_file
+from samdetr.util.distributed import main_process_first
+from samdetr.util.logger import whole_file
 
 SCHEMA_VERSION = 1  # of training checkpoints: raised when an older version of this project could not read them
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from util.distributed import get_rank
+from samdetr.util.distributed import get_rank
 
 _PROJECT = Path(__file__).resolve().parents[1]
 
@@ -40,7 +40,8 @@ def _is_ours(error: ValueError) -> bool:
     if "DataLoader worker process" in str(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return raised_in.is_relative_to(_PROJECT) and "site-packages" not in raised_in.parts
+    # A checkout may hold a virtual environment.
+    return raised_in.is_relative_to(_PROJECT) and "site-packages" not in raised_in.relative_to(_PROJECT).parts
 
 
 def _one_line(error: ValueError) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from util.distributed import all_gather_object, is_main
+from samdetr.util.distributed import all_gather_object, is_main
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from util.visualize import INK, PAPER, Colour, class_colour, contact_sheet, line_width, outline, pixel_box
+from samdetr.util.visualize import INK, PAPER, Colour, class_colour, contact_sheet, line_width, outline, pixel_box
 
 
 def view_around(boxes: Tensor, *, size: tuple[int, int], share: float = 0.5) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.deformable_detr.proposals import ProposedQueries
-from models.deformable_detr.queries import LearnedQueries
-from models.dropout import Dropout
-from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
-from models.ops import MSDeformAttn
+from samdetr.models.deformable_detr.proposals import ProposedQueries
+from samdetr.models.deformable_detr.queries import LearnedQueries
+from samdetr.models.dropout import Dropout
+from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
+from samdetr.models.ops import MSDeformAttn
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from models.weight_names import translate
+from samdetr.models.weight_names import translate
 
 # (official, ours), for `translate`. The norms are numbered by their use here, and after their making there.
 _RULES = [

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.deformable_detr.queries import Queries
-from models.layers import FeatureLevel, join_levels
-from models.position_encoding import sine_encoding
+from samdetr.models.deformable_detr.queries import Queries
+from samdetr.models.layers import FeatureLevel, join_levels
+from samdetr.models.position_encoding import sine_encoding
 
 FINEST_SIDE = 0.05  # of the boxes that positions of the finest level start from; twice as long on every next level
 BORDER = 0.01  # an initial box with a coordinate nearer than this to 0 or 1 is none

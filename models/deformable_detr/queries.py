@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.layers import FeatureLevel
+from samdetr.models.layers import FeatureLevel
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.ops import kernels
-from models.ops.dropout import draw_seed
+from samdetr.models.ops import kernels
+from samdetr.models.ops.dropout import draw_seed
 
 
 def runs_compiled(

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from models.ops import build, kernels
+from samdetr.models.ops import build, kernels
 
 
 def diagnose(device: torch.device) -> list[str]:

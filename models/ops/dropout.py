@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.ops import kernels
+from samdetr.models.ops import kernels
 
 
 def draw_seed() -> Tensor:

@@ -6,7 +6,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from models.ops import kernels
+from samdetr.models.ops import kernels
 
 LEAST_ROWS = 256  # for fewer, to lay out the weights anew takes longer than is won
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.ops import registration  # noqa: F401  (registers torch.ops.sam_detr)
+from samdetr.models.ops import registration  # noqa: F401  (registers torch.ops.sam_detr)
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

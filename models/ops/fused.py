@@ -9,8 +9,8 @@ module else.
 import torch
 from torch import Tensor
 
-from models.ops import kernels
-from models.ops.registration import LIBRARY, compiled, differentiate_twice
+from samdetr.models.ops import kernels
+from samdetr.models.ops.registration import LIBRARY, compiled, differentiate_twice
 
 FORWARD, BACKWARD = "sam_detr::ms_deform_attn_fused", "sam_detr::ms_deform_attn_fused_backward"
 INPUTS = "Tensor value, SymInt[] sizes, Tensor reference, Tensor offsets, Tensor logits, Tensor? padding"

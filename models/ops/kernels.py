@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from models.ops import build
-from models.ops.plain import coordinate_dtype
+from samdetr.models.ops import build
+from samdetr.models.ops.plain import coordinate_dtype
 
 MAX_CUDA_LEVELS = 32  # they travel as a kernel argument; as in the CUDA source
 CUDA_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.ops.functional import check_level_shapes, ms_deform_attn
-from models.ops.fused import ms_deform_attn_fused, usable
-from models.ops.plain import coordinate_dtype
+from samdetr.models.ops.functional import check_level_shapes, ms_deform_attn
+from samdetr.models.ops.fused import ms_deform_attn_fused, usable
+from samdetr.models.ops.plain import coordinate_dtype
 
 
 class MSDeformAttn(nn.Module):

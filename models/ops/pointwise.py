@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.ops import kernels
+from samdetr.models.ops import kernels
 
 LAST = torch.channels_last
 

@@ -7,8 +7,8 @@ and saved graphs carry the operator and not the decision.
 import torch
 from torch import Tensor
 
-from models.ops import kernels
-from models.ops.plain import coordinate_dtype, plain_backward, plain_ms_deform_attn
+from samdetr.models.ops import kernels
+from samdetr.models.ops.plain import coordinate_dtype, plain_backward, plain_ms_deform_attn
 
 LIBRARY = torch.library.Library("sam_detr", "DEF")
 FORWARD, BACKWARD = "sam_detr::ms_deform_attn", "sam_detr::ms_deform_attn_backward"

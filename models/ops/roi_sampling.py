@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.ops import kernels
+from samdetr.models.ops import kernels
 
 
 def weigh(low: Tensor, high: Tensor, *, length: int, num_bins: int) -> Tensor:

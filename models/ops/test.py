@@ -14,7 +14,7 @@ if __name__ == "__main__":  # started by its path: find the package from any fol
 import torch
 from torch import Tensor
 
-from models.ops import kernels, ms_deform_attn, plain_path
+from samdetr.models.ops import kernels, ms_deform_attn, plain_path
 
 Shapes = list[tuple[int, int]]
 EVEN: Shapes = [(8, 12), (4, 6), (2, 3)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models.ops import kernels
+from samdetr.models.ops import kernels
 
 LAST = torch.channels_last
 SMALLEST = 64  # cells of a map, at least: smaller ones are few tiles, and mostly border

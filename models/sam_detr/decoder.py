@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.attention import attend, merge_heads, split_heads
-from models.dropout import Dropout
-from models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
-from models.position_encoding import sine_encoding
-from models.sam_detr.semantics_aligner import SemanticsAligner
-from models.spatial_prior import SeparablePrior, gaussian_log_prior
+from samdetr.models.attention import attend, merge_heads, split_heads
+from samdetr.models.dropout import Dropout
+from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
+from samdetr.models.position_encoding import sine_encoding
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
 class SelfAttention(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from models.weight_names import translate
+from samdetr.models.weight_names import translate
 
 # (official, ours), rules for models.weight_names.translate
 _RULES = [

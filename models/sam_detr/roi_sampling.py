@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.ops import kernels
-from models.ops import roi_sampling as compiled
+from samdetr.models.ops import kernels
+from samdetr.models.ops import roi_sampling as compiled
 
 # Numbers that roi_align holds between its two products: 16 MiB of float32. With 64 MiB the first product on C3 took
 # twice as long on a CPU: new memory all the time, and none of it in a cache when the second product reads it.

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attend, merge_heads, split_heads
-from models.dropout import Dropout
-from models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
-from models.position_encoding import sine_encoding
-from models.sap_detr.points import (
+from samdetr.models.attention import attend, merge_heads, split_heads
+from samdetr.models.dropout import Dropout
+from samdetr.models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
+from samdetr.models.position_encoding import sine_encoding
+from samdetr.models.sap_detr.points import (
     PUBLISHED_QUERIES,
     boxes_around,
     corners_around,
@@ -25,8 +25,8 @@ from models.sap_detr.points import (
     move_points,
     move_sides,
 )
-from models.sap_detr.side_directed_gaussian import SideDirectedGaussian
-from models.spatial_prior import SeparablePrior
+from samdetr.models.sap_detr.side_directed_gaussian import SideDirectedGaussian
+from samdetr.models.spatial_prior import SeparablePrior
 
 TEMPERATURE = 20.0  # of every position encoding
 

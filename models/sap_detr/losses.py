@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.criterion import Loss, Targets, sigmoid_focal_loss
-from models.matcher import Cost, Matches, focal_change
-from util.box_ops import cxcywh_to_xyxy, generalized_iou, iou
+from samdetr.models.criterion import Loss, Targets, sigmoid_focal_loss
+from samdetr.models.matcher import Cost, Matches, focal_change
+from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou, iou
 
 EPS = 1e-6  # added to the divisors of IoU and GIoU
 OUTSIDE = 9999.0  # published weight of `outside_cost`: no object takes a point outside it while there is one inside

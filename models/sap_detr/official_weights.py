@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from models.weight_names import translate
+from samdetr.models.weight_names import translate
 
 _ENCODER = ("transformer.encoder.layers.{i}.", "encoder.layers.{i}.")
 _DECODER = ("transformer.decoder.layers.{i}.", "decoder.layers.{i}.")

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.layers import inverse_sigmoid
+from samdetr.models.layers import inverse_sigmoid
 
 # Logits end here, so that a coordinate of 0 becomes 0.001 and not 0.00001 as in the other families.
 EPS = 1e-3

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.layers import MLP
-from models.spatial_prior import SeparablePrior, gaussian_log_prior
+from samdetr.models.layers import MLP
+from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
 class SideDirectedGaussian(nn.Module):

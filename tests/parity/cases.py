@@ -16,10 +16,10 @@ import torch
 from parity import extract
 from torch import Tensor
 
-from main import build_parser
-from models import build_model
-from models.ops import plain_path
-from util.padded_images import pad_images
+from samdetr.main import build_parser
+from samdetr.models.build import build_model
+from samdetr.models.ops import plain_path
+from samdetr.util.padded_images import pad_images
 
 FULL = Path(__file__).parents[2].parent / "shared" / "parity"
 needs_full_figures = pytest.mark.skipif(not FULL.is_dir(), reason="the folder of the full figures is not here")

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from util.checkpoint import save_file
-from util.logger import append_json_line, flush_folder, log, read_json_lines, whole_file
+from samdetr.util.checkpoint import save_file
+from samdetr.util.logger import append_json_line, flush_folder, log, read_json_lines, whole_file
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.check_annotations import Annotations, annotation_findings, image_size, is_image
-from datasets.check_boxes import box_findings
-from datasets.check_images import FileState, file_findings, shared_pixels, unlisted_files
-from datasets.check_repair import removed_images
-from datasets.check_report import Finding, by_severity
+from samdetr.datasets.check.annotations import Annotations, annotation_findings, image_size, is_image
+from samdetr.datasets.check.boxes import box_findings
+from samdetr.datasets.check.files import FileState, file_findings, shared_pixels, unlisted_files
+from samdetr.datasets.check.repair import removed_images
+from samdetr.datasets.check.report import Finding, by_severity
 
 
 @dataclass(frozen=True)

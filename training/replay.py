@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from engine import compute_losses, predict
-from util.checkpoint import read_file, save_file
-from util.checkpoint_folder import CheckpointFolder
-from util.distributed import all_gather_object, barrier, get_rank
-from util.padded_images import PaddedImages
-from util.step_guard import BadSteps, Step
-from util.training_state import TrainingState, set_random_state
+from samdetr.engine import compute_losses, predict
+from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.training.guard import BadSteps, Step
+from samdetr.training.state import TrainingState, set_random_state
+from samdetr.util.checkpoint import read_file, save_file
+from samdetr.util.distributed import all_gather_object, barrier, get_rank
+from samdetr.util.padded_images import PaddedImages
 
 NAME, VERSION = "replay.pth", 1
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from models.layers import valid_ratio
-from models.ops import MSDeformAttn
+from samdetr.models.layers import valid_ratio
+from samdetr.models.ops import MSDeformAttn
 
 T = TypeVar("T")
 

@@ -16,13 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets.check_images import FileState, inspect_files, shared_pixels
-from datasets.check_repair import repair
-from datasets.check_report import KINDS, Finding, by_severity, counts, is_clean, table
-from datasets.check_splits import Split, all_findings, check_split, listed_sizes, places
-from datasets.coco import read_annotations
-from util.command_line import run_command
-from util.logger import write_json
+from samdetr.datasets.check.files import FileState, inspect_files, shared_pixels
+from samdetr.datasets.check.repair import repair
+from samdetr.datasets.check.report import KINDS, Finding, by_severity, counts, is_clean, table
+from samdetr.datasets.check.splits import Split, all_findings, check_split, listed_sizes, places
+from samdetr.datasets.coco import read_annotations
+from samdetr.util.command_line import run_command
+from samdetr.util.logger import write_json
 
 SPLITS = ("train", "val")
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from torch.distributed import distributed_c10d
 
-from util import distributed
-from util.distributed import barrier, get_rank, get_world_size, is_main
-from util.preemption import PREEMPTED, Stopped, end_now
+from samdetr.training.cluster.preemption import PREEMPTED, Stopped, end_now
+from samdetr.util import distributed
+from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 
 _END = 10**9  # of a loader, as a place in it
 _GRACE = 5.0  # seconds that the main thread has to end by itself, such as to finish writing a file

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.layers import MLP
-from models.position_encoding import sine_encoding
-from models.sam_detr.roi_sampling import Regions, bilinear_weights, roi_align, roi_align_weights, sample
+from samdetr.models.layers import MLP
+from samdetr.models.position_encoding import sine_encoding
+from samdetr.models.sam_detr.roi_sampling import Regions, bilinear_weights, roi_align, roi_align_weights, sample
 
 ROI_SIZE = 7
 

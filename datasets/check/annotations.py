@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.check_report import Finding
+from samdetr.datasets.check.report import Finding
 
 LARGEST = 1e100  # of numbers that a box may have: sums and products of them are finite
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from engine import train_one_epoch
-from util.checkpoint_folder import CheckpointFolder
-from util.distributed import barrier, get_rank, is_main
-from util.logger import MetricAverager, log, read_json_lines, write_json
-from util.preemption import PREEMPTED, Signals, Stopped, Votes, Wish
-from util.training_state import TrainingState
-from util.visualize import plot_training_curves
+from samdetr.engine import train_one_epoch
+from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.training.cluster.preemption import PREEMPTED, Signals, Stopped, Votes, Wish
+from samdetr.training.state import TrainingState
+from samdetr.util.distributed import barrier, get_rank, is_main
+from samdetr.util.logger import MetricAverager, log, read_json_lines, write_json
+from samdetr.util.visualize import plot_training_curves
 
 
 def average_precision(line: dict[str, Any]) -> float | None:

@@ -13,9 +13,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from util.checkpoint import SCHEMA_VERSION
-from util.distributed import all_gather_object, get_rank, get_world_size
-from util.logger import MetricAverager
+from samdetr.util.checkpoint import SCHEMA_VERSION
+from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
+from samdetr.util.logger import MetricAverager
 
 
 class Stateful(Protocol):

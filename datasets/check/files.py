@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.check_report import Finding
-from datasets.images import check_image, fault_of, orientation_of
+from samdetr.datasets.check.report import Finding
+from samdetr.datasets.images import check_image, fault_of, orientation_of
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jp2", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import distributed
 
-from util.distributed import get_world_size
+from samdetr.util.distributed import get_world_size
 
 PREEMPTED = 75  # exit status: start me again, I go on (sysexits.h: temporary failure); scripts_slurm/launch.sh knows it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of clusters that preempt; what slurm's --signal=USR1@120 sends

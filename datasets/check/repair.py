@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from datasets.check_annotations import Annotations, is_category, is_id, is_image, number, repeated
-from datasets.check_boxes import ROUNDING, area_fits, box_verdicts
-from datasets.check_images import FileState
+from samdetr.datasets.check.annotations import Annotations, is_category, is_id, is_image, number, repeated
+from samdetr.datasets.check.boxes import ROUNDING, area_fits, box_verdicts
+from samdetr.datasets.check.files import FileState
 
 UNUSABLE = ("missing_image", "zero_byte_image", "truncated_image", "unreadable_image")
 HOPELESS = ("box_entry", "box_not_finite", "box_negative_size", "box_zero_size", "box_outside")

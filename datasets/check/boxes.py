@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from datasets.check_annotations import LARGEST, Annotations
-from datasets.check_report import Finding
+from samdetr.datasets.check.annotations import LARGEST, Annotations
+from samdetr.datasets.check.report import Finding
 
 ROUNDING = 1.0  # pixels that a box may reach beyond its image: some formats count from 1, many round
 FAR = 0.05  # of the image's side: further out than by carelessness

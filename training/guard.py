@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from util.distributed import all_gather_object, any_process, get_world_size
-from util.logger import log
-from util.training_state import random_state
+from samdetr.training.state import random_state
+from samdetr.util.distributed import all_gather_object, any_process, get_world_size
+from samdetr.util.logger import log
 
 MOST = 6  # loss terms that are named
 

@@ -1,0 +1,1 @@
+"""What shared machines need: preemption, lost processes, limits of time."""
