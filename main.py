@@ -17,26 +17,21 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from samdetr.cli import CommandLine, parse
 from samdetr.datasets.bad_images import BadImages
 from samdetr.datasets.build import build_dataset, collate, start_report
 from samdetr.datasets.categories import COCO, Categories
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.sampler import DistributedEvalSampler, TrainSampler
 from samdetr.engine import evaluate
-from samdetr.models.backbone import RESNETS
-from samdetr.models.build import (
-    FAMILIES,
-    build_model,
-    input_proj_norm,
-    load_backbone_weights,
-    read_checkpoint,
-)
+from samdetr.models.build import build_model
+from samdetr.models.checkpoints import chosen_weights, load_backbone_weights, read_checkpoint
 from samdetr.training import replay
 from samdetr.training.checkpoints import NEWEST, CheckpointFolder
 from samdetr.training.cluster.preemption import PREEMPTED, Signals, Stopped, Wish, end_now, shield_worker
@@ -45,8 +40,9 @@ from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.ema import WeightAverage
 from samdetr.training.guard import BadSteps, StepGuard
 from samdetr.training.loop import Trainer
-from samdetr.training.optim import SCHEDULES, build_scheduler, parameter_groups
+from samdetr.training.optim import build_scheduler, parameter_groups
 from samdetr.training.profiler import StepProfiler
+from samdetr.training.settings import RunSettings
 from samdetr.training.state import TrainingState
 from samdetr.util.checkpoint import load_weights
 from samdetr.util.command_line import run_command
@@ -64,298 +60,14 @@ from samdetr.util.logger import log, write_json
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    """Its defaults are those published for the family that --model names; the help shows SAM-DETR's."""
-
-    def error(self, message: str) -> NoReturn:
-        """One line; the usage of so many flags would hide it."""
-        self.exit(2, f"{self.prog}: error: {message}; --help tells all flags\n")
-
-    def parse_known_args(self, args=None, namespace=None):
-        chosen, _ = super().parse_known_args(args)
-        usual = {name: self.get_default(name) for name in FAMILIES[chosen.model].defaults}
-        self.set_defaults(**FAMILIES[chosen.model].defaults)
-        try:
-            settings, rest = super().parse_known_args(args, namespace)
-        finally:
-            self.set_defaults(**usual)
-        # Short for a choice of --sam_resample, which alone is kept.
-        aligner = settings.__dict__.pop("aligner")
-        if aligner and settings.sam_resample in ("off", None):
-            settings.sam_resample = "points"
-        elif aligner is False:
-            settings.sam_resample = "off"
-        return settings, rest
-
-
-def build_parser() -> Parser:
-    parser = Parser(
-        "main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    number, whole = float, int
-
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", default=1e-4, type=number)
-    group.add_argument("--lr_backbone", default=1e-5, type=number, help="0 freezes the backbone")
-    group.add_argument(
-        "--lr_linear_proj_names", default=[], nargs="+", help="parameters whose names contain one of these"
-    )
-    group.add_argument("--lr_linear_proj_mult", default=0.1, type=number, help="... learn at lr times this")
-    group.add_argument("--batch_size", default=2, type=whole, help="images per process")
-    group.add_argument("--weight_decay", default=1e-4, type=number)
-    group.add_argument("--epochs", default=50, type=whole)
-    group.add_argument(
-        "--lr_drop", default=40, type=whole, help="epochs after which the learning rate falls to a tenth"
-    )
-    group.add_argument("--lr_schedule", default="step", choices=SCHEDULES, help="how the learning rate falls")
-    group.add_argument("--warmup_iters", default=0, type=whole, help="iterations of linear warm-up")
-    group.add_argument("--clip_max_norm", default=0.1, type=number, help="largest gradient norm; 0 does not clip")
-    group.add_argument(
-        "--ema", default=0.0, type=number, metavar="DECAY", help="also average the weights, as with 0.9998; 0: not"
-    )
-    group.add_argument(
-        "--max_bad_steps",
-        default=10,
-        type=whole,
-        help="steps in a row with a loss or gradient that is not finite, after which the run stops; each is skipped",
-    )
-    group.add_argument(
-        "--legacy_no_zero_grad",
-        action="store_true",
-        help="never zero gradients: add to the last step's, as the published SAP-DETR does without --amp",
-    )
-
-    group = parser.add_argument_group("network (with --resume, what is not given comes from the checkpoint)")
-    group.add_argument(
-        "-m", "--model", default="sam_detr", choices=FAMILIES, help="family; published defaults go with it"
-    )
-    group.add_argument("--multiscale", action="store_true", help="C3, C4 and C5, with a deformable encoder")
-    group.add_argument("--backbone", default="resnet50", help=", ".join(RESNETS))
-    group.add_argument(
-        "--backbone_level", default=5, type=whole, choices=(3, 4, 5), help="the stage used: 4 is C4, stride 16"
-    )
-    group.add_argument(
-        "--backbone_norm",
-        default="frozen",
-        choices=("frozen", "learned"),
-        help="BatchNorm; learned: to train from scratch",
-    )
-    group.add_argument(
-        "--backbone_weights",
-        default="imagenet",
-        metavar="{imagenet,none,FILE}",
-        help="where training starts; not used with --resume",
-    )
-    group.add_argument("--dilation", action="store_true", help="C5 at stride 16 (DC5)")
-    group.add_argument("--position_embedding", default="sine", choices=("sine",))
-    group.add_argument(
-        "--input_proj_norm",
-        default="auto",
-        choices=("auto", "group", "none"),
-        help="GroupNorm after the input projection; auto: multi-scale, or epochs < 25",
-    )
-    group.add_argument("--enc_layers", default=6, type=whole)
-    group.add_argument("--dec_layers", default=6, type=whole)
-    group.add_argument("--dim_feedforward", default=2048, type=whole)
-    group.add_argument("--hidden_dim", default=256, type=whole)
-    group.add_argument("--dropout", default=0.1, type=number)
-    group.add_argument("--nheads", default=8, type=whole)
-    group.add_argument("--num_queries", default=300, type=whole)
-    group.add_argument("--smca", action="store_true", help="spatial prior around the salient points")
-    aligner = group.add_mutually_exclusive_group()
-    aligner.add_argument(
-        "--aligner",
-        action="store_true",
-        default=None,
-        help="a Semantics Aligner in every decoder layer, where the family has none or --sam_resample says off",
-    )
-    aligner.add_argument("--no_aligner", dest="aligner", action="store_false", default=None, help="none")
-    group.add_argument(
-        "--sam_resample",
-        default="points",
-        choices=("points", "average", "maximum", "off"),
-        help="what queries are resampled from; off: no Semantics Aligner",
-    )
-    group.add_argument("--sam_points", default=None, type=whole, help="salient points a query: 1, or nheads (default)")
-    group.add_argument("--sam_range", default="box", choices=("box", "image"), help="where salient points may lie")
-    group.add_argument(
-        "--no_sam_reweight", dest="sam_reweight", action="store_false", help="do not gate new queries by old ones"
-    )
-
-    group = parser.add_argument_group("Deformable DETR")
-    group.add_argument(
-        "--num_feature_levels", default=4, type=whole, help="1: the last stage alone; beyond C3 to C5: smaller ones"
-    )
-    group.add_argument(
-        "--with_box_refine", action="store_true", help="a layer's boxes are where the next one looks; heads of its own"
-    )
-    group.add_argument(
-        "--two_stage", action="store_true", help="queries are the encoder's best proposals; needs --with_box_refine"
-    )
-    group.add_argument("--enc_n_points", default=4, type=whole, help="points a head looks at in each level, encoder")
-    group.add_argument("--dec_n_points", default=4, type=whole, help="the same, decoder")
-    parser.set_defaults(num_classes=91)  # COCO's, until the data set or the checkpoint tells
-
-    group = parser.add_argument_group("loss")
-    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", help="loss at the last layer only")
-    group.add_argument("--set_cost_class", default=2.0, type=number)
-    group.add_argument("--set_cost_bbox", default=5.0, type=number)
-    group.add_argument("--set_cost_giou", default=2.0, type=number)
-    group.add_argument("--cls_loss_coef", default=2.0, type=number)
-    group.add_argument("--bbox_loss_coef", default=5.0, type=number)
-    group.add_argument("--giou_loss_coef", default=2.0, type=number)
-    group.add_argument("--focal_alpha", default=0.25, type=number)
-
-    group = parser.add_argument_group("SAP-DETR (with --resume, what is not given comes from the checkpoint)")
-    group.add_argument("--num_select", default=300, type=whole, help="detections kept of an image")
-    group.add_argument(
-        "--transformer_activation", default="relu", choices=("relu", "prelu"), help="of the feed-forward branches"
-    )
-    group.add_argument(
-        "--meshgrid_refpoints_xy", action="store_true", help="points start as a grid; always so, nothing else exists"
-    )
-    group.add_argument("--newconvinit", action="store_true", help="queries start as the features at their points")
-    group.add_argument("--sdg", action="store_true", help="side-directed Gaussian")
-    group.add_argument(
-        "--bbox_embed_diff_each_layer", action="store_true", help="distance and point heads of its own for each layer"
-    )
-    group.add_argument("--obj_loss_coef", default=1.0, type=number, help="of the objectness loss")
-    group.add_argument("--inner_loss_coef", default=2.0, type=number, help="of loss_inner, which has no gradient")
-    group.add_argument(
-        "--point_reference",
-        default="late",
-        choices=("late", "current"),
-        help="which points a layer's heads move: late (published), those that entered the layer before",
-    )
-    group.add_argument(
-        "--head_cell",
-        default="published",
-        choices=("published", "grid"),
-        help="how far heads move a point: published, 1/20 of the image but for 306 queries; grid, a cell of the grid",
-    )
-    group.add_argument(
-        "--objectness_target",
-        default="attached",
-        choices=("attached", "detached"),
-        help="whether boxes learn from the IoU that objectness should tell: attached (published), they do",
-    )
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_file", default="coco", help="format of the data set; coco is the only one")
-    group.add_argument("--coco_path", default="data/coco", help="folder with train2017/, val2017/ and annotations/")
-    group.add_argument(
-        "--train_sizes",
-        default=list(range(480, 801, 32)),
-        nargs="+",
-        type=whole,
-        help="short sides drawn from in training",
-    )
-    group.add_argument("--eval_size", default=800, type=whole, help="short side in evaluation")
-    group.add_argument("--max_size", default=1333, type=whole, help="longest side")
-    group.add_argument("--no_crop", dest="crop_augmentation", action="store_false", help="no random crops in training")
-    group.add_argument("--cache_mode", action="store_true", help="hold the image files in memory, once a node")
-    group.add_argument("--num_workers", default=2, type=whole)
-    group.add_argument(
-        "--max_bad_images",
-        default=0.001,
-        type=number,
-        help="share of the training images that may be unreadable; others take their place",
-    )
-
-    group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--amp", default="off", choices=AMP, help="16-bit arithmetic in the network; matching and losses stay float32"
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the network, for any size of image")
-    group.add_argument("--tf32", action="store_true", help="products of float32 rounded to 10 bits on recent GPUs")
-    group.add_argument("--no_tf32", dest="tf32", action="store_false", help="the default")
-    group.add_argument(
-        "--channels_last", action="store_true", default=None, help="memory format of images; the default on a CPU"
-    )
-    group.add_argument("--no_channels_last", dest="channels_last", action="store_false")
-    group.add_argument("--accumulate", default=1, type=whole, help="batches to a step, as one large batch")
-    group.add_argument("--pad_to_multiple", default=1, type=whole, help="pad batches to multiples of so many pixels")
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same numbers in every run, or an error",
-    )
-    group.add_argument("--profile", default=0, type=whole, help="show where the time of the first so many steps goes")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="", help="where to save; empty: nowhere")
-    group.add_argument("--device", default="auto", help="auto: a GPU where there is one")
-    group.add_argument("--seed", default=42, type=whole)
-    group.add_argument(
-        "--resume",
-        default="",
-        metavar="{FILE,URL,auto,auto:FILE}",
-        help="checkpoint to go on from, ours or an official one; auto: the newest good one in --output_dir, where "
-        "there is one, else FILE",
-    )
-    group.add_argument("--start_epoch", default=0, type=whole)
-    group.add_argument("--eval", action="store_true", help="evaluate, do not train")
-    group.add_argument("--raw_weights", action="store_true", help="with --eval: not the averaged ones of --ema")
-    group.add_argument("--eval_every_epoch", default=1, type=whole)
-    group.add_argument(
-        "--patience", default=0, type=whole, help="stop after so many evaluations without a higher AP; 0: never"
-    )
-    group.add_argument(
-        "--max_hours", default=0.0, type=number, help="save and end after so many, those before a --resume included"
-    )
-    group.add_argument("--replay", default="", metavar="FILE", help="repeat the step that a run stopped at, and tell")
-    group.add_argument("--save_every_epoch", default=1, type=whole, help="epochs between checkpoints of their own name")
-    group.add_argument("--save_every_iterations", default=0, type=whole, help="also save after so many; 0: not")
-    group.add_argument("--save_every_minutes", default=0.0, type=number, help="also save after so many; 0: not")
-    group.add_argument(
-        "--keep", type=whole, help="older checkpoints that stay; unset: all of --save_every_epoch, one in between"
-    )
-    group.add_argument(
-        "--timeout", default=1800.0, type=number, help="seconds without a sign of a process until the others stop"
-    )
-    group.add_argument(
-        "--print_every", default=50, type=whole, help="iterations between lines where output is no terminal"
-    )
-    group.add_argument(
-        "--world_size", default=1, type=whole, help="number of processes, where the launcher does not tell"
-    )
-    group.add_argument("--dist_url", default="env://", help="where the processes meet")
-    group.add_argument(
-        "--local_rank", "--local-rank", default=0, type=whole, help="of torch.distributed.launch; LOCAL_RANK tells it"
-    )
-    return parser
-
-
 def check_settings(args: argparse.Namespace) -> None:
     """Refuse values that no run can use, before anything is read or written. Raises ValueError."""
-    at_least = {
-        1: "batch_size epochs lr_drop dec_layers dim_feedforward hidden_dim nheads num_queries num_select eval_size "
-        "max_size num_feature_levels enc_n_points dec_n_points eval_every_epoch save_every_epoch print_every "
-        "accumulate pad_to_multiple timeout max_bad_steps",
-        0: "lr lr_backbone weight_decay clip_max_norm enc_layers warmup_iters num_workers seed start_epoch focal_alpha "
-        "dropout set_cost_class set_cost_bbox set_cost_giou cls_loss_coef bbox_loss_coef giou_loss_coef "
-        "obj_loss_coef inner_loss_coef profile save_every_iterations save_every_minutes keep ema patience max_hours "
-        "max_bad_images",
-    }
-    for least, names in at_least.items():
-        for name in names.split():
-            if getattr(args, name) is not None and not getattr(args, name) >= least:  # so that NaN is refused too
-                raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
-    for name in ("dropout", "focal_alpha", "max_bad_images"):
-        if getattr(args, name) > 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at most 1")
-    if args.ema >= 1:
-        raise ValueError(f"--ema {args.ema} must be less than 1, which would never follow the weights")
-    if args.timeout > 1e9:  # 30 years; sockets take no infinity
-        raise ValueError(f"--timeout {args.timeout} must be at most 1e9 seconds")
-    if min(args.train_sizes) < 1:
-        raise ValueError(f"--train_sizes {min(args.train_sizes)} must be at least 1")
     if args.eval and not args.resume:
-        raise ValueError("--eval needs a model: pass --resume CHECKPOINT")
+        raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
     if is_auto(args.resume) and not args.output_dir:
-        raise ValueError("--resume auto looks for checkpoints in --output_dir: pass the folder")
+        raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if args.output_dir and not _can_be_written(Path(args.output_dir)):
-        raise ValueError(f"--output_dir {args.output_dir} is not a folder that can be written to")
+        raise ValueError(f"`output_dir` {args.output_dir} is not a folder that can be written to")
 
 
 def _can_be_written(folder: Path) -> bool:
@@ -385,37 +97,8 @@ def set_arithmetic(*, tf32: bool, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def take_network_settings(args: argparse.Namespace, given: set[str], checkpoint: dict[str, Any]) -> None:
-    """Let the checkpoint decide what shapes the network, but for flags that the user gave: if these do not fit, loading
-    the weights says so. What the weights themselves tell always follows them. Raises ValueError for another family."""
-    told = checkpoint["settings"]
-    if args.model != told["model"]:
-        if "model" in given:
-            raise ValueError(f"--model {args.model} does not fit the checkpoint, a {told['model']}; leave the flag out")
-        for name, value in vars(build_parser().parse_args(["--model", told["model"]])).items():
-            if name not in given:
-                setattr(args, name, value)
-    for name, value in told.items():
-        if name not in given or name in ("input_proj_norm", "num_classes"):
-            setattr(args, name, value)
-
-
-def chosen_weights(checkpoint: dict[str, Any], *, raw: bool) -> dict[str, torch.Tensor]:
-    """Those to detect with: the averaged ones, where the file has some, unless `raw`."""
-    if raw or not checkpoint.get("ema"):
-        return checkpoint["model"]
-    log("these are averaged weights (--ema); --raw_weights takes those that were trained")
-    return checkpoint["ema"]["model"]
-
-
-def check_family(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse flags of other families, which would have no effect. Raises ValueError."""
-    others = {name for family in FAMILIES.values() for name in family.settings}
-    for name in sorted(given & others - set(FAMILIES[args.model].settings)):
-        flags = [action.option_strings[0] for action in build_parser()._actions if action.dest == name]
-        raise ValueError(
-            f"{' or '.join(flags)} has no effect on --model {args.model}; leave it out, or choose another model"
-        )
+def of(args: argparse.Namespace) -> RunSettings:
+    return RunSettings.from_flat(vars(args))
 
 
 def checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
@@ -551,11 +234,12 @@ def build(args: argparse.Namespace, given: set[str], watchdog: Watchdog) -> Run:
     own = bool(own) and "start_epoch" not in given
     categories = None
     if checkpoint:
-        take_network_settings(args, given, checkpoint)
+        named = {name: getattr(args, name) for name in given}
+        vars(args).update(of(args).with_checkpoint(checkpoint["settings"], named).flat())
         categories = checkpoint_categories(checkpoint)
         if "sampler" in checkpoint and "seed" not in given:
             args.seed = checkpoint["sampler"]["seed"]  # the order of the images goes on
-    check_family(args, given)
+    of(args).check_family(dict.fromkeys(given))
     train_set = None if args.eval else build_dataset("train", args, categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = build_dataset("val", args, categories)
@@ -576,10 +260,15 @@ def build(args: argparse.Namespace, given: set[str], watchdog: Watchdog) -> Run:
         )
     train_loader, val_loader = build_loaders(args, train_set, val_set)
 
-    args.input_proj_norm = input_proj_norm(args)
-    network, criterion, postprocess = build_model(args)
+    vars(args).update(of(args).with_resolved_norm().flat())
+    settings = of(args)
+    network, criterion, postprocess = build_model(settings.trunk, settings.family, settings.loss)
+    if not args.lr_backbone:
+        network.backbone.requires_grad_(False)
     if checkpoint:
         weights = chosen_weights(checkpoint, raw=args.raw_weights or not args.eval)
+        if weights is not checkpoint["model"]:
+            log("these are averaged weights (--ema); --raw_weights takes those that were trained")
         load_weights(network, weights, source=args.resume)
     else:
         with main_process_first():
@@ -780,11 +469,12 @@ def train(run: Run, signals: Signals) -> None:
 def repeat_step(source: str, device: torch.device) -> int:
     """--replay: what the step gives here; 0 where it is finite, 1 where it is not. Raises ValueError."""
     content = replay.read(source)
-    settings = build_parser().parse_args(["--model", content["settings"]["model"]])
-    for name in vars(settings).keys() & content["settings"].keys():
-        setattr(settings, name, content["settings"][name])
+    full = RunSettings.from_flat(content["settings"])
+    settings = argparse.Namespace(**full.flat())
     set_arithmetic(tf32=settings.tf32, deterministic=settings.deterministic)
-    network, criterion, _ = build_model(settings)
+    network, criterion, _ = build_model(full.trunk, full.family, full.loss)
+    if not settings.lr_backbone:
+        network.backbone.requires_grad_(False)
     load_weights(network, content["model"], source=source)
     place(network, settings, device)
     optimizer = build_optimizer(network, settings, device)
@@ -830,12 +520,15 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 1 for a --replay that is not finite, 2 after one line about what is wrong with the input, 75
     where the run is to be started again."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+    command: list[CommandLine] = []
+
+    def program() -> int:
+        command.append(parse(argv))
+        settings = argparse.Namespace(**command[0].settings.flat())
+        return run(settings, set(command[0].given))
+
     try:
-        return run_command("main.py", lambda: run(args, given))
+        return run_command("main.py", program, describe=lambda text: command[0].with_flags(text) if command else text)
     finally:
         shutdown()
 

@@ -198,7 +198,7 @@ def progress(output: Path, often: int) -> int:
     if not (output / "checkpoint.pth").exists():
         return 0
     try:
-        saved = read_file(str(output / "checkpoint.pth"), flag="soak")
+        saved = read_file(str(output / "checkpoint.pth"), name="soak")
     except ValueError:
         return 0
     return often * (4 * saved["epoch"] + saved["iteration"]) // STEPS
@@ -206,7 +206,7 @@ def progress(output: Path, often: int) -> int:
 
 def same(one: Path, other: Path) -> bool:
     """Whether two runs ended with the same weights, optimiser, random numbers and log."""
-    first, second = (read_file(str(folder / "checkpoint.pth"), flag="soak") for folder in (one, other))
+    first, second = (read_file(str(folder / "checkpoint.pth"), name="soak") for folder in (one, other))
     keys = first.keys() - {"settings", "versions"}
     logs = [(folder / "log.txt").read_bytes() for folder in (one, other)]
     return logs[0] == logs[1] and all(checksum(first[key]) == checksum(second[key]) for key in keys)

@@ -14,7 +14,7 @@ from samdetr.util.logger import append_json_line
 
 
 def read(path: str) -> dict:
-    return read_file(path, flag="--resume")
+    return read_file(path, name="resume")
 
 
 def content(epoch: int, iteration: int) -> dict:

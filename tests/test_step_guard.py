@@ -201,7 +201,7 @@ def test_a_step_is_repeated_from_its_file(keep_gradients, tmp_path):
         training.run([batch(2), batch(3)])
     step = stopped.value.step
     save_file(replay.pack(step, training.training_state()), tmp_path / "replay.pth")
-    content = read_file(str(tmp_path / "replay.pth"), flag="--replay")
+    content = read_file(str(tmp_path / "replay.pth"), name="replay")
     other = Training(dropout="0.2")
     other.run([batch(5)])
     other.network.load_state_dict(content["model"])

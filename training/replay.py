@@ -85,9 +85,9 @@ def pack(step: Step, state: TrainingState) -> dict[str, Any]:
 
 def read(source: str) -> dict[str, Any]:
     """What `keep` wrote. Raises ValueError."""
-    content = read_file(source, flag="--replay")
+    content = read_file(source, name="replay")
     if content.get("replay") != VERSION:
-        raise ValueError(f"--replay {source} holds no step; pass the {NAME} that a run left when it stopped")
+        raise ValueError(f"`replay` {source} holds no step; pass the {NAME} that a run left when it stopped")
     return content
 
 

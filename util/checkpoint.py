@@ -59,40 +59,40 @@ def checksum(content: Any) -> str:
     return sha.hexdigest()
 
 
-def read_file(source: str, *, flag: str) -> dict[str, Any]:
+def read_file(source: str, *, name: str) -> dict[str, Any]:
     """Read a dict from a file or an http(s) URL, onto the CPU.
 
     Besides tensors and plain values only argparse.Namespace may occur in it (official checkpoints keep their flags in
     one); anything else is refused, since unpickling it would run code.
 
     Raises:
-        ValueError: names `flag`, the source and the reason.
+        ValueError: names the argument `name`, the source and the reason.
     """
-    path, name = Path(source), f"{flag} {source}"
+    path, where = Path(source), f"`{name}` {source}"
     if source.startswith(("http://", "https://")):
-        path = _download(source, flag)
-        name += f" (kept as {path})"
+        path = _download(source, name)
+        where += f" (kept as {path})"
     if not path.is_file():
-        raise ValueError(f"{name}: no such file")
+        raise ValueError(f"{where}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks about odd pickles, one of which follows as an error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
-        raise ValueError(f"{name} may not be read; check its permissions") from None
+        raise ValueError(f"{where} may not be read; check its permissions") from None
     except Exception as error:  # a damaged file makes torch raise a dozen kinds, AssertionError and struct.error too
         # torch's own messages are paragraphs, and some recommend to load the file without this protection.
         code = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         if code:
-            raise ValueError(f"{name} holds {code[1]}, which may run code when it is read, and is refused") from None
-        raise ValueError(f"{name} is cut, damaged or no file of plain weights; get it again") from None
+            raise ValueError(f"{where} holds {code[1]}, which may run code when it is read, and is refused") from None
+        raise ValueError(f"{where} is cut, damaged or no file of plain weights; get it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{name} holds a {type(content).__name__}, not a dict of weights")
+        raise ValueError(f"{where} holds a {type(content).__name__}, not a dict of weights")
     version, told = content.get("schema_version"), content.pop("checksum", None)  # official files have neither
     if (told is not None or version is not None) and told != checksum(content):
-        raise ValueError(f"{name} is damaged: its contents do not have the checksum that it tells; get it again")
+        raise ValueError(f"{where} is damaged: its contents do not have the checksum that it tells; get it again")
     if version is not None and version > SCHEMA_VERSION:
-        raise ValueError(f"{name} has schema version {version}, this version of the project reads {SCHEMA_VERSION}")
+        raise ValueError(f"{where} has schema version {version}, this version of the project reads {SCHEMA_VERSION}")
     return content
 
 
@@ -123,7 +123,7 @@ def _listed(names: list[str], limit: int = 20) -> str:
     return f"{len(names)} ({', '.join(names[:limit])}{more})" if names else "0"
 
 
-def _download(url: str, flag: str) -> Path:
+def _download(url: str, name: str) -> Path:
     """Fetch once per node into torch's cache; a folder for each URL, because many files are called checkpoint.pth."""
     folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16]
     path = folder / (url.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "checkpoint.pth")
@@ -133,5 +133,5 @@ def _download(url: str, flag: str) -> Path:
             try:
                 torch.hub.download_url_to_file(url, str(path), progress=False)
             except (OSError, HTTPException) as error:  # HTTPError and URLError are kinds of OSError
-                raise ValueError(f"{flag} {url} cannot be fetched: {error}") from None
+                raise ValueError(f"`{name}` {url} cannot be fetched: {error}") from None
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,11 +13,17 @@ from samdetr.util.distributed import get_rank
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
-def run_command(program: str, function: Callable[[], int | None]) -> int:
+def as_flags(text: str) -> str:
+    """A message with the arguments that it names in backticks as flags: `top_k` -> --top_k."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", r"--\1", text)
+
+
+def run_command(program: str, function: Callable[[], int | None], describe: Callable[[str], str] = as_flags) -> int:
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
-    That is what a ValueError of this project means, wherever it was raised. One of another package is a fault of ours
-    and keeps its traceback. A data loading worker that was killed is told in one line too, with status 1.
+    A ValueError of this project means bad input, wherever it was raised; `describe` turns the names of arguments into
+    flags. One of another package is a fault of ours and keeps its traceback. A data loading worker that was killed is
+    reported in one line, too, with status 1.
     """
     try:
         return function() or 0
@@ -32,7 +39,7 @@ def run_command(program: str, function: Callable[[], int | None]) -> int:
         if not _is_ours(error):
             raise
         who = f"rank {get_rank()}: " if get_rank() else ""
-        print(f"{program}: error: {who}{_one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {who}{describe(_one_line(error))}", file=sys.stderr)
         return 2
 
 

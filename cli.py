@@ -1,0 +1,219 @@
+"""Settings from a command line. The parser is derived from the dataclasses; nothing is declared here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from samdetr.models.build import FAMILIES
+from samdetr.models.settings import AlignerConfig
+from samdetr.training.settings import PARTS, RunSettings
+from samdetr.util.settings import Flag, Settings, flags, value_type
+
+# What people need first, in this order; the rest follows by subject.
+FIRST = (
+    "coco_path", "output_dir", "model", "resume", "eval", "batch_size", "epochs", "lr", "device", "num_workers",
+)  # fmt: skip
+TITLES = {
+    "optimisation": "optimisation",
+    "trunk": "network (with --resume, values that are not given come from the checkpoint)",
+    "loss": "loss",
+    "data": "data",
+    "speed": "speed",
+    "run": "run",
+}
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What the user typed.
+
+    Args:
+        settings: all settings, checked one by one and together.
+        given: the values of the flags that were typed, by the names of the settings.
+        typed: their spelling, e.g. {"aux_loss": "--no_aux_loss"}.
+    """
+
+    settings: RunSettings
+    given: Mapping[str, Any]
+    typed: Mapping[str, str]
+
+    def with_flags(self, text: str) -> str:
+        """A message with its arguments, `hidden_dim`, as flags, --hidden_dim: as typed, if they were."""
+        return with_flags(text, self.typed)
+
+
+def with_flags(text: str, typed: Mapping[str, str] | None = None) -> str:
+    """A message of a part below the programs, which names arguments in backticks, with flags instead."""
+    spelled = {**_spellings(), **(typed or {})}
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: spelled.get(found[1], f"--{found[1]}"), text)
+
+
+def parse(argv: Sequence[str] | None = None) -> CommandLine:
+    """Settings from the words of a command line, `sys.argv` if None.
+
+    Ends the program with status 2 after one line about a word it does not understand, and after `--help` with 0.
+
+    Raises:
+        ValueError: values that no run can use, flags spelled as the user typed them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    import_plugins(words)
+    parser = build_parser()
+    found = vars(parser.parse_args(words))
+    typed = {
+        action.dest: word
+        for word in (word.split("=")[0] for word in words)
+        if (action := parser.option(word)) and action.dest in found
+    }
+    _choose_aligner(found, typed)
+    try:
+        return CommandLine(RunSettings.from_flat(found), found, typed)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), typed)) from None
+
+
+def _choose_aligner(found: dict[str, Any], typed: dict[str, str]) -> None:
+    """`--aligner` and `--no_aligner` are short for a choice of `--sam_resample`, which alone is a setting."""
+    wanted = found.pop("aligner", None)
+    short = typed.pop("aligner", "")
+    if wanted is False or (wanted and found.get("sam_resample") in ("off", None)):
+        found["sam_resample"] = "points" if wanted else "off"
+        typed["sam_resample"] = short
+
+
+def import_plugins(words: Sequence[str]) -> None:
+    """Import the modules or files that `--plugin` names, which register families. Raises ValueError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    for name in parser.parse_known_args(words)[0].plugin:
+        import_plugin(name)
+
+
+def import_plugin(name: str) -> None:
+    """Import a module by its dotted name, or a file by its path. Raises ValueError."""
+    try:
+        if name.endswith(".py"):
+            path = Path(name).resolve()
+            module = f"samdetr_plugin_{path.stem}"
+            if module in sys.modules:
+                return
+            spec = importlib.util.spec_from_file_location(module, path)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[module] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[module])
+        else:
+            importlib.import_module(name)
+    except (ImportError, FileNotFoundError) as error:
+        raise ValueError(
+            f"--plugin {name} cannot be imported ({error}); pass a module or a file that ends in .py"
+        ) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Leaves flags that were not typed out of its result."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "main.py",
+            description="Train or evaluate a detector. Examples are in README.md and docs/.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+
+    def option(self, word: str) -> argparse.Action | None:
+        """The flag that a word of the command line is, if any."""
+        return self._option_string_actions.get(word)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            unknown = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
+            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+            self.error(f"{unknown} is no flag" + (f"; did you mean {near[0]}?" if near else ""))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """One line; the usage of all flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
+
+
+def build_parser() -> Parser:
+    """The parser of all settings, of all families that are registered."""
+    parser = Parser()
+    first = parser.add_argument_group("start here")
+    groups = {part: parser.add_argument_group(title) for part, title in TITLES.items()}
+    declared = {name: (kind, groups[part]) for part, kind in PARTS.items() for name, _ in flags(kind)}
+    aligner = parser.add_argument_group("Semantics Aligner")
+    declared |= {name: (AlignerConfig, aligner) for name, _ in flags(AlignerConfig)}
+    for family in FAMILIES.values():
+        group = parser.add_argument_group(f"--model {family.name}")
+        declared |= {name: (family.config, group) for name, _ in flags(family.config) if name not in declared}
+    for name in FIRST:
+        declared[name] = (declared[name][0], first)
+    for name in (*FIRST, *(name for name in declared if name not in FIRST)):
+        kind, group = declared[name]
+        _add(group, kind, name)
+    switch = aligner.add_mutually_exclusive_group()
+    switch.add_argument(
+        "--aligner",
+        action="store_true",
+        help="an aligner in every decoder layer, if the family has none or --sam_resample is off",
+    )
+    switch.add_argument("--no_aligner", dest="aligner", action="store_false", help="short for --sam_resample off")
+    return parser
+
+
+def _add(group: Any, kind: type[Settings], name: str) -> None:
+    """Add the flag or the flags of a field."""
+    declared = dict(flags(kind))[name]
+    if declared.hidden:
+        return
+    default, (type_, several) = getattr(kind, name), value_type(kind, name)
+    if type_ is bool:
+        turns_on = () if default is True else (f"--{name}", *declared.on)
+        turns_off = declared.off or ((f"--no_{name}",) if default is True else ())
+        if turns_on:
+            group.add_argument(*dict.fromkeys(turns_on), dest=name, action="store_true", help=declared.help)
+        if turns_off:
+            text = declared.help if default is True else "the opposite" if default is None else "the default"
+            group.add_argument(*turns_off, dest=name, action="store_false", help=text)
+        return
+    group.add_argument(
+        *declared.on,
+        f"--{name}",
+        dest=name,
+        type=type_,
+        nargs="+" if several else None,
+        choices=tuple(FAMILIES) if name == "model" else declared.choices,
+        metavar=declared.metavar,
+        help=f"{declared.help} (default: {_shown(default)})",
+    )
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return " ".join(map(str, default)) or "none"
+    return "unset" if default is None else "empty" if default == "" else str(default).replace("%", "%%")
+
+
+def _spellings() -> dict[str, str]:
+    """How each field is spelled on the command line if it was not typed."""
+    kinds = [*PARTS.values(), *(family.config for family in FAMILIES.values())]
+    return {name: _spelling(kind, name, declared) for kind in kinds for name, declared in flags(kind)}
+
+
+def _spelling(kind: type[Settings], name: str, declared: Flag) -> str:
+    if getattr(kind, name) is True:
+        return declared.off[0] if declared.off else f"--no_{name}"
+    return f"--{name}"

@@ -1,0 +1,101 @@
+"""Files of weights: checkpoints of ours and official ones, and pretrained backbones."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from argparse import Namespace
+from http.client import HTTPException
+from typing import Any
+
+import torchvision
+from torch import Tensor
+
+from samdetr.models.build import FAMILIES
+from samdetr.models.detector import Detector
+from samdetr.models.settings import FamilyConfig, Trunk
+from samdetr.util.checkpoint import read_file
+from samdetr.util.settings import flags
+
+# Settings of the network's input in evaluation, which a checkpoint brings, too.
+INPUT_SETTINGS = ("eval_size", "max_size")
+
+
+def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
+    """A checkpoint of ours, or an official one under our names, from a file or an http(s) URL.
+
+    Args:
+        source: file or URL.
+        name: of the argument that `source` is the value of, for messages.
+
+    Returns:
+        A dict with at least `model` (weights), `settings` (those that shape the network and its input, as far as the
+        file or its weights hold them) and `official`.
+
+    Raises:
+        ValueError: no checkpoint, or one that is damaged or holds code.
+    """
+    checkpoint = read_file(source, name=name)
+    state = checkpoint.get("model")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"`{name}` {source} holds no weights under 'model' (it has {sorted(map(str, checkpoint))[:8]}); "
+            "pass a checkpoint of this project or an official one"
+        )
+    saved = checkpoint.get("settings", {})
+    if isinstance(checkpoint.get("args"), Namespace):
+        saved = vars(checkpoint["args"])
+    official = next((family for family in FAMILIES.values() if family.is_official(state)), None)
+    model = official.name if official else saved.get("model", "sam_detr")  # early checkpoints predate --model
+    if model not in FAMILIES:
+        raise ValueError(
+            f"`{name}` {source} holds a {model}, and the families here are {', '.join(FAMILIES)}; if a plugin "
+            f"registers {model}, pass it with `plugin`"
+        )
+    family = FAMILIES[model]
+    state = family.convert_official(state) if official else state
+    kept = [n for kind in (Trunk, family.config) for n, declared in flags(kind) if declared.carried]
+    settings = {n: saved[n] for n in (*kept, *INPUT_SETTINGS) if n in saved}
+    settings |= family.from_weights(state) | {"model": model}
+    return {**checkpoint, "model": state, "settings": settings, "official": official is not None}
+
+
+def network_settings(saved: dict[str, Any]) -> tuple[Trunk, FamilyConfig]:
+    """The settings that shape the network of a checkpoint: `settings` of `read_checkpoint`, the family's published
+    ones for what the file does not hold. Raises ValueError."""
+    family = FAMILIES[saved["model"]]
+    return family.trunk(**saved), family.config.pick({**family.defaults, **saved})
+
+
+def chosen_weights(checkpoint: dict[str, Any], *, raw: bool = False) -> dict[str, Tensor]:
+    """The weights to detect with: the averaged ones if the file has some, unless `raw`."""
+    if raw or not checkpoint.get("ema"):
+        return checkpoint["model"]
+    return checkpoint["ema"]["model"]
+
+
+def load_backbone_weights(detector: Detector, source: str) -> None:
+    """Pretrained weights: "imagenet" (torchvision's IMAGENET1K_V1, fetched if need be) or a file; "none" does nothing.
+
+    Raises:
+        ValueError: weights that cannot be fetched or do not fit; says how to get and pass a file.
+    """
+    if source == "none":
+        return
+    name = detector.backbone.name
+    if source == "imagenet":
+        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        try:
+            with contextlib.redirect_stderr(sys.stdout):  # older versions of torch print the address there
+                state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
+            raise ValueError(
+                f"cannot fetch the ImageNet weights of {name} ({error}); download {weights.url} elsewhere and pass it "
+                "with `backbone_weights` FILE, or train from scratch with `backbone_weights` none"
+            ) from None
+    else:
+        state = read_file(source, name="backbone_weights")
+    try:
+        detector.backbone.load_classifier_weights(state)
+    except ValueError as error:
+        raise ValueError(f"`backbone_weights` {source} does not fit `backbone` {name}: {error}") from None

@@ -1,0 +1,106 @@
+"""SAM-DETR (Zhang et al., CVPR 2022): a dense or deformable encoder, and a decoder with Semantics Aligners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from samdetr.models.detector import Detector
+from samdetr.models.encoder import DeformableEncoder, DenseEncoder
+from samdetr.models.family import Family, build_backbone, build_projection, coarse_to_fine, norm_from_weights
+from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
+from samdetr.models.sam_detr.official_weights import convert_official, is_official
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.models.settings import AlignerConfig, Trunk
+from samdetr.util.settings import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AlignerConfig):
+    """Settings of SAM-DETR beside the trunk's."""
+
+    multiscale: bool = flag(False, "C3, C4 and C5, with a deformable encoder", carried=True)
+    smca: bool = flag(False, "spatial prior around the salient points", carried=True)
+    sam_points: int | None = flag(None, "salient points per query: 1, or nheads (default)", least=1, carried=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.smca and self.sam_resample != "points":
+            value = "" if self.sam_resample == "off" else f" {self.sam_resample}"
+            raise ValueError(f"`smca` needs salient points, which `sam_resample`{value} takes away; leave out one flag")
+
+    @property
+    def several_levels(self) -> bool:
+        return self.multiscale
+
+
+def build(trunk: Trunk, config: Config) -> Detector:
+    """The network with random weights. Raises ValueError for settings that do not go together."""
+    _check_levels(trunk, config)
+    backbone = build_backbone(trunk, levels=(3, 4, 5) if config.multiscale else (trunk.backbone_level,))
+    num_levels = len(backbone.num_channels)
+    sizes: dict[str, Any] = {"hidden_dim": trunk.hidden_dim, "num_heads": trunk.nheads, "dropout": trunk.dropout}
+    projection = build_projection(trunk, config, backbone)
+    encoder: DeformableEncoder | DenseEncoder
+    if config.multiscale:
+        # Half as wide a feed-forward branch as the setting says, as published: it runs on 21 times as many positions.
+        encoder = DeformableEncoder(
+            num_layers=trunk.enc_layers, feedforward_dim=trunk.dim_feedforward // 2, num_levels=num_levels, **sizes
+        )
+    else:
+        encoder = DenseEncoder(num_layers=trunk.enc_layers, feedforward_dim=trunk.dim_feedforward, **sizes)
+    decoder = SAMDecoder(
+        layer=SAMDecoderLayer(**sizes, feedforward_dim=trunk.dim_feedforward, aligner=_build_aligner(trunk, config)),
+        num_queries=trunk.num_queries,
+        num_classes=trunk.num_classes,
+        levels=coarse_to_fine(trunk.dec_layers, num_levels),
+    )
+    return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
+
+
+def _build_aligner(trunk: Trunk, config: Config) -> SemanticsAligner | None:
+    if config.sam_points not in (None, 1, trunk.nheads):
+        raise ValueError(f"`sam_points` {config.sam_points} must be 1, or as many as `nheads`, {trunk.nheads}")
+    if config.sam_resample == "off":
+        return None
+    return SemanticsAligner(
+        hidden_dim=trunk.hidden_dim,
+        num_heads=trunk.nheads,
+        resample=config.sam_resample,
+        num_points=config.sam_points,
+        reweight=config.sam_reweight,
+        search_range=config.sam_range,
+        predict_scales=config.smca,
+    )
+
+
+def _check_levels(trunk: Trunk, config: Config) -> None:
+    if config.multiscale and trunk.backbone_level != 5:
+        raise ValueError(
+            f"`multiscale` uses C3, C4 and C5, `backbone_level` {trunk.backbone_level} one of them; leave one flag out"
+        )
+    if config.multiscale and not trunk.enc_layers and trunk.dec_layers < 3:
+        raise ValueError(
+            f"`multiscale` has three levels, of which `enc_layers` 0 and `dec_layers` {trunk.dec_layers} leave some "
+            "unused; use an encoder, or at least 3 decoder layers"
+        )
+
+
+def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What official files do not hold."""
+    found: dict[str, Any] = {"input_proj_norm": norm_from_weights(state)}
+    if "decoder.class_heads.0.bias" in state:
+        found["num_classes"] = len(state["decoder.class_heads.0.bias"])
+    return found
+
+
+FAMILY = Family(
+    name="sam_detr",
+    config=Config,
+    build=build,
+    from_weights=from_weights,
+    is_official=is_official,
+    convert_official=convert_official,
+)

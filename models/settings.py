@@ -1,0 +1,96 @@
+"""Settings that all families share: the trunk of the network, and the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from samdetr.models.backbone import RESNETS
+from samdetr.util.settings import Settings, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk(Settings):
+    """What a detector of any family is made of. Defaults are those published for SAM-DETR; `Family.trunk` gives a
+    family's own."""
+
+    model: str = flag("sam_detr", "family; published defaults go with it", on=("-m",), carried=True)
+    num_classes: int = flag(91, "outputs of the class heads", least=1, hidden=True, carried=True)
+    backbone: str = flag("resnet50", ", ".join(RESNETS), carried=True)
+    backbone_level: int = flag(5, "the last stage used: 4 is C4, stride 16", choices=(3, 4, 5), carried=True)
+    backbone_norm: str = flag(
+        "frozen", "BatchNorm; learned: to train from scratch", choices=("frozen", "learned"), carried=True
+    )
+    dilation: bool = flag(False, "C5 at stride 16 (DC5)", carried=True)
+    position_embedding: str = flag("sine", "position encoding of the maps", choices=("sine",), carried=True)
+    input_proj_norm: str = flag(
+        "auto",
+        "GroupNorm after the input projection; auto: multi-scale, or epochs < 25",
+        choices=("auto", "group", "none"),
+        carried=True,
+    )
+    enc_layers: int = flag(6, "encoder layers", least=0, carried=True)
+    dec_layers: int = flag(6, "decoder layers", least=1, carried=True)
+    dim_feedforward: int = flag(2048, "width of the feed-forward branches", least=1, carried=True)
+    hidden_dim: int = flag(256, "width of the transformer", least=1, carried=True)
+    dropout: float = flag(0.1, "of attention weights and of every branch", least=0, most=1)
+    nheads: int = flag(8, "attention heads", least=1, carried=True)
+    num_queries: int = flag(300, "object queries", least=1, carried=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_dim % 4:
+            raise ValueError(
+                f"`hidden_dim` {self.hidden_dim} is not a multiple of 4, which the position encoding needs"
+            )
+        if self.hidden_dim % self.nheads:
+            raise ValueError(
+                f"`hidden_dim` {self.hidden_dim} cannot be divided by `nheads` {self.nheads}; change one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig(Settings):
+    """Base class of what each family adds to the trunk."""
+
+    @property
+    def top_k(self) -> int:
+        """Detections kept of an image."""
+        return 100
+
+    @property
+    def several_levels(self) -> bool:
+        """Whether the published network has a GroupNorm after its input projection, whatever its schedule."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignerConfig(FamilyConfig):
+    """Of families whose decoder layers may have a Semantics Aligner."""
+
+    sam_resample: str = flag(
+        "points",
+        "what queries are resampled from; off: no Semantics Aligner",
+        choices=("points", "average", "maximum", "off"),
+        carried=True,
+    )
+    sam_range: str = flag("box", "where salient points may lie", choices=("box", "image"), carried=True)
+    sam_reweight: bool = flag(True, "do not gate new queries by old ones", carried=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(Settings):
+    """Weights of the matching costs and of the losses."""
+
+    aux_loss: bool = flag(True, "loss at the last layer only")
+    set_cost_class: float = flag(2.0, "weight of the class in the matching cost", least=0)
+    set_cost_bbox: float = flag(5.0, "weight of the L1 distance in the matching cost", least=0)
+    set_cost_giou: float = flag(2.0, "weight of the generalised IoU in the matching cost", least=0)
+    cls_loss_coef: float = flag(2.0, "weight of the focal loss", least=0)
+    bbox_loss_coef: float = flag(5.0, "weight of the L1 loss of boxes", least=0)
+    giou_loss_coef: float = flag(2.0, "weight of the generalised IoU loss", least=0)
+    focal_alpha: float = flag(0.25, "weight of the positive class in the focal loss", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.set_cost_class == self.set_cost_bbox == self.set_cost_giou == 0:
+            raise ValueError("the matching costs are all 0; give `set_cost_class`, `set_cost_bbox` or `set_cost_giou`")

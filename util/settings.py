@@ -1,0 +1,113 @@
+"""Settings as frozen dataclasses: one line declares a flag, its default, its range and its help text.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Trunk(Settings):
+        hidden_dim: int = flag(256, "width of the transformer", least=1)
+
+`cli.py` derives the command line from the fields. Errors name a field in backticks; programs print it as a flag.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What the command line and the checks know of a field.
+
+    Args:
+        help: one phrase for `--help`.
+        least, most: smallest and largest value allowed; `below` is the smallest one that is too large.
+        choices: the values allowed.
+        metavar: what stands for the value in `--help`.
+        on, off: further spellings; of a switch, those that turn it on and off.
+        carried: whether a checkpoint brings its value, since it shapes the network or its input.
+        hidden: whether there is no such flag: programs set the field.
+    """
+
+    help: str
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[str | int, ...] | None = None
+    metavar: str | None = None
+    on: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()
+    carried: bool = False
+    hidden: bool = False
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A field of a settings class; `options` as of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(help=help, **options)})
+
+
+def with_default(settings: type, name: str, default: Any) -> Any:
+    """The field `name` of another settings class with another default, for a subclass."""
+    return field(default=default, metadata=settings.__dataclass_fields__[name].metadata)
+
+
+def flags(settings: type | Settings) -> Iterator[tuple[str, Flag]]:
+    """Names and flags of the fields of a settings class."""
+    for each in dataclasses.fields(settings):
+        if "flag" in each.metadata:
+            yield each.name, each.metadata["flag"]
+
+
+def value_type(settings: type, name: str) -> tuple[type, bool]:
+    """The type of one value of a field, and whether the field holds several: `tuple[int, ...]` -> (int, True)."""
+    hint = typing.get_type_hints(settings)[name]
+    if isinstance(hint, types.UnionType):  # `int | None`
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base class. Construction checks every value against its flag.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for name, declared in flags(self):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            for single in value if isinstance(value, tuple) else (value,):
+                _check(name, single, declared)
+
+    @classmethod
+    def pick(cls: type[S], values: Mapping[str, Any]) -> S:
+        """From a flat dict that may hold other classes' fields, too."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+
+    def flat(self) -> dict[str, Any]:
+        """Plain values by name, for checkpoints and JSON."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check(name: str, value: Any, declared: Flag) -> None:
+    if value is None:
+        return
+    if declared.choices and value not in declared.choices:
+        raise ValueError(f"`{name}` {value!r} is none of {', '.join(map(str, declared.choices))}")
+    # Written so that NaN is refused, too.
+    if declared.least is not None and not value >= declared.least:
+        raise ValueError(f"`{name}` {value} must be at least {declared.least:g}")
+    if declared.most is not None and not value <= declared.most:
+        raise ValueError(f"`{name}` {value} must be at most {declared.most:g}")
+    if declared.below is not None and not value < declared.below:
+        raise ValueError(f"`{name}` {value} must be less than {declared.below:g}")
