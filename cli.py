@@ -87,7 +87,7 @@ def _choose_aligner(found: dict[str, Any], typed: dict[str, str]) -> None:
     short = typed.pop("aligner", "")
     if wanted is False or (wanted and found.get("sam_resample") in ("off", None)):
         found["sam_resample"] = "points" if wanted else "off"
-        typed["sam_resample"] = short
+        typed["sam_resample"] = short if wanted else f"{short}, short for --sam_resample"
 
 
 def import_plugins(words: Sequence[str]) -> None:

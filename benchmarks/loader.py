@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks.report import positive, surroundings, write
-from samdetr import main as program
+from samdetr.cli import parse
 from samdetr.datasets.build import build_dataset, collate
 from samdetr.datasets.images import read_image
 from samdetr.datasets.shapes import write_dataset
@@ -242,7 +243,7 @@ def main() -> None:
             write_dataset(Path(folder) / "drawn", num_train=40, num_val=40, size=480, seed=0)
         data = args.coco_path or Path(folder) / "drawn"
         flags = ["--coco_path", str(data), "--no_crop", "--num_queries", "1000", "--num_workers", str(args.num_workers)]
-        settings = program.build_parser().parse_args([*flags, "--batch_size", str(args.batch_size)])
+        settings = Namespace(**parse([*flags, "--batch_size", str(args.batch_size)]).settings.flat())
         train_set = build_dataset("train", settings)
         paths = [train_set.image_path(index) for index in range(min(args.images, len(train_set)))]
         print(f"\n{len(paths)} images of {args.coco_path or '480 x 480, drawn'}, short sides 480 to 800, 1 thread")

@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report
 from benchmarks.plain import plain
-from samdetr.main import build_parser
+from samdetr.cli import parse
 from samdetr.models.build import build_model
 from samdetr.training.optim import parameter_groups
 from samdetr.util.padded_images import PaddedImages
@@ -72,10 +72,10 @@ class Bench:
     """A network on one path, its criterion and optimiser, and random images; `evaluate` and `step` are the work."""
 
     def __init__(self, config: str, *, path: str, device: str, size: tuple[int, int], batch: int):
-        args = build_parser().parse_args(shlex.split(CONFIGS[config]))
-        args.num_classes = 91  # COCO's
+        settings = parse(shlex.split(CONFIGS[config])).settings.with_resolved_norm()
+        args = settings.optimisation
         torch.manual_seed(0)
-        network, criterion, _ = build_model(args)
+        network, criterion, _ = build_model(settings.trunk, settings.family, settings.loss)
         self.clip = args.clip_max_norm
         if path == "plain":
             network, criterion = plain(network), plain(criterion)

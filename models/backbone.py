@@ -29,7 +29,6 @@ class Backbone(nn.Module):
             "learned", for training from scratch.
         freeze_stem: whether the stem and the first stage are kept as they are (they are where the weights are
             pretrained).
-        trainable: False freezes all of it.
 
     Raises:
         ValueError: unknown name, or dilation of a ResNet without bottlenecks.
@@ -43,17 +42,16 @@ class Backbone(nn.Module):
         dilation: bool = False,
         norm: str = "frozen",
         freeze_stem: bool = True,
-        trainable: bool = True,
     ):
         super().__init__()
         if name not in RESNETS:
-            raise ValueError(f"Unknown --backbone {name!r}; choose one of {', '.join(RESNETS)}")
+            raise ValueError(f"unknown `backbone` {name!r}; choose one of {', '.join(RESNETS)}")
         basic = name in ("resnet18", "resnet34")
         if dilation and basic:
-            raise ValueError(f"--dilation needs bottleneck blocks, which {name} has not; use resnet50 or deeper")
+            raise ValueError(f"`dilation` needs bottleneck blocks, which {name} has not; use resnet50 or deeper")
         if dilation and 5 not in levels:
             raise ValueError(
-                f"--dilation changes C5, but --backbone_level {levels[-1]} leaves it out; drop one of them"
+                f"`dilation` changes C5, but `backbone_level` {levels[-1]} leaves it out; drop one of them"
             )
         assert list(levels) == sorted(set(levels)), f"levels go from fine to coarse, not {levels}"
         norm_layer = {"frozen": FrozenBatchNorm2d, "learned": nn.BatchNorm2d}[norm]
@@ -66,7 +64,7 @@ class Backbone(nn.Module):
         self.strides = [strides[level] for level in levels]
         for parameter_name, parameter in self.body.named_parameters():
             frozen_stage = freeze_stem and parameter_name.startswith(("conv1", "bn1", "layer1"))
-            if frozen_stage or not trainable:
+            if frozen_stage:
                 parameter.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -68,7 +68,7 @@ class HungarianMatcher:
     def __init__(self, *, costs: Sequence[tuple[float, Cost]]):
         self.costs = [(weight, cost) for weight, cost in costs if weight != 0]
         if not self.costs:
-            raise ValueError("the matching costs are all 0; give --set_cost_class, --set_cost_bbox or --set_cost_giou")
+            raise ValueError("the matching costs are all 0; give `set_cost_class`, `set_cost_bbox` or `set_cost_giou`")
 
     def __call__(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Tensor]]) -> list[Matches]:
         """Match each prediction of a batch (one per decoder layer) on its own."""

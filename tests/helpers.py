@@ -8,14 +8,17 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from samdetr import main
-from samdetr.models.build import build_model
+from samdetr.cli import parse, with_flags
+from samdetr.models.build import Postprocess, build_model
+from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.models.sam_detr.official_weights import to_official
+from samdetr.training.settings import RunSettings
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -39,12 +42,30 @@ TINY_SAP = shlex.split(
 TINY_DATA = shlex.split("--train_sizes 64 --eval_size 64 --no_crop --batch_size 4 --num_workers 0 --device cpu")
 
 
+def settings(flags: str | list[str] = "") -> RunSettings:
+    """What the program makes of these flags."""
+    return parse(shlex.split(flags) if isinstance(flags, str) else flags).settings
+
+
+def from_flags(flags: str | list[str] = "") -> tuple[Detector, SetCriterion, Postprocess]:
+    """Network, criterion and post-processing of these flags. Raises ValueError with flags in its text, as programs
+    print it."""
+    found = settings(flags).with_resolved_norm()
+    try:
+        detector, criterion, postprocess = build_model(found.trunk, found.family, found.loss)
+    except ValueError as error:
+        raise ValueError(with_flags(str(error))) from None
+    if not found.optimisation.lr_backbone:
+        detector.backbone.requires_grad_(False)
+    return detector, criterion, postprocess
+
+
 def call_main(data: Path, *flags: str, network: list[str] = TINY) -> int:
     """Run main.py in this process, on one thread; its exit status."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as `run_process`: the same operations in the same order
     try:
-        return main.main(["--coco_path", str(data), *TINY_DATA, *network, *flags])
+        return import_module("samdetr.main").main(["--coco_path", str(data), *TINY_DATA, *network, *flags])
     finally:
         torch.set_num_threads(threads)
 
@@ -98,14 +119,13 @@ def damage(image: Path) -> Path:
 
 def build_tiny(*flags: str, network: list[str] = TINY, num_classes: int = 6) -> tuple[Detector, dict]:
     """A network with random weights everywhere, and its settings. 6 classes: the largest id of the shapes is 5."""
-    args = main.build_parser().parse_args([*network, *flags])
-    args.num_classes = num_classes
+    found = settings([*network, *flags]).replace(num_classes=num_classes).with_resolved_norm()
     torch.manual_seed(0)
-    detector = build_model(args)[0]
+    detector = build_model(found.trunk, found.family)[0]
     with torch.no_grad():
         for parameter in detector.parameters():  # the last layers of the box heads are 0 otherwise
             parameter += 0.02 * torch.randn_like(parameter)
-    return detector, vars(args)
+    return detector, found.flat()
 
 
 # What an official file says about its network, and nothing more.
@@ -121,16 +141,16 @@ OFFICIAL_TINY = shlex.split(
 OFFICIAL_MULTISCALE = [*OFFICIAL_TINY, *shlex.split("--multiscale --dec_layers 3")]
 
 
-def save(detector: Detector, settings: dict, path: Path, *, official: bool = False, legacy: bool = False) -> None:
+def save(detector: Detector, values: dict, path: Path, *, official: bool = False, legacy: bool = False) -> None:
     """A file of weights and settings as we write it, or as the official code does after its first epoch."""
     state = detector.state_dict()
-    content = {"model": state, "settings": settings}
+    content = {"model": state, "settings": values}
     if official:
         state = {to_official(name): weight for name, weight in state.items()}
         assert None not in state
         # The official decoder knows the box heads a second time.
         state |= {f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith("bbox_embed.")}
-        told = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
+        told = argparse.Namespace(**{name: values[name] for name in OFFICIAL_FLAGS})
         content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": told}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 

@@ -6,12 +6,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import from_flags
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from benchmarks.plain import plain
-from samdetr.main import build_parser
-from samdetr.models.build import build_model
 from samdetr.models.ops import kernels, plain_path
 from samdetr.models.sam_detr import roi_sampling
 from samdetr.models.sam_detr.roi_sampling import bilinear_weights, roi_align_weights
@@ -238,7 +237,7 @@ def ablations() -> list[str]:
 
 @pytest.mark.parametrize("flags", ablations())
 def test_every_ablation_trains(flags):
-    detector, criterion, _ = build_model(build_parser().parse_args(f"{NETWORK} {flags}".split()))
+    detector, criterion, _ = from_flags(f"{NETWORK} {flags}".split())
     # Box heads start as zeros, which would keep the boxes' gradients out of everything before them.
     for name, parameter in detector.named_parameters():
         if "box_heads" in name:
@@ -289,4 +288,4 @@ def test_every_ablation_trains(flags):
 )
 def test_settings_that_cannot_be_built(flags, message):
     with pytest.raises(ValueError, match=message):
-        build_model(build_parser().parse_args(f"{NETWORK} {flags}".split()))
+        from_flags(f"{NETWORK} {flags}".split())

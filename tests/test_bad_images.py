@@ -5,11 +5,12 @@ import os
 import re
 import shutil
 import socket
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_main, command, damage, error_line, read_log, run_main, run_process
+from helpers import call_main, command, damage, error_line, read_log, run_main, run_process, settings
 from torch import multiprocessing
 
 from samdetr import main
@@ -34,8 +35,8 @@ def image(data: Path, number: int) -> Path:
 
 def epoch(data: Path, workers: int, number: int, *flags: str):
     """Batches of an epoch as (images, image ids), and what was unreadable."""
-    args = main.build_parser().parse_args(
-        ["--coco_path", str(data), "--train_sizes", "48", "64", "--batch_size", "4", *flags]
+    args = Namespace(
+        **settings(["--coco_path", str(data), "--train_sizes", "48", "64", "--batch_size", "4", *flags]).flat()
     )
     args.num_workers = workers
     train_set = build_dataset("train", args)
@@ -154,7 +155,7 @@ def in_rank(rank: int, port: int, data: str, output: str) -> None:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     distributed.init_distributed(device="cpu")
-    args = main.build_parser().parse_args(["--coco_path", data, "--train_sizes", "64", "--num_workers", "0"])
+    args = Namespace(**settings(["--coco_path", data, "--train_sizes", "64", "--num_workers", "0"]).flat())
     train_set = build_dataset("train", args)
     loader, _ = main.build_loaders(args, train_set, build_dataset("val", args))
     watched = BadImages(train_set, largest_share=3 / 16, folder=Path(output), every=3)

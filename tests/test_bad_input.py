@@ -231,7 +231,7 @@ def test_resume_with_other_groups_of_parameters(refused, shapes, trained):
         ("--ema -0.1", ["--ema -0.1"]),
         ("--max_bad_steps 0", ["--max_bad_steps 0"]),
         ("--patience -1", ["--patience -1"]),
-        ("--timeout inf", ["--timeout inf", "at most 1e9"]),
+        ("--timeout inf", ["--timeout inf", "at most 1e+09"]),
         ("--max_hours nan", ["--max_hours nan"]),
         ("--replay nowhere.pth", ["--replay nowhere.pth: no such file"]),
         ("--num_queries 0", ["--num_queries 0"]),

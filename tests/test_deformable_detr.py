@@ -16,15 +16,15 @@ from helpers import (
     call_main,
     error_line,
     evaluate,
+    from_flags,
     read_json,
     read_log,
     run_main,
+    settings,
 )
 from torch import Tensor, nn
 
 from samdetr import demo, hubconf
-from samdetr.main import build_parser
-from samdetr.models.build import build_model
 from samdetr.models.deformable_detr.official_weights import to_official
 from samdetr.models.deformable_detr.proposals import initial_boxes
 from samdetr.models.layers import FeatureLevel, InputProjection
@@ -48,8 +48,8 @@ def _same_start():
 
 def build(flags: str = ""):
     """Detector (frozen norms, random weights everywhere, float64, evaluation mode) and criterion."""
-    args = build_parser().parse_args([*TINY_DEFORMABLE, "--backbone_norm", "frozen", "--dropout", "0", *flags.split()])
-    detector, criterion, _ = build_model(args)
+    flags = [*TINY_DEFORMABLE, "--backbone_norm", "frozen", "--dropout", "0", *flags.split()]
+    detector, criterion, _ = from_flags(flags)
     with torch.no_grad():
         for name, parameter in detector.named_parameters():
             parameter += 0.1 * torch.randn_like(parameter) * (not name.startswith("backbone"))
@@ -157,7 +157,7 @@ def test_levels_beyond_the_backbone():
 )
 def test_which_stages_are_used(flags, strides, extra):
     with torch.device("meta"):
-        detector, _, _ = build_model(build_parser().parse_args(["--model", "deformable_detr", *flags.split()]))
+        detector, _, _ = from_flags(["--model", "deformable_detr", *flags.split()])
     assert detector.backbone.strides == strides
     assert len(detector.projection.levels) == len(strides) + extra
     assert detector.projection.level_embedding.shape == (len(strides) + extra, 256)
@@ -228,7 +228,7 @@ def test_small_and_long_images(flags, sizes):
 
 def start(flags: str = ""):
     flags = f"--model deformable_detr --backbone resnet18 {flags}"
-    return build_model(build_parser().parse_args(flags.split()))
+    return from_flags(flags.split())
 
 
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
@@ -284,17 +284,18 @@ def test_initialisation(flags):
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_learning_rates(flags):
     """References and sampling offsets, of encoder and decoder, at a tenth of the rest; the published rates."""
-    args = build_parser().parse_args(["--model", "deformable_detr", "--backbone", "resnet18", *flags.split()])
-    detector, _, _ = build_model(args)
+    words = ["--model", "deformable_detr", "--backbone", "resnet18", *flags.split()]
+    found = settings(words).optimisation
+    detector, _, _ = from_flags(words)
     names = {parameter: name for name, parameter in detector.named_parameters()}
     groups = {
         group["name"]: (group["lr"], {names[parameter] for parameter in group["params"]})
         for group in parameter_groups(
             detector,
-            lr=args.lr,
-            lr_backbone=args.lr_backbone,
-            lr_linear_proj_names=args.lr_linear_proj_names,
-            lr_linear_proj_mult=args.lr_linear_proj_mult,
+            lr=found.lr,
+            lr_backbone=found.lr_backbone,
+            lr_linear_proj_names=found.lr_linear_proj_names,
+            lr_linear_proj_mult=found.lr_linear_proj_mult,
         )
     }
     slow = {
@@ -526,14 +527,13 @@ def test_which_networks_have_an_aligner(capsys):
         "--aligner --model deformable_detr --sam_resample maximum": "maximum",
     }
     for flags, resample in cases.items():
-        args = build_parser().parse_args([*flags.split(), "--backbone", "resnet18"])
-        assert args.sam_resample == resample, flags
-        assert not hasattr(args, "aligner")
+        words = [*flags.split(), "--backbone", "resnet18"]
+        assert settings(words).family.sam_resample == resample, flags
         with torch.device("meta"):
-            layers = build_model(args)[0].decoder.layers
+            layers = from_flags(words)[0].decoder.layers
         assert [layer.aligner is not None for layer in layers] == [resample != "off"] * 6, flags
     with pytest.raises(SystemExit):
-        build_parser().parse_args(["--aligner", "--no_aligner"])
+        settings(["--aligner", "--no_aligner"])
     assert "not allowed with" in capsys.readouterr().err
 
 
@@ -598,8 +598,7 @@ ALIGNED = {
 @pytest.mark.parametrize("network", ALIGNED.values(), ids=ALIGNED)
 def test_aligned_networks_train(network):
     """A few steps lower the loss, and every parameter of the aligners has a gradient."""
-    args = build_parser().parse_args([*network, "--backbone_norm", "frozen", "--dropout", "0", "--aligner"])
-    detector, criterion, _ = build_model(args)
+    detector, criterion, _ = from_flags([*network, "--backbone_norm", "frozen", "--dropout", "0", "--aligner"])
     losses = train(detector.double(), criterion, steps=10)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < 0.97 * losses[0]

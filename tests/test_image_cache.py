@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment, read_log, run_main
+from helpers import environment, read_log, run_main, settings
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-from samdetr import main
 from samdetr.datasets import image_cache
 from samdetr.datasets.build import build_dataset, collate
 from samdetr.util import distributed
@@ -80,7 +79,7 @@ def test_too_large_for_the_memory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
 def test_data_loading_workers(shapes, start, workers):
-    args = main.build_parser().parse_args(["--coco_path", str(shapes), "--eval_size", "64", "--cache_mode"])
+    args = Namespace(**settings(["--coco_path", str(shapes), "--eval_size", "64", "--cache_mode"]).flat())
     held = build_dataset("val", args)
     plain = build_dataset("val", Namespace(**{**vars(args), "cache_mode": False}))
     held.image_folder = Path("gone")

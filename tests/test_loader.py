@@ -6,10 +6,12 @@ import os
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import settings
 from PIL import Image
 
 from samdetr import main
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 def loaders(data: Path, *flags: str):
     """The training set, and what main.py makes of it and of the validation set."""
-    args = main.build_parser().parse_args(["--coco_path", str(data), "--train_sizes", "48", "64", "72", *flags])
+    args = Namespace(**settings(["--coco_path", str(data), "--train_sizes", "48", "64", "72", *flags]).flat())
     train_set = build_dataset("train", args)
     return train_set, *main.build_loaders(args, train_set, build_dataset("val", args))
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import from_flags
 from torch import nn
 
-from samdetr.main import build_parser
-from samdetr.models.build import build_model, coarse_to_fine
+from samdetr.models.family import coarse_to_fine
 from samdetr.util.padded_images import pad_images
 
 # Wide enough for the GroupNorm: of a map of one cell it needs more than one channel a group.
@@ -18,7 +18,7 @@ NETWORK = (
 def build(flags: str):
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    detector, criterion, _ = build_model(build_parser().parse_args(f"{NETWORK} {flags}".split()))
+    detector, criterion, _ = from_flags(f"{NETWORK} {flags}".split())
     for head in detector.decoder.box_heads:  # boxes would stay where they are otherwise
         nn.init.normal_(head.layers[-1].weight, std=0.3)
     return detector.train(), criterion

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 import reference_fill
 import torch
+from helpers import from_flags
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures, weight
 
-from samdetr.main import build_parser
-from samdetr.models.build import build_model
 from samdetr.models.ops import kernels, plain_path, registration
 from samdetr.models.sam_detr.official_weights import convert_official, from_official, is_official, to_official
 
@@ -158,7 +157,7 @@ def test_number_of_trainable_parameters(variant):
         r"--num_queries \d+", "", " ".join(cases.read_figures(variant, family="sam_detr")[0]["args"])
     ).split()
     with torch.device("meta"):  # counts without memory
-        detector, _, _ = build_model(build_parser().parse_args(flags))
+        detector, _, _ = from_flags(flags)
     count = sum(p.numel() for p in detector.parameters() if p.requires_grad)
     assert count == TRAINABLE_PARAMETERS[variant]
 

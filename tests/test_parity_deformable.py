@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import from_flags
 from parity import cases, extract
 
-from samdetr.main import build_parser
-from samdetr.models.build import build_model
 from samdetr.models.deformable_detr.official_weights import convert_official, from_official, is_official, to_official
 
 FAMILY = "deformable_detr"
@@ -123,7 +122,7 @@ def test_float32(case):
 def test_number_of_parameters(variant):
     flags = re.sub(r"--num_queries \d+", "", " ".join(cases.read_figures(variant, family=FAMILY)[0]["args"])).split()
     with torch.device("meta"):  # counts without memory
-        detector, _, _ = build_model(build_parser().parse_args(["--model", FAMILY, *flags]))
+        detector, _, _ = from_flags(["--model", FAMILY, *flags])
     numbers = [p.numel() for p in detector.parameters()], [p.numel() for p in detector.parameters() if p.requires_grad]
     assert tuple(map(sum, numbers)) == PARAMETERS[variant]
 

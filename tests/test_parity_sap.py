@@ -9,11 +9,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers import from_flags
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures
 
-from samdetr.main import build_parser
-from samdetr.models.build import FAMILIES, build_model
 from samdetr.models.sam_detr import official_weights as sam_detr_weights
 from samdetr.models.sap_detr.official_weights import convert_official, from_official, is_official, to_official
 
@@ -57,7 +56,7 @@ def test_every_name_and_shape_is_accounted_for_both_ways(case):
 
 def test_the_last_alias_wins(case):
     """`aliases` of the figures: the winning name, and those that it overwrites."""
-    detector = build_model(build_parser().parse_args(case.facts["args"]))[0]
+    detector = from_flags(case.facts["args"])[0]
     official = {name: torch.zeros(shape) for name, shape in case.facts["state_dict"].items()}
     for number, (winner, losers) in enumerate(case.facts["aliases"].items(), 1):
         official[winner] += number
@@ -77,7 +76,7 @@ def test_the_same_parameters_train(case):
 
 
 def test_points_start_as_a_grid(case):
-    points = build_model(build_parser().parse_args(case.facts["args"]))[0].decoder.points
+    points = from_flags(case.facts["args"])[0].decoder.points
     np.testing.assert_allclose(points.detach().numpy(), case.figures["init_refpoint_embed"], rtol=0, atol=2e-7)
 
 
@@ -133,7 +132,7 @@ def test_number_of_parameters(change, total):
     flags |= {"--bbox_embed_diff_each_layer": None} | change
     words = [word for pair in flags.items() if pair[1] is not False for word in pair if word]
     with torch.device("meta"):  # counts without memory
-        detector, _, _ = build_model(build_parser().parse_args(words))
+        detector, _, _ = from_flags(words)
     assert sum(p.numel() for p in detector.parameters()) == total
     points = 2 * detector.decoder.points.shape[0]
     assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == total - 222_400 - points
@@ -141,8 +140,7 @@ def test_number_of_parameters(change, total):
 
 def test_published_weights_of_the_losses():
     facts, _ = cases.read_figures("r50_live", family="sap_detr")
-    args = build_parser().parse_args(facts["args"])
-    criterion = FAMILIES["sap_detr"].criterion(args)
+    criterion = from_flags(facts["args"])[1]
     weighted = criterion.weighted({name: torch.ones(()) for name in facts["losses"]})
     assert {name: weight.item() for name, weight in weighted.items()} == facts["loss_weights"]
 

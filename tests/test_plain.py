@@ -1,16 +1,15 @@
 """Whole networks: the fast path against the plain one (benchmarks/plain.py): outputs, losses, gradients in float64."""
 
 import json
-import shlex
 import sys
 
 import pytest
 import torch
+from helpers import settings
 from torch import nn
 
 from benchmarks import model
 from benchmarks.plain import PLAIN, PlainMatcher, plain
-from samdetr.main import build_parser
 from samdetr.models.build import build_model
 from samdetr.util.padded_images import pad_images
 
@@ -39,10 +38,10 @@ NETWORKS = [
 
 def build(flags: str):
     """A network and a criterion whose every parameter and constant matters: random, with activations of usual size."""
-    args = build_parser().parse_args(shlex.split(flags))
-    args.num_classes, args.dropout = 7, 1e-13  # training drops nothing, but passes where it would
+    # Training drops nothing, but passes where it would.
+    found = settings(flags).replace(num_classes=7, dropout=1e-13)
     torch.manual_seed(0)
-    network, criterion, _ = build_model(args)
+    network, criterion, _ = build_model(found.trunk, found.family, found.loss)
     network.double()
     with torch.no_grad():
         for parameter in network.parameters():  # the last layers of the box heads are 0 otherwise

@@ -4,13 +4,12 @@ import os
 import re
 import shlex
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-
-from samdetr import main
-from samdetr.models.build import build_model
+from helpers import from_flags, settings
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -126,15 +125,15 @@ SIZES = {(False, 50): 58_073_546, (False, 12): 58_074_058, (True, 50): 58_122_79
 def test_recipe_builds_the_published_model(name, tmp_path):
     _, batch, epochs, drop, switches, *_ = RECIPES[name]
     printed = run(REPOSITORY / "scripts" / f"{name}.sh", cwd=tmp_path)
-    args = main.build_parser().parse_args(shlex.split(printed.partition(" main.py ")[2]))
+    words = printed.partition(" main.py ")[2]
+    args = Namespace(**settings(words).flat())
     assert (args.batch_size, args.epochs, args.lr_drop) == (batch, epochs, drop)
     for switch in ("smca", "dilation", "multiscale"):
         assert getattr(args, switch) is (f"--{switch}" in switches), switch
     assert {key: getattr(args, key) for key in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
-    main.check_settings(args)
 
     with torch.device("meta"):  # the shapes alone
-        detector = build_model(args)[0]
+        detector = from_flags(words)[0]
     trainable = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
     assert trainable == (
         {True: 55_021_546, False: 54_972_298}[args.smca] if args.multiscale else SIZES[args.smca, epochs]
@@ -213,8 +212,8 @@ def test_nodes_that_do_not_fit(variables, said, tmp_path):
 def test_deformable_recipe_builds_the_published_model(name, tmp_path):
     _, _, trainable, total, _, strides = DEFORMABLE[name]
     printed = run(REPOSITORY / "scripts" / f"{name}.sh", cwd=tmp_path)
-    args = main.build_parser().parse_args(shlex.split(printed.partition(" main.py ")[2]))
-    main.check_settings(args)
+    words = printed.partition(" main.py ")[2]
+    args = Namespace(**settings(words).flat())
     published = PUBLISHED_DEFAULTS | {
         "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
         "lr_linear_proj_mult": 0.1, "dim_feedforward": 1024, "input_proj_norm": "group", "enc_n_points": 4,
@@ -223,7 +222,7 @@ def test_deformable_recipe_builds_the_published_model(name, tmp_path):
     }  # fmt: skip
     assert {key: getattr(args, key) for key in published} == published
     with torch.device("meta"):
-        detector = build_model(args)[0]
+        detector = from_flags(words)[0]
     assert sum(p.numel() for p in detector.parameters()) == total
     assert sum(p.numel() for p in detector.parameters() if p.requires_grad) == trainable
     assert detector.backbone.strides == strides

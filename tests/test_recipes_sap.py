@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 import torch
+from helpers import settings
 from test_recipes import REPOSITORY, run
 
-from samdetr import main
 from samdetr.models.build import build_model
 
 # Backbone, DC5, GPUs, images a step, the published AP and GFLOPs, all parameters
@@ -39,7 +39,7 @@ def _no_launcher(monkeypatch):
 def parsed(printed: str) -> tuple[list[str], dict]:
     """How main.py is started, and its settings."""
     launch, _, flags = printed.partition(" main.py ")
-    return launch.split(), vars(main.build_parser().parse_args(shlex.split(flags)))
+    return launch.split(), settings(shlex.split(flags)).flat()
 
 
 def test_every_script_is_tested():

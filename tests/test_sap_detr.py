@@ -5,11 +5,9 @@ import math
 import pytest
 import torch
 import torchvision
-from helpers import TINY_SAP, build_tiny
+from helpers import TINY_SAP, build_tiny, from_flags
 from torch import Tensor, nn
 
-from samdetr import main
-from samdetr.models.build import FAMILIES, build_model
 from samdetr.models.encoder import DenseEncoderLayer
 from samdetr.models.layers import FeatureLevel, FeedForward
 from samdetr.models.matcher import Matches
@@ -204,7 +202,7 @@ def test_a_point_on_the_edge_is_inside():
 
 def test_no_object_takes_a_point_outside_it():
     """However much better the rest of that query fits, and unless there is none inside."""
-    criterion = FAMILIES["sap_detr"].criterion(main.build_parser().parse_args(TINY_SAP))
+    criterion = from_flags(TINY_SAP)[1]
     target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
     outputs = {
         "pred_logits": torch.tensor([[[0.0, 9, 0], [9, -9, 9], [9, -9, 9]]]),
@@ -269,7 +267,7 @@ def test_boxes_learn_from_the_objectness_target_unless_it_is_detached(detach):
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0)])
 def test_no_objects_and_objects_without_size(counts):
     network = tiny().train()
-    criterion = FAMILIES["sap_detr"].criterion(main.build_parser().parse_args(TINY_SAP)).train()
+    criterion = from_flags(TINY_SAP)[1].train()
     targets = [{"labels": torch.ones(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.5).double()} for n in counts]
     for target in targets:
         target["boxes"][:, 2:] = 0
@@ -368,7 +366,7 @@ def test_the_flags_reach_the_parts():
     assert isinstance(network.decoder.layers[2].feed_forward.activation, nn.PReLU)
     assert network.decoder.layers[2].cross_attention.dropout == 0.3
     assert network.decoder.distance_heads[0] is not network.decoder.distance_heads[1]
-    shared = build_model(main.build_parser().parse_args(TINY_SAP[:-1]))[0].decoder
+    shared = from_flags(TINY_SAP[:-1])[0].decoder
     assert shared.distance_heads[0] is shared.distance_heads[2]
     assert shared.point_heads[0] is shared.point_heads[2]
     assert shared.class_heads[0] is not shared.class_heads[1]
@@ -412,14 +410,13 @@ def test_fewer_pairs_than_num_select():
     (found,) = postprocess(outputs, torch.tensor([[64, 64]]), top_k=300)
     assert len(found["scores"]) == 16 * 6
     assert len(postprocess(outputs, torch.tensor([[64, 64]]), top_k=20)[0]["scores"]) == 20
-    args = main.build_parser().parse_args([*TINY_SAP, "--num_select", "7"])
-    assert len(build_model(args)[2](outputs, torch.tensor([[64, 64]]))[0]["scores"]) == 7
+    assert len(from_flags([*TINY_SAP, "--num_select", "7"])[2](outputs, torch.tensor([[64, 64]]))[0]["scores"]) == 7
 
 
 def test_initialisation():
     """Of the published model; figures from the notes on the official constructor."""
     flags = "-m sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer --dec_layers 3 --enc_layers 2"
-    network = build_model(main.build_parser().parse_args(flags.split()))[0]
+    network = from_flags(flags.split())[0]
     decoder = network.decoder
     weights = dict(network.named_parameters())
     for name, weight in weights.items():

@@ -15,17 +15,19 @@ from helpers import (
     command,
     error_line,
     evaluate,
+    from_flags,
     read_json,
     read_log,
     run_main,
     run_process,
+    settings,
 )
 from test_two_processes import TORCHRUN
 from torch import nn
 
-from samdetr import demo, hubconf, main
+from samdetr import demo, hubconf
 from samdetr.engine import train_one_epoch
-from samdetr.models.build import FAMILIES, read_checkpoint
+from samdetr.models.checkpoints import read_checkpoint
 from samdetr.models.sap_detr.official_weights import to_official
 from samdetr.training.optim import learning_rate_factor
 from samdetr.util.padded_images import pad_images
@@ -110,7 +112,7 @@ def test_resumed_run_equals_the_uninterrupted_one(trained_sap, shapes, tmp_path)
 
 
 def test_the_published_flags_are_the_defaults_of_the_family():
-    args = main.build_parser().parse_args(["-m", "sap_detr"])
+    args = argparse.Namespace(**settings(["-m", "sap_detr"]).flat())
     published = {
         "lr": 1e-4, "lr_backbone": 1e-5, "weight_decay": 1e-4, "clip_max_norm": 0.1, "epochs": 50, "lr_drop": 40,
         "warmup_iters": 1000, "dropout": 0, "num_queries": 306, "num_select": 300, "input_proj_norm": "none",
@@ -121,7 +123,7 @@ def test_the_published_flags_are_the_defaults_of_the_family():
         "legacy_no_zero_grad": False, "newconvinit": False, "sdg": False, "bbox_embed_diff_each_layer": False,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in published} == published
-    assert main.build_parser().parse_args([]).num_queries == 300  # of the other family
+    assert settings().trunk.num_queries == 300  # of the other family
 
 
 def test_warm_up_is_the_published_one():
@@ -153,7 +155,7 @@ def steps_of(number: int) -> list:
 def test_legacy_loop_against_one_by_hand(clip):
     """Bit by bit: each step's gradient is the batch's plus the last step's, clipped together."""
     start = build_tiny(network=TINY_SAP)[0].train()
-    criterion = FAMILIES["sap_detr"].criterion(main.build_parser().parse_args(TINY_SAP)).train()
+    criterion = from_flags(TINY_SAP)[1].train()
     batches = steps_of(4)
 
     by_hand = copy.deepcopy(start)
@@ -305,7 +307,7 @@ def test_hub_entries_take_checkpoints(tmp_path):
     """Of the published models, their class head for six classes; the file knows it."""
     detector = hubconf.sap_detr_r50(num_classes=6)
     detector.decoder.distances.data += 1
-    file = official_file(detector, vars(main.build_parser().parse_args(OFFICIAL_TINY)), tmp_path / "r50.pth")
+    file = official_file(detector, settings(OFFICIAL_TINY).flat(), tmp_path / "r50.pth")
     loaded = hubconf.sap_detr_r50_dc5(checkpoint=str(file))
     assert not loaded.training
     assert loaded.backbone.strides == [16]  # the flags decide, where a file does not tell by its shapes

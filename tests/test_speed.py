@@ -6,12 +6,23 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import MULTISCALE, TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, call_main, error_line, read_log, run_main
+from helpers import (
+    MULTISCALE,
+    TINY,
+    TINY_DEFORMABLE,
+    TINY_SAP,
+    build_tiny,
+    call_main,
+    error_line,
+    from_flags,
+    read_log,
+    run_main,
+    settings,
+)
 from torch import Tensor
 
 from samdetr import engine, main
 from samdetr.datasets.build import collate
-from samdetr.models.build import FAMILIES
 from samdetr.training.optim import build_scheduler
 from samdetr.util.padded_images import pad_images
 from samdetr.util.targets import TargetBatch
@@ -45,7 +56,7 @@ def train(network: list[str], loader: list, *, dtype: torch.dtype = torch.float6
     """An epoch without dropout on fixed norms; the network, and what is logged."""
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
     detector = build_tiny(network=flags)[0].to(device, dtype)
-    criterion = FAMILIES[detector_family(flags)].criterion(main.build_parser().parse_args(flags))
+    criterion = from_flags(flags)[1]
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.1, fused=True)  # AdamW makes steps of rounding errors
     scheduler = build_scheduler(optimizer, schedule="step", total_steps=10, drop_step=10)
     stats = engine.train_one_epoch(
@@ -56,7 +67,7 @@ def train(network: list[str], loader: list, *, dtype: torch.dtype = torch.float6
 
 
 def detector_family(flags: list[str]) -> str:
-    return main.build_parser().parse_args(flags).model
+    return settings(flags).trunk.model
 
 
 @pytest.mark.parametrize("family", ["sam", "sap"])
@@ -98,7 +109,7 @@ def test_16_bits(family, kind):
         assert outputs[name].dtype == torch.float32
         torch.testing.assert_close(outputs[name], wanted[name], rtol=0, atol=0.15 if name == "pred_logits" else 0.03)
         assert not torch.equal(outputs[name], wanted[name])
-    criterion = FAMILIES[detector_family(flags)].criterion(main.build_parser().parse_args(flags))
+    criterion = from_flags(flags)[1]
     sum(criterion.weighted(criterion(outputs, targets.unpack())).values()).backward()
     for name, weight in detector.named_parameters():
         assert weight.grad is None or torch.isfinite(weight.grad).all(), name

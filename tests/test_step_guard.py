@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny
+from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, from_flags
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from samdetr import engine, main
-from samdetr.models.build import FAMILIES
+from samdetr import engine
 from samdetr.training import replay
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.ema import WeightAverage
@@ -51,8 +50,7 @@ class Training:
     def __init__(self, network=TINY, *, optimizer=None, limit=3, keep_gradients=False, scaler=None, dropout="0"):
         flags = [*network, "--dropout", dropout]
         self.network, self.settings = build_tiny(network=flags)
-        args = main.build_parser().parse_args(flags)
-        self.criterion = FAMILIES[args.model].criterion(args)
+        self.criterion = from_flags(flags)[1]
         self.optimizer = (optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)))(self.network.parameters())
         self.scheduler = build_scheduler(self.optimizer, schedule="step", total_steps=100, drop_step=100)
         self.average = WeightAverage(self.network, decay=0.9)

@@ -18,6 +18,7 @@ from helpers import (
     damage,
     environment,
     evaluate,
+    from_flags,
     read_json,
     read_log,
     run_process,
@@ -25,8 +26,6 @@ from helpers import (
 from torch import multiprocessing
 
 from benchmarks.soak import free_port
-from samdetr import main
-from samdetr.models.build import FAMILIES
 from samdetr.util.distributed import init_distributed, shutdown
 from samdetr.util.padded_images import pad_images
 
@@ -64,10 +63,9 @@ def batch(counts, part: slice):
 def losses_and_gradients(counts, network, part: slice, wrap=lambda network, **_: network):
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
     network = build_tiny(network=flags)[0].double().train()
-    args = main.build_parser().parse_args(flags)
-    criterion = FAMILIES[args.model].criterion(args).train()
+    criterion = from_flags(flags)[1].train()
     images, targets = batch(counts, part)
-    model = wrap(network, find_unused_parameters=not args.aux_loss)  # as main.py does
+    model = wrap(network, find_unused_parameters=not criterion.auxiliary)  # as main.py does
     losses = criterion.weighted(criterion(model(images), targets))
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}

@@ -28,8 +28,10 @@ class Config(AlignerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.smca and self.sam_resample != "points":
-            value = "" if self.sam_resample == "off" else f" {self.sam_resample}"
-            raise ValueError(f"`smca` needs salient points, which `sam_resample`{value} takes away; leave out one flag")
+            raise ValueError(
+                f"`smca` needs salient points, which `sam_resample` {self.sam_resample} takes away; leave one of them "
+                "out"
+            )
 
     @property
     def several_levels(self) -> bool:

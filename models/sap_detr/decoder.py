@@ -205,7 +205,7 @@ class SAPDecoder(nn.Module):
         width = layer.hidden_dim
         if content_from_points and width % 32:
             raise ValueError(
-                f"--newconvinit normalises in 32 groups, which do not divide --hidden_dim {width}; change one of them"
+                f"`newconvinit` normalises in 32 groups, which do not divide `hidden_dim` {width}; change one of them"
             )
         self.hidden_dim, self.late = width, point_reference == "late"
         self.cell = self.head_cell = grid_cell(num_queries)

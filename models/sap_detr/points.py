@@ -24,7 +24,7 @@ def grid_shape(num_queries: int) -> tuple[int, int]:
     side = math.isqrt(num_queries)
     if side * side != num_queries:
         raise ValueError(
-            f"--num_queries {num_queries} makes no grid of points: it must be {PUBLISHED_QUERIES} (18 x 17) or a "
+            f"`num_queries` {num_queries} makes no grid of points: it must be {PUBLISHED_QUERIES} (18 x 17) or a "
             f"square number, e.g. {side * side} or {(side + 1) ** 2}"
         )
     return side, side

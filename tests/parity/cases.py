@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import reference_fill
 import torch
+from helpers import from_flags
 from parity import extract
 from torch import Tensor
 
-from samdetr.main import build_parser
-from samdetr.models.build import build_model
 from samdetr.models.ops import plain_path
 from samdetr.util.padded_images import pad_images
 
@@ -84,7 +83,7 @@ def run(
     told otherwise. What they give as contexts is `calls`, in this order.
     """
     facts, figures = read_figures(variant, family=family)
-    detector, criterion, postprocess = build_model(build_parser().parse_args(["--model", family, *facts["args"]]))
+    detector, criterion, postprocess = from_flags(["--model", family, *facts["args"]])
     detector.eval()
     criterion.eval()
     filled_as = facts.get("fill_names", {})
