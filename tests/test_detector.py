@@ -398,7 +398,7 @@ def test_dilation_keeps_c5_at_stride_16():
     assert features.shape == (1, 2048, 8, 12)
     dilations = [block.conv2.dilation[0] for block in backbone.body["layer4"]]
     assert dilations == [1, 2, 2]  # the first block took over the stride's place
-    with pytest.raises(ValueError, match=r"--dilation.*resnet18"):
+    with pytest.raises(ValueError, match=r"`dilation`.*resnet18"):
         Backbone(name="resnet18", dilation=True)
 
 

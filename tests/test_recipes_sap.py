@@ -12,6 +12,7 @@ from helpers import settings
 from test_recipes import REPOSITORY, run
 
 from samdetr.models.build import build_model
+from samdetr.training.settings import RunSettings
 
 # Backbone, DC5, GPUs, images a step, the published AP and GFLOPs, all parameters
 RECIPES = {
@@ -58,7 +59,8 @@ def test_training(name, tmp_path):
     assert settings["batch_size"] * gpus == images
     assert settings["output_dir"] == f"output/{name}"
     with torch.device("meta"):
-        network = build_model(argparse.Namespace(**settings))[0]
+        found = RunSettings.from_flat(settings)
+        network = build_model(found.trunk, found.family)[0]
     assert sum(parameter.numel() for parameter in network.parameters()) == total
     trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 

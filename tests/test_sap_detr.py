@@ -64,7 +64,7 @@ def test_the_grid_of_306_and_of_squares():
 
 @pytest.mark.parametrize(("number", "advice"), [(300, "289 or 324"), (305, "289 or 324"), (2, "1 or 4")])
 def test_a_number_that_makes_no_grid(number, advice):
-    with pytest.raises(ValueError, match=rf"--num_queries {number} makes no grid.*306 \(18 x 17\).*{advice}"):
+    with pytest.raises(ValueError, match=rf"`num_queries` {number} makes no grid.*306 \(18 x 17\).*{advice}"):
         grid_logits(number)
 
 
