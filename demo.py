@@ -33,7 +33,8 @@ from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.util.box_ops import cxcywh_to_xyxy
 from samdetr.util.checkpoint import load_weights
 from samdetr.util.command_line import run_command
-from samdetr.util.logger import log, progress, whole_file
+from samdetr.util.files import whole_file
+from samdetr.util.logger import log, progress
 from samdetr.util.padded_images import pad_images
 from samdetr.util.visualize import contact_sheet, draw_detections, side_by_side
 from samdetr.util.visualize_points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,6 @@ import torch
 if __name__ == "__main__":  # started by its path: find the packages from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from samdetr import main
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
@@ -33,6 +33,7 @@ from samdetr.util import checkpoint
 
 loop.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))  # which takes longer than a run
 checkpoint.torch = SimpleNamespace(**vars(torch))  # so that its use alone can be disturbed
+main = import_module("samdetr.main").main
 REAL_SAVE, REAL_LINE = torch.save, checkpoints.append_json_line
 
 
@@ -110,7 +111,7 @@ def child(job: dict, rank: int) -> int:
     for fault in job["faults"]:
         if fault["rank"] == rank:
             arm(fault)
-    return main.main(job["argv"])
+    return main(job["argv"])
 
 
 def run(job: dict) -> list[int]:

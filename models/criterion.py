@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from samdetr.models.matcher import HungarianMatcher, Matches
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 from samdetr.util.distributed import reduce_mean
+from samdetr.util.sections import section
 
 Targets = Sequence[dict[str, Tensor]]
 Loss = Callable[[dict[str, Any], Targets, Matches, Tensor], dict[str, Tensor]]
@@ -122,7 +123,8 @@ class SetCriterion(nn.Module):
         if "enc_outputs" in outputs:
             objects = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
             groups.append(([outputs["enc_outputs"]], objects))
-        matches, *of_proposals = self.matcher.match_all(groups)
+        with section("matching"):
+            matches, *of_proposals = self.matcher.match_all(groups)
         if num_boxes is None:
             num_boxes = self.count(targets, outputs["pred_logits"])
 

@@ -61,11 +61,16 @@ def from_flags(flags: str | list[str] = "") -> tuple[Detector, SetCriterion, Pos
 
 
 def call_main(data: Path, *flags: str, network: list[str] = TINY) -> int:
-    """Run main.py in this process, on one thread; its exit status."""
+    """Run main.py in this process; its exit status."""
+    return call_program("--coco_path", str(data), *TINY_DATA, *network, *flags)
+
+
+def call_program(*words: str) -> int:
+    """Run main.py with these words alone in this process, on one thread; its exit status."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as `run_process`: the same operations in the same order
     try:
-        return import_module("samdetr.main").main(["--coco_path", str(data), *TINY_DATA, *network, *flags])
+        return import_module("samdetr.main").main(words)
     finally:
         torch.set_num_threads(threads)
 

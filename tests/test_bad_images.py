@@ -13,10 +13,10 @@ import torch
 from helpers import call_main, command, damage, error_line, read_log, run_main, run_process, settings
 from torch import multiprocessing
 
-from samdetr import main
 from samdetr.datasets import bad_images
 from samdetr.datasets.bad_images import BadImages
 from samdetr.datasets.build import build_dataset
+from samdetr.training.run import build_loaders
 from samdetr.util import distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -35,12 +35,11 @@ def image(data: Path, number: int) -> Path:
 
 def epoch(data: Path, workers: int, number: int, *flags: str):
     """Batches of an epoch as (images, image ids), and what was unreadable."""
-    args = Namespace(
-        **settings(["--coco_path", str(data), "--train_sizes", "48", "64", "--batch_size", "4", *flags]).flat()
-    )
-    args.num_workers = workers
+    words = ["--coco_path", str(data), "--train_sizes", "48", "64", "--batch_size", "4", *flags]
+    found = settings([*words, "--num_workers", str(workers)])
+    args = Namespace(**found.flat())
     train_set = build_dataset("train", args)
-    loader, _ = main.build_loaders(args, train_set, build_dataset("val", args))
+    loader, _ = build_loaders(found, train_set, build_dataset("val", args))
     loader.sampler.set_epoch(number)
     train_set.set_epoch(number)
     batches, unreadable = [], {}
@@ -94,7 +93,7 @@ def test_training_goes_on_and_keeps_a_list(own_shapes, tmp_path):
     assert [line.split("\t")[0] for line in lines] == ["000000000003.jpg", "000000000008.jpg"]
     assert all(len(line.split("\t")[1]) > 10 for line in lines)
     assert "data, train: error: image files that are cut: 1, such as '000000000003.jpg' (image id 3): " in run.stdout
-    assert run.stdout.count("1 of 16 training images (6.25%) cannot be used, others take their place") == 1
+    assert run.stdout.count("1 of 16 training images (6.25%) cannot be used and are replaced by others") == 1
     assert run.stdout.count("2 of 16 training images (12.50%) cannot be used") == 1
     assert f"{whole}/bad_images.txt lists them; {image(own_shapes, 8)} (image id 8) cannot be used: " in run.stdout
 
@@ -155,15 +154,17 @@ def in_rank(rank: int, port: int, data: str, output: str) -> None:
         "MASTER_PORT": str(port),
     }  # fmt: skip
     distributed.init_distributed(device="cpu")
-    args = Namespace(**settings(["--coco_path", data, "--train_sizes", "64", "--num_workers", "0"]).flat())
+    found = settings(["--coco_path", data, "--train_sizes", "64", "--num_workers", "0"])
+    args = Namespace(**found.flat())
     train_set = build_dataset("train", args)
-    loader, _ = main.build_loaders(args, train_set, build_dataset("val", args))
+    loader, _ = build_loaders(found, train_set, build_dataset("val", args))
     watched = BadImages(train_set, largest_share=3 / 16, folder=Path(output), every=3)
     said = [dict(watched.reasons)]
     for number in range(2):
         loader.sampler.set_epoch(number)
         try:
-            batches = sum(1 for _ in watched.watch(loader))
+            for batches, (_, targets) in enumerate(loader, start=1):
+                watched.note(targets.unreadable, last=batches == len(loader))
             said.append((batches, dict(watched.reasons), (Path(output) / bad_images.LIST).read_text()))
         except ValueError as error:
             said.append(str(error))

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from helpers import TINY, build_tiny, call_main, command, damage, error_line, run_main, run_process
 
-from samdetr import main
+from samdetr.training import run
 
 TRAIN_IMAGE = "000000000001.jpg"  # image id 1
 VAL_IMAGE = "000000000017.jpg"  # the first after 16 images to train on
@@ -275,14 +275,14 @@ def test_loss_that_is_not_finite(shapes, monkeypatch, tmp_path, capsys):
         terms = forward(outputs, targets, num_boxes)
         return terms | {"loss_bbox_0": terms["loss_bbox_0"] / 0} if len(seen) == 3 else terms
 
-    def build_model(args):
-        detector, criterion, postprocess = built(args)
+    def build_model(*settings):
+        detector, criterion, postprocess = built(*settings)
         nonlocal forward
         forward, criterion.forward = criterion.forward, spoil
         return detector, criterion, postprocess
 
-    built, forward = main.build_model, None
-    monkeypatch.setattr(main, "build_model", build_model)
+    built, forward = run.build_model, None
+    monkeypatch.setattr(run, "build_model", build_model)
     assert call_main(shapes, "--epochs", "1", "--max_bad_steps", "1", "--output_dir", str(tmp_path / "output")) == 2
     line = error_line(capsys.readouterr().err)
     for part in ("epoch 0, iteration 2", "loss_bbox_0 = inf;", f"image ids {seen[2]}", "alone is finite", "--replay"):

@@ -10,7 +10,7 @@ from samdetr.datasets.sampler import TrainSampler
 from samdetr.training import checkpoints
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.util.checkpoint import checksum, read_file, save_file
-from samdetr.util.logger import append_json_line
+from samdetr.util.files import append_json_line
 
 
 def read(path: str) -> dict:
@@ -69,7 +69,7 @@ def test_newest_good_file(tmp_path, capsys):
     assert first.startswith("warning: ")
     assert str(tmp_path / "checkpoint.pth") in first
     assert str(tmp_path / "checkpoint0001.pth") in second
-    assert second.endswith(f"going on from {tmp_path / 'checkpoint0001_000003.pth'} instead")
+    assert second.endswith(f"resuming from {tmp_path / 'checkpoint0001_000003.pth'} instead")
 
 
 def test_log_of_epochs_that_come_again_is_dropped(tmp_path):

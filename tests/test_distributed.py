@@ -61,10 +61,10 @@ def test_ranks_from_the_launcher(variables, world_size, expected):
         (TORCHRUN | {"LOCAL_RANK": "-1"}, 1, "LOCAL_RANK=-1"),
         (TORCHRUN | {"WORLD_SIZE": "eight"}, 1, "WORLD_SIZE='eight' is not an integer"),
         (without(TORCHRUN, "LOCAL_RANK"), 1, "LOCAL_RANK is not"),
-        (TORCHRUN, 4, "--world_size 4 contradicts WORLD_SIZE=8"),
+        (TORCHRUN, 4, "`world_size` 4 contradicts WORLD_SIZE=8"),
         (STEP | {"SLURM_PROCID": "4"}, 1, "SLURM_PROCID=4 is outside 0 to 3"),
         (without(STEP, "SLURM_LOCALID"), 1, "SLURM_LOCALID is not set"),
-        ({}, 4, "--world_size 4, but no launcher"),
+        ({}, 4, "`world_size` 4, but no launcher"),
     ],
 )
 def test_contradictions_name_the_variable(variables, world_size, message):

@@ -14,9 +14,9 @@ import torch
 from helpers import settings
 from PIL import Image
 
-from samdetr import main
 from samdetr.datasets.build import build_dataset
 from samdetr.datasets.coco import CocoDetection
+from samdetr.training.run import build_loaders
 
 # More workers than cores are no fault here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -24,9 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 
 def loaders(data: Path, *flags: str):
     """The training set, and what main.py makes of it and of the validation set."""
-    args = Namespace(**settings(["--coco_path", str(data), "--train_sizes", "48", "64", "72", *flags]).flat())
+    found = settings(["--coco_path", str(data), "--train_sizes", "48", "64", "72", *flags])
+    args = Namespace(**found.flat())
     train_set = build_dataset("train", args)
-    return train_set, *main.build_loaders(args, train_set, build_dataset("val", args))
+    return train_set, *build_loaders(found, train_set, build_dataset("val", args))
 
 
 def epochs(data: Path, workers: int, which: list[int], *flags: str) -> list[list]:

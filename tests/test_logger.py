@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from samdetr.util import logger
-from samdetr.util.logger import MetricAverager, append_json_line, log, progress, whole_file, write_json
+from samdetr.util.files import append_json_line, whole_file, write_json
+from samdetr.util.logger import MetricAverager, log, progress
 
 
 def test_averages_count_each_metric_by_its_own_steps():

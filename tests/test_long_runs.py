@@ -165,7 +165,7 @@ def test_another_number_of_processes(before, after, forks, tmp_path, tmp_path_fa
     assert seen == [32, 32]
     assert forks.run(output, *flags, "--epochs", "3", faults=[("step", 2, "SIGTERM")]) == [75]
     assert forks.run(output, *flags, "--epochs", "3", "--batch_size", "2") == [2]
-    assert "middle of epoch 2 of a run with images a step" in forks.errors()[0]
+    assert "middle of epoch 2 of a run with images per step" in forks.errors()[0]
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_damaged_newest_file(spoil, resume, forks, alone, tmp_path):
     assert forks.run(output, "--resume", resume if resume == "auto" else str(output / resume)) == [0]
     warnings = [line for line in forks.out().splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2  # the file has two names
-    assert all(f"going on from {before} instead" in line for line in warnings)
+    assert all(f"resuming from {before} instead" in line for line in warnings)
     assert str(newest) in warnings[1]
     assert_same(output, alone)
 
@@ -294,16 +294,16 @@ def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
     """After the second process was killed, in step 7, once."""
     program = tmp_path / "killed_once.py"
     program.write_text(
-        "import os, signal, sys\nfrom pathlib import Path\nimport main, training\n"
-        f"marker, real = Path({str(tmp_path / 'marker')!r}), training.Trainer._after_step\n"
-        "def step(self, check):\n"
+        "import os, runpy, signal\nfrom pathlib import Path\nfrom samdetr.training.loop import Trainer\n"
+        f"marker, real = Path({str(tmp_path / 'marker')!r}), Trainer._after_step\n"
+        "def step(self):\n"
         "    place = self.state.epoch, self.state.iteration\n"
         "    if os.environ['RANK'] == '1' and place == (1, 2) and not marker.exists():\n"
         "        marker.touch()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    real(self, check)\n"
-        "training.Trainer._after_step = step\n"
-        "sys.exit(main.main())\n"
+        "    real(self)\n"
+        "Trainer._after_step = step\n"
+        f"runpy.run_path({str(REPOSITORY / 'main.py')!r}, run_name='__main__')\n"
     )
     output = tmp_path / "output"
     flags = command(shapes, *FLAGS, "--batch_size", "2", "--output_dir", str(output), network=SMALLER)[1:]
@@ -312,7 +312,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
         [*launch, str(program), *flags], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
-    assert "going on from" in run.stdout
+    assert "resuming from" in run.stdout
     assert_same(output, pair)
 
 

@@ -58,8 +58,8 @@ def start_of_training(monkeypatch):
     def watched(**arguments):
         if not start:
             start["epoch"] = arguments["epoch"]
-            for name in ("model", "optimizer"):
-                start[name] = copy.deepcopy(arguments[name].state_dict())
+            parts = {"model": arguments["model"], "optimizer": arguments["update"].optimizer}
+            start.update({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
         return train_one_epoch(**arguments)
 
     train_one_epoch = loop.train_one_epoch

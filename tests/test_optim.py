@@ -50,7 +50,7 @@ def test_empty_groups_are_left_out():
 
 
 def test_a_misspelt_pattern_is_an_error():
-    with pytest.raises(ValueError, match="--lr_linear_proj_names sampling_ofsets"):
+    with pytest.raises(ValueError, match="`lr_linear_proj_names` sampling_ofsets"):
         groups_of(detector(), lr_linear_proj_names=["sampling_ofsets"])
     with pytest.raises(ValueError, match=r"backbone\.1"):  # would have no effect: the backbone's own rate wins
         groups_of(detector(), lr_linear_proj_names=["backbone.1"])

@@ -30,6 +30,7 @@ from samdetr.engine import train_one_epoch
 from samdetr.models.checkpoints import read_checkpoint
 from samdetr.models.sap_detr.official_weights import to_official
 from samdetr.training.optim import learning_rate_factor
+from samdetr.training.update import Update
 from samdetr.util.padded_images import pad_images
 from samdetr.util.targets import TargetBatch
 
@@ -176,16 +177,14 @@ def test_legacy_loop_against_one_by_hand(clip):
     for zero_grad in (False, True):
         network = copy.deepcopy(start)
         optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         train_one_epoch(
             model=network,
             criterion=criterion,
             loader=batches,
-            optimizer=optimizer,
-            scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+            update=Update(network, optimizer, constant, clip_max_norm=clip, keep_gradients=not zero_grad),
             device=torch.device("cpu"),
             epoch=0,
-            clip_max_norm=clip,
-            zero_grad=zero_grad,
             print_every=100,
         )
         results[zero_grad] = dict(network.named_parameters())

@@ -21,9 +21,12 @@ from helpers import (
 )
 from torch import Tensor
 
-from samdetr import engine, main
+from samdetr import engine
 from samdetr.datasets.build import collate
+from samdetr.training.loop import compiled_graphs
 from samdetr.training.optim import build_scheduler
+from samdetr.training.run import AMP
+from samdetr.training.update import Update
 from samdetr.util.padded_images import pad_images
 from samdetr.util.targets import TargetBatch
 
@@ -60,8 +63,8 @@ def train(network: list[str], loader: list, *, dtype: torch.dtype = torch.float6
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.1, fused=True)  # AdamW makes steps of rounding errors
     scheduler = build_scheduler(optimizer, schedule="step", total_steps=10, drop_step=10)
     stats = engine.train_one_epoch(
-        model=detector, criterion=criterion, loader=loader, optimizer=optimizer, scheduler=scheduler,
-        device=torch.device(device), epoch=0, clip_max_norm=0.1, print_every=50, **options,
+        model=detector, criterion=criterion, loader=loader, device=torch.device(device), epoch=0, print_every=50,
+        update=Update(detector, optimizer, scheduler, clip_max_norm=0.1), **options,
     )  # fmt: skip
     return detector, stats
 
@@ -104,7 +107,7 @@ def test_16_bits(family, kind):
     ((images, targets),) = batches([3], dtype=torch.float32)
     with torch.no_grad():
         wanted = detector(images)
-    outputs = engine.predict(detector, images, main.AMP[kind])
+    outputs = engine.predict(detector, images, AMP[kind])
     for name in ("pred_logits", "pred_boxes"):
         assert outputs[name].dtype == torch.float32
         torch.testing.assert_close(outputs[name], wanted[name], rtol=0, atol=0.15 if name == "pred_logits" else 0.03)
@@ -152,7 +155,7 @@ def test_compiled_in_one_piece_for_any_size(family):
             ours, wanted = detector(batch), plain(batch)
             torch.testing.assert_close(ours["pred_logits"], wanted["pred_logits"], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours["pred_boxes"], wanted["pred_boxes"], rtol=1e-4, atol=1e-4)
-    assert main.compiled_graphs() <= 3
+    assert compiled_graphs() <= 3
     assert list(detector.state_dict()) == list(plain.state_dict())
     torch._dynamo.reset()
 

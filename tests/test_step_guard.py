@@ -16,9 +16,10 @@ from samdetr import engine
 from samdetr.training import replay
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.ema import WeightAverage
-from samdetr.training.guard import BadSteps, StepGuard
+from samdetr.training.guard import BadSteps
 from samdetr.training.optim import build_scheduler
 from samdetr.training.state import TrainingState
+from samdetr.training.update import Update
 from samdetr.util.checkpoint import read_file, save_file
 from samdetr.util.distributed import init_distributed, shutdown
 from samdetr.util.padded_images import pad_images
@@ -54,14 +55,17 @@ class Training:
         self.optimizer = (optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)))(self.network.parameters())
         self.scheduler = build_scheduler(self.optimizer, schedule="step", total_steps=100, drop_step=100)
         self.average = WeightAverage(self.network, decay=0.9)
-        self.guard = StepGuard(self.network, device=CPU, limit=limit, keep_gradients=keep_gradients)
-        self.keep_gradients, self.scaler, self.model = keep_gradients, scaler, self.network
+        self.update = Update(
+            self.network, self.optimizer, self.scheduler, clip_max_norm=0.1, max_bad_steps=limit,
+            keep_gradients=keep_gradients, scaler=scaler, average=self.average,
+        )  # fmt: skip
+        self.guard, self.keep_gradients, self.scaler = self.update.guard, keep_gradients, scaler
+        self.model = self.network
 
     def run(self, batches: list, **options) -> dict[str, float]:
         return engine.train_one_epoch(
-            model=self.model, criterion=self.criterion, loader=batches, optimizer=self.optimizer,
-            scheduler=self.scheduler, device=CPU, epoch=0, clip_max_norm=0.1, zero_grad=not self.keep_gradients,
-            scaler=self.scaler, guard=self.guard, average=self.average, print_every=50, **options,
+            model=self.model, criterion=self.criterion, loader=batches, update=self.update, device=CPU, epoch=0,
+            print_every=50, **options,
         )  # fmt: skip
 
     def training_state(self) -> TrainingState:
@@ -304,7 +308,7 @@ def test_two_processes_skip_alike(tmp_path, capfd):
         content = replay.read(str(tmp_path / fault / "replay.pth"))  # that of the process at fault
         assert (content["rank"], replay.image_ids(content)) == (1, [71, 72])
         assert content["num_boxes"] == 3
-    assert "; first NaN: the images. Try a smaller --lr" in first["image"]["text"]
+    assert "; first NaN: the images. Try a smaller `lr`" in first["image"]["text"]
     assert "; first NaN: loss_giou. Try" in first["term without gradient"]["text"]
     assert capfd.readouterr().out.count("step skipped, 1 in a row, 1 in all: epoch 0, iteration 1: ") == 2
 

@@ -5,12 +5,12 @@ import shlex
 
 import pytest
 import torch
-from helpers import TINY, call_main, command, error_line, evaluate, read_log, run_main, run_process
+from helpers import TINY, call_main, call_program, command, error_line, evaluate, read_log, run_main, run_process
 
-from samdetr import demo, main
 from samdetr.training import loop
 from samdetr.training.ema import WeightAverage
 from samdetr.training.guard import StepGuard
+from samdetr.training.run import Parts
 from samdetr.training.state import TrainingState
 from samdetr.util.checkpoint import checksum
 
@@ -45,6 +45,8 @@ def test_averages_are_logged_saved_and_evaluated(averaged, shapes, tmp_path):
 
 
 def test_pictures_are_drawn_with_averages(averaged, shapes, tmp_path, monkeypatch):
+    from samdetr import demo
+
     taken = []
     monkeypatch.setattr(demo, "load_weights", lambda network, state, *, source: taken.append(state))
     flags = ["--images", str(shapes / "val2017"), "--limit", "1", "--output", str(tmp_path), "--device", "cpu"]
@@ -72,7 +74,7 @@ def test_averages_start_with_a_run_that_had_none(averaged, trained, shapes, tmp_
     assert load(tmp_path / "with" / "checkpoint.pth")["ema"]["updates"] == 4
     flags = [*FLAGS, "--ema", "0", "--resume", str(averaged / "checkpoint0000.pth")]
     run_main(shapes, *flags, "--output_dir", str(tmp_path / "without"))
-    assert "--ema goes on with it" in capsys.readouterr().out
+    assert "--ema continues it" in capsys.readouterr().out
     assert load(tmp_path / "without" / "checkpoint.pth")["ema"] is None
 
 
@@ -91,10 +93,10 @@ def made_up(monkeypatch):
     def use(aps: list[float], *, ema: bool = False) -> None:
         found = iter(aps)
 
-        def figures(run):
+        def metrics(parts):
             return {"loss": 1.0, "coco_eval_bbox": [next(found), *[0.5] * 11]}, None
 
-        monkeypatch.setattr(main.Run, "evaluate", figures)
+        monkeypatch.setattr(Parts, "evaluate", metrics)
 
     return use
 
@@ -148,7 +150,7 @@ def test_hours_are_counted_over_resumes(shapes, tmp_path, capsys, monkeypatch):
     assert "--max_hours 2.5 are used up\nstopped after step 3 of epoch 0" in capsys.readouterr().out
     assert load(tmp_path / "checkpoint.pth")["iteration"] == 3
     run_main(shapes, *flags, "--max_hours", "2.5", "--resume", "auto")
-    assert "--max_hours 2.5 are used up (3.00); a larger number goes on" in capsys.readouterr().out
+    assert "--max_hours 2.5 are used up (3.00); a larger number continues" in capsys.readouterr().out
     assert load(tmp_path / "checkpoint.pth")["iteration"] == 3
     run_main(shapes, *flags, "--max_hours", "5", "--resume", "auto")
     saved = load(tmp_path / "checkpoint.pth")
@@ -218,14 +220,14 @@ def test_replay_where_the_step_is_finite(shapes, tmp_path, capsys):
     del content["checksum"]
     torch.save(content, tmp_path / "milder.pth")
     content["settings"]["lr"] = content["optimizer"]["param_groups"][0]["lr"] = 1e-4
-    assert main.main(["--replay", str(tmp_path / "milder.pth"), "--device", "cpu"]) == 0
+    assert call_program("--replay", str(tmp_path / "milder.pth"), "--device", "cpu") == 0
     out = capsys.readouterr().out
     assert "<-" not in out
     assert "first gradient that is not finite: none" in out
     assert "the step is finite; after it all weights are finite, too" in out
 
     torch.save({"model": content["model"]}, tmp_path / "weights.pth")
-    assert main.main(["--replay", str(tmp_path / "weights.pth")]) == 2
+    assert call_program("--replay", str(tmp_path / "weights.pth")) == 2
     assert "weights.pth holds no step; pass the replay.pth" in error_line(capsys.readouterr().err)
 
 

@@ -1,11 +1,11 @@
-"""The checkpoints of one run: how they are named, which stay, and which is the newest good one.
+"""The checkpoints of one run: their names, which are kept, and which is the newest good one.
 
     checkpoint0003.pth           after epoch 3, as the official code names it
-    checkpoint0004_000250.pth    in between: 250 steps into epoch 4
+    checkpoint0004_000250.pth    inside an epoch: 250 steps into epoch 4
     checkpoint.pth               the newest of them, under a second name
-    checkpoint_best.pth          the one of the highest AP, likewise
+    checkpoint_best.pth          the one with the highest AP, likewise
 
-A second name is a hard link, which takes no space and cannot dangle; where a file system has none, it is a copy.
+A second name is a hard link, which takes no space and cannot dangle. On a file system without hard links it is a copy.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.util.checkpoint import save_file
-from samdetr.util.logger import append_json_line, flush_folder, log, read_json_lines, whole_file
+from samdetr.util.files import append_json_line, flush_folder, read_json_lines, whole_file
+from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
-# What a run that was killed while it wrote has left behind: see util.logger.whole_file.
+# Temporary files of util.files.whole_file, which a run leaves if it is killed while it writes.
 _LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|replay\.pth|settings\.json|log\.txt|curves\.png)")
 
 
@@ -32,10 +33,10 @@ class CheckpointFolder:
     """Writes and finds checkpoints. Only the main process may write.
 
     Args:
-        path: the folder, made by the first write; one that is lost later is an error, not made anew.
-        keep: older checkpoints that stay beside the newest; None: all of whole epochs, and of the others one.
+        path: the folder, made by the first write. If it disappears later, that is an error.
+        keep: number of older checkpoints that are kept beside the newest; None: all of whole epochs and one other.
 
-    Every method that writes raises ValueError, in one line, when the disk is full or the folder is gone.
+    Every method that writes raises ValueError, in one line, if the disk is full or the folder has disappeared.
     """
 
     def __init__(self, path: str | os.PathLike, *, keep: int | None = None) -> None:
@@ -43,9 +44,9 @@ class CheckpointFolder:
         self._made = False
 
     def save(self, content: dict[str, Any], *, epoch: int, iteration: int | None) -> Path:
-        """Write a checkpoint, let `checkpoint.pth` be it, and remove those that need not stay.
+        """Write a checkpoint, give it the second name `checkpoint.pth`, and remove those that are not kept.
 
-        `iteration` is None for the checkpoint that is named by its epoch alone.
+        `iteration` is None for a checkpoint that is named by its epoch alone.
         """
         name = f"checkpoint{epoch:04}.pth" if iteration is None else f"checkpoint{epoch:04}_{iteration:06}.pth"
         with self.writing() as folder:
@@ -55,7 +56,7 @@ class CheckpointFolder:
         return folder / name
 
     def keep_best(self) -> None:
-        """Let `checkpoint_best.pth` be the newest one, whatever becomes of its other names."""
+        """Give the newest checkpoint the name `checkpoint_best.pth`; it stays if its other names go."""
         with self.writing() as folder:
             _also_name(folder / NEWEST, folder / BEST)
 
@@ -65,7 +66,7 @@ class CheckpointFolder:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
-        """The folder, for a body that writes into it."""
+        """The folder, for a body that writes into it. Raises ValueError if that fails."""
         try:
             if not self._made:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -74,12 +75,12 @@ class CheckpointFolder:
         except OSError as error:
             lost = "" if self.path.is_dir() else "the folder is gone; "
             raise ValueError(
-                f"cannot write to --output_dir {self.path}: {lost}{error.strerror or error}; the last good checkpoint "
-                "is as it was: see to the disk, then go on with --resume auto"
+                f"cannot write to `output_dir` {self.path}: {lost}{error.strerror or error}; the last good checkpoint is "
+                "intact: repair the disk, then pass `resume` auto"
             ) from None
 
     def clean(self) -> None:
-        """Remove what a killed run left half written."""
+        """Remove files that a killed run left half written."""
         if self.path.is_dir():
             for path in self.path.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
@@ -87,12 +88,12 @@ class CheckpointFolder:
                         path.unlink()
 
     def newest_good(self, read: Callable[[str], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint that `read` (which raises ValueError) can read, and what is in it; None if none is.
+        """The newest checkpoint that `read` can read, and its content; None if there is none.
 
-        Warns of newer ones that are damaged.
+        `read` raises ValueError for a damaged file. Warns of damaged ones that are newer.
         """
         damaged = []
-        # checkpoint.pth first: a run that went back to an earlier file has left files of higher numbers behind.
+        # checkpoint.pth first: a run that resumed from an earlier file has left files of higher numbers.
         for path in [self.path / NEWEST, *self._named()]:
             if not path.is_file():
                 continue
@@ -102,14 +103,14 @@ class CheckpointFolder:
                 damaged.append(error)
                 continue
             for error in damaged:
-                log(f"warning: {error}; going on from {path} instead")
+                log(f"warning: {error}; resuming from {path} instead")
             return path, content
         for error in damaged:
-            log(f"warning: {error}; no other checkpoint is left")
+            log(f"warning: {error}; there is no other checkpoint")
         return None
 
     def forget_log(self, epoch: int) -> None:
-        """Drop the lines of `epoch` and later ones, which will be written again, and what a killed run left torn."""
+        """Remove the lines of `epoch` and later ones, which will be written again, and an incomplete last line."""
         file = self.path / "log.txt"
         if file.is_file():
             lines = file.read_text().splitlines(keepends=True)
@@ -119,7 +120,7 @@ class CheckpointFolder:
                     temporary.write_text("".join(kept))
 
     def logged(self) -> list[dict[str, Any]]:
-        """The lines of log.txt, of each epoch the last, in the order of epochs."""
+        """The lines of log.txt in the order of epochs; of each epoch the last."""
         file = self.path / "log.txt"
         lines = {line["epoch"]: line for line in read_json_lines(file)} if file.is_file() else {}
         return [lines[epoch] for epoch in sorted(lines)]
@@ -128,7 +129,7 @@ class CheckpointFolder:
         return any(line["epoch"] == epoch for line in self.logged())
 
     def _named(self) -> list[Path]:
-        """Checkpoints under their own names, the newest first."""
+        """Checkpoints under their first names, the newest first."""
         if not self.path.is_dir():
             return []
         return sorted((p for p in self.path.iterdir() if _NAME.fullmatch(p.name)), key=_position, reverse=True)
@@ -144,13 +145,15 @@ class CheckpointFolder:
 
 
 def _position(path: Path) -> tuple[int, float]:
-    """Epoch, and steps of it that are done: all, where the name tells none."""
-    epoch, iteration = _NAME.fullmatch(path.name).groups()
+    """Epoch, and steps of it that are done: infinity for a whole epoch."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    epoch, iteration = match.groups()
     return int(epoch), int(iteration) if iteration else float("inf")
 
 
 def _epoch_of(line: str) -> float:
-    """Infinity for a line that is no record of an epoch."""
+    """Epoch of a line of the log; infinity if it is no record of an epoch."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, TypeError, KeyError):
@@ -158,7 +161,7 @@ def _epoch_of(line: str) -> float:
 
 
 def _also_name(path: Path, name: Path) -> None:
-    """Let `name` be the same file as `path`, in one step."""
+    """Make `name` a second name of the file `path`, atomically."""
     temporary = name.with_name(f".{os.getpid()}.{name.name}")
     temporary.unlink(missing_ok=True)
     try:

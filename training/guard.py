@@ -1,7 +1,7 @@
-"""Training steps whose loss or gradient is not finite: not taken, counted, and after so many in a row an error.
+"""Steps with a non-finite loss or gradient are skipped and counted; too many in a row stop the training.
 
-Whether a step is taken is decided and carried out on the device. The host learns of it one step later, at a time when
-it waits for the device anyway, so that looking costs nothing.
+The device decides whether a step is taken. The host reads the result one step later, when it has waited for the device
+anyway.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MOST = 6  # loss terms that are named
 
 
 @dataclass
-class Step:
-    """What there is to tell of a step, and to repeat it with.
+class StepRecord:
+    """What is needed to report a step, and to repeat it.
 
     Args:
-        metrics: for each part of the batch, what the log calls its loss and terms; on the device.
+        metrics: for each part of the batch, loss and terms by their names in the log; on the device.
         image_ids: of all parts, on the device.
-        num_boxes: what losses were divided by.
-        parts: images and targets of each part; None where they were not kept.
+        num_boxes: the losses' divisor.
+        parts: images and targets of each part; None if they were not kept.
         random: `random_state` before the step.
-        scale: of the gradient scaler, where there is one.
+        scale: of the gradient scaler, if any.
     """
 
     epoch: int
@@ -45,7 +45,7 @@ class Step:
     scale: Tensor | None
 
     def faults(self) -> list[str]:
-        """Terms of this process that are not finite, as "loss_ce = nan"; their sum where each alone is."""
+        """Non-finite terms of this process, as "loss_ce = nan"; the loss itself if no single term is at fault."""
         found = {
             name: value.item()
             for metrics in self.metrics
@@ -57,27 +57,31 @@ class Step:
 
 
 class BadSteps(ValueError):
-    """`--max_bad_steps` steps in a row were bad. `step` is the last of them; the network is as it was before it.
-    `rank` is that of the first process whose own loss was not finite, None where gradients alone were not."""
+    """`max_bad_steps` steps in a row were bad.
 
-    def __init__(self, message: str, *, step: Step, rank: int | None):
+    Args:
+        step: the last of them; the network is as it was before it.
+        rank: of the first process whose loss was non-finite; None if gradients alone were.
+    """
+
+    def __init__(self, message: str, *, step: StepRecord, rank: int | None):
         super().__init__(message)
         self.step, self.rank = step, rank
 
 
 class StepGuard:
-    """One for the whole of a training.
+    """One per training.
 
-    A step is skipped where the loss in any process or the norm of the gradients is not finite. It is bad if so, unless
-    a gradient scaler caused it: gradients that overflow under a scale of at least 1 are what the scaler looks for, and
-    answers with a smaller scale.
+    A step is skipped if the loss of any process or the norm of the gradients is non-finite. A skipped step is bad,
+    unless a gradient scaler caused it: gradients that overflow under a scale of at least 1 are what the scaler looks
+    for, and answers with a smaller scale.
 
-    A skipped step leaves weights, the optimiser's moments and count of steps, statistics of learned norms, and the
-    gradients that a next step adds to as they were. The learning rate's schedule counts iterations, and goes on.
+    A skipped step leaves as they were: weights, the optimiser's moments and step count, statistics of learned norms,
+    and the gradients that the next step adds to. The schedule of the learning rate counts iterations and advances.
 
     Args:
         network: without DDP's wrapper.
-        limit: bad steps in a row at which to stop.
+        limit: consecutive bad steps at which to stop.
         keep_gradients: whether steps add to the gradients that the last step left.
     """
 
@@ -86,13 +90,15 @@ class StepGuard:
         # Statistics that forward changes before anything is known of the loss.
         norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        # Steps skipped, bad ones among them, bad ones in a row.
+        self._saved: list[tuple[Tensor, Tensor]] = []
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        # Skipped steps, bad ones among them, consecutive bad ones.
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         copy = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._on_host, self._read = copy, copy.numpy()
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._bad_before, self._in_a_row = 0, 0  # as of the last look
-        self._last: Step | None = None
+        self._last: StepRecord | None = None
 
     def begin(self) -> dict[str, Tensor]:
         """Before a step's forward. Returns the state of the random numbers that it will draw."""
@@ -111,14 +117,14 @@ class StepGuard:
 
         Args:
             losses: of this process, one for each part of the batch.
-            norm: that of all gradients, which the processes have in common.
+            norm: of all gradients, which the processes share.
             scale: of the gradient scaler.
         """
-        odd_loss = ~torch.isfinite(torch.stack(list(losses))).all()
-        odd_norm = ~torch.isfinite(norm)
-        blamed = odd_norm if scale is None else odd_norm & (scale < 1)
-        # The gradients bring a fault of one process to all, but a term without gradient can be at fault, too.
-        skip, bad = any_process(torch.stack([odd_loss | odd_norm, odd_loss | blamed]).float())
+        bad_loss = ~torch.isfinite(torch.stack(list(losses))).all()
+        bad_norm = ~torch.isfinite(norm)
+        blamed = bad_norm if scale is None else bad_norm & (scale < 1)
+        # Gradients spread the fault of one process to all, but a term without gradient can be at fault, too.
+        skip, bad = any_process(torch.stack([bad_loss | bad_norm, bad_loss | blamed]).float())
         skipped, total, row = self._counts
         self._counts = torch.stack([skipped + skip.long(), total + bad.long(), (row + bad.long()) * skip.long()])
         self._on_host.copy_(self._counts, non_blocking=True)
@@ -128,16 +134,17 @@ class StepGuard:
 
     @torch.no_grad()
     def step(self, optimizer: Optimizer, skip: Tensor) -> None:
-        """Let the optimiser take the step, or put back what forward and backward changed.
+        """Let the optimiser take the step, or restore what forward and backward changed.
 
-        Fused optimisers skip on the device, asked as torch.amp.GradScaler asks them. For others the host waits.
+        Fused optimisers skip on the device, through the attribute that torch.amp.GradScaler sets. For others the host
+        waits.
         """
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = skip
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
             try:
                 optimizer.step()
             finally:
-                del optimizer.found_inf
+                del optimizer.found_inf  # type: ignore[attr-defined]
         elif not skip:
             optimizer.step()
         for tensor, before in self._saved:
@@ -147,15 +154,15 @@ class StepGuard:
                 if weight.grad is not None:
                     torch.where(skip.bool(), before, weight.grad, out=weight.grad)
 
-    def end(self, step: Step) -> None:
+    def end(self, step: StepRecord) -> None:
         """After a step. Its batch is kept only if it may be the last one allowed to be bad."""
         self._last = step
         if self._in_a_row + 1 < self.limit:
             step.parts = None
 
     def look(self) -> None:
-        """Tell of the last step if it was bad. All processes look at the same time: after a later step's matching,
-        before its backward, or between steps.
+        """Report the last step if it was bad. All processes must look at the same time: after the matching of a later
+        step and before its backward, or between steps.
 
         Raises:
             BadSteps: this was one too many.
@@ -166,7 +173,7 @@ class StepGuard:
         if bad == self._bad_before or self._last is None:
             return
         self._bad_before, step, self._last = bad, self._last, None
-        rank, text = _tell(step)
+        rank, text = _describe(step)
         if self._in_a_row < self.limit:
             log(f"step skipped, {self._in_a_row} in a row, {bad} in all: {text}")
             return
@@ -179,7 +186,7 @@ class StepGuard:
         raise BadSteps(f"{what} in {text}", step=step, rank=rank)
 
     def state_dict(self) -> dict[str, int]:
-        """Call `look` first, which tells of a step while its batch is still known."""
+        """Call `look` first: it reports a bad step while its batch is still known."""
         return dict(zip(("skipped", "bad", "in_a_row"), self._counts.tolist()))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -188,14 +195,13 @@ class StepGuard:
         _, self._bad_before, self._in_a_row = map(int, self._read)
 
 
-def _tell(step: Step) -> tuple[int | None, str]:
-    """The first process whose loss is at fault, and where which terms of which images are. A gathering of all."""
-    faults = step.faults()
+def _describe(step: StepRecord) -> tuple[int | None, str]:
+    """The first process whose loss is at fault, and the place, terms and images. All processes must call this."""
     images = torch.stack(step.image_ids).tolist() if step.image_ids else []
-    told = all_gather_object((faults, images))
+    ranks = all_gather_object((step.faults(), images))
     where = f"epoch {step.epoch}, iteration {step.iteration}"
-    for rank, (faults, images) in enumerate(told):
+    for rank, (faults, images) in enumerate(ranks):
         if faults:
             process = f" of rank {rank}" if get_world_size() > 1 else ""
             return rank, f"{where}: {', '.join(faults)}; image ids {images}{process}"
-    return None, f"{where}: the gradients, but no loss; image ids {[i for _, images in told for i in images]}"
+    return None, f"{where}: the gradients, but no loss; image ids {[i for _, images in ranks for i in images]}"

@@ -1,149 +1,252 @@
-"""The training loop: epochs, checkpoints, evaluation, the log; how a run goes on, and how it ends early."""
+"""The training loop: epochs, checkpoints, evaluation, the log; how a run ends early."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 from samdetr.engine import train_one_epoch
-from samdetr.training.checkpoints import CheckpointFolder
-from samdetr.training.cluster.preemption import PREEMPTED, Signals, Stopped, Votes, Wish
+from samdetr.training import replay
+from samdetr.training.cluster.preemption import PREEMPTED, Request, Signals, Stopped, Votes
+from samdetr.training.cluster.wall_clock import WallClock
+from samdetr.training.ema import WeightAverage
+from samdetr.training.guard import BadSteps
+from samdetr.training.optim import build_scheduler
+from samdetr.training.profiler import StepProfiler
+from samdetr.training.resume import Resume, plan
+from samdetr.training.run import Parts, build_optimizer
 from samdetr.training.state import TrainingState
+from samdetr.training.update import Update
 from samdetr.util.distributed import barrier, get_rank, is_main
-from samdetr.util.logger import MetricAverager, log, read_json_lines, write_json
+from samdetr.util.files import read_json_lines, write_json
+from samdetr.util.logger import MetricAverager, log
+from samdetr.util.targets import TargetBatch
 from samdetr.util.visualize import plot_training_curves
 
 
+def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
+    """Train to the last epoch.
+
+    Args:
+        given: values of the flags that the user typed.
+
+    Raises:
+        Stopped: the run ended early, after a checkpoint.
+        ValueError: a checkpoint that cannot be resumed, or too many bad steps in a row.
+    """
+    settings, loader = parts.settings, parts.data.train_loader
+    assert loader is not None
+    resume = plan(parts.source, settings, given, sampler=loader.sampler, folder=parts.folder)
+    update = build_update(parts, resume)
+    hours = settings.run.max_hours
+    clock = WallClock(hours=hours) if hours else None
+    saved_settings = parts.saved_settings(settings.replace(start_epoch=resume.epoch))
+    state = TrainingState(
+        model=parts.network,
+        optimizer=update.optimizer,
+        scheduler=update.scheduler,
+        scaler=update.scaler,
+        keep_gradients=update.keep_gradients,
+        ema=update.average,
+        extras={"bad_steps": update.guard, **({"clock": clock} if clock else {})},
+        seed=settings.run.seed,
+        batch=loader.sampler.batch,
+        facts={"settings": saved_settings, "categories": parts.data.categories.to_list()},
+        epoch=resume.epoch,
+    )
+    same_random_numbers = resume.restore(state)
+    earlier = resume.trim_log(parts.folder)
+    if resume.epoch >= settings.optimisation.epochs:
+        log(f"nothing to do up to --epochs {settings.optimisation.epochs}; --start_epoch 0 starts over")
+    if clock and clock.is_up:
+        log(f"--max_hours {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
+        return
+    requests = [signals.request, *([clock.request] if clock else [])]
+    trainer = Trainer(parts, state=state, update=update, signals=signals, requests=requests, earlier=earlier)
+    try:
+        trainer.run(same_random_numbers=same_random_numbers)
+    except BadSteps as error:
+        text = replay.keep(
+            error, state=state, criterion=parts.criterion, device=parts.device, amp=parts.amp, folder=parts.folder
+        )
+        raise ValueError(text) from None
+
+
+def build_update(parts: Parts, resume: Resume) -> Update:
+    """What makes steps, at the position where training starts. Raises ValueError."""
+    settings, network, device = parts.settings.optimisation, parts.network, parts.device
+    assert parts.data.train_loader is not None
+    steps = parts.data.train_loader.sampler.steps
+    optimizer = build_optimizer(network, parts.settings, device)
+    scheduler = build_scheduler(
+        optimizer,
+        schedule=settings.lr_schedule,
+        total_steps=settings.epochs * steps,
+        drop_step=settings.lr_drop * steps,
+        warmup_steps=settings.warmup_iters,
+        first_step=resume.epoch * steps + (resume.step or 0),
+    )
+    amp = parts.settings.speed.amp
+    return Update(
+        network,
+        optimizer,
+        scheduler,
+        clip_max_norm=settings.clip_max_norm,
+        max_bad_steps=settings.max_bad_steps,
+        keep_gradients=settings.legacy_no_zero_grad and amp == "off",  # with --amp the published loop zeroes them
+        scaler=torch.amp.GradScaler(device.type) if amp == "fp16" else None,
+        average=WeightAverage(network, decay=settings.ema) if settings.ema else None,
+        profiler=StepProfiler(steps=parts.settings.speed.profile, device=device),
+    )
+
+
 def average_precision(line: dict[str, Any]) -> float | None:
-    """What a line of the log says the AP is: that of averaged weights where there are some; None without any."""
-    figures = line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
-    return figures[0] if figures else None
+    """The AP in a line of the log, that of averaged weights if any; None if there was no evaluation."""
+    metrics = line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
+    return metrics[0] if metrics else None
+
+
+def compiled_graphs() -> int:
+    """How often torch.compile compiled. After 8 times for one piece of code it stops, and the rest runs uncompiled."""
+    from torch._dynamo.utils import counters  # takes seconds to import
+
+    return counters["stats"]["unique_graphs"]
 
 
 class Trainer:
-    """Trains from where `state` is to the last epoch, as `train_one_epoch` does each.
+    """Trains from the position of `state` to the last epoch.
 
     Args:
-        evaluate: figures of the network as it is now, for the log; every process comes here.
-        folder: where checkpoints and the log go; None: nowhere.
-        signals: asks whether the run is to make room for others.
-        watched: wraps the loader, so that others see how far it is.
-        options: further arguments of `train_one_epoch`.
-        patience: evaluations in a row without a higher AP that end the training; 0: none do.
-        earlier: lines of the log that this run has written before.
-        save_every_epoch: epochs between two checkpoints that are named by their epoch alone.
-        save_every_iterations, save_every_minutes: between two others; 0: none.
-        wish: what this process wants after a step, beside what signals and the clock want.
+        signals: of the cluster.
+        requests: what this process requests after a step.
+        earlier: lines of the log that this run has already written.
     """
 
     def __init__(
         self,
+        parts: Parts,
         *,
         state: TrainingState,
-        model: nn.Module,
-        loader: DataLoader,
-        evaluate: Callable[[], dict[str, Any]],
-        folder: CheckpointFolder | None,
+        update: Update,
         signals: Signals,
-        watched: Callable[[DataLoader], Iterable] = lambda loader: loader,
-        options: dict[str, Any],
-        epochs: int,
-        eval_every_epoch: int,
-        save_every_epoch: int,
-        patience: int = 0,
+        requests: Sequence[Callable[[], Request]],
         earlier: Sequence[dict[str, Any]] = (),
-        save_every_iterations: int = 0,
-        save_every_minutes: float = 0,
-        wish: Callable[[], Wish] = lambda: Wish.GO_ON,
     ) -> None:
-        self.state, self.model, self.loader, self.evaluate = state, model, loader, evaluate
-        self.folder, self.signals, self.options = folder, signals, options
-        self.epochs, self.eval_every_epoch, self.save_every_epoch = epochs, eval_every_epoch, save_every_epoch
-        self.save_every_iterations, self.save_every_minutes = save_every_iterations, save_every_minutes
-        self.wish, self.watched = wish, watched
-        self.patience = patience
+        assert parts.data.train_loader is not None
+        assert parts.data.bad_images is not None
+        self.parts, self.state, self.update, self.signals = parts, state, update, signals
+        self.folder, self.loader, self.bad_images = parts.folder, parts.data.train_loader, parts.data.bad_images
+        self.epochs = parts.settings.optimisation.epochs
+        self.requests = [*requests, self._save_if_late]
         self.history = [ap for ap in map(average_precision, earlier) if ap is not None]
         self.votes = Votes()
         self.saved_at = time.monotonic()
+        self._arrived = 0  # batches of this epoch
 
     @property
     def steps(self) -> int:
         """Of an epoch."""
         return self.loader.sampler.steps
 
-    def run(self, *, random_numbers_go_on: bool = False, after_epoch: Callable[[], None] = lambda: None) -> None:
-        """Raises Stopped after a checkpoint, where a signal or a wish ended the run early.
+    def run(self, *, same_random_numbers: bool = False) -> None:
+        """Train.
 
         Args:
-            random_numbers_go_on: from where they are, in the first epoch, as `restore_place` told.
-            after_epoch: called between an epoch's training and its evaluation.
+            same_random_numbers: do not seed the first epoch: its random numbers were restored.
+
+        Raises:
+            Stopped: a request ended the run early, after a checkpoint.
         """
         state = self.state
-        start = time.time()
-        self.saved_at = time.monotonic()
-        n_parameters = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+        start = self.saved_at = time.monotonic()
         for epoch in range(state.epoch, self.epochs):
             if self._lost_patience():
                 break
             if epoch > state.epoch:
                 state.epoch, state.iteration, state.averager = epoch, 0, MetricAverager()
-            if not random_numbers_go_on:
-                # Each epoch draws its own numbers, so that a run that is resumed at its start goes on as if never
-                # interrupted; in the middle of one, where other processes go on, others than from its start.
+            if not same_random_numbers:
+                # Reseed per epoch, so that resuming between epochs is exact. Resuming inside an epoch with another
+                # number of processes cannot be exact; mix in the iteration, so that no draws are repeated.
                 torch.manual_seed(state.seed + get_rank() + 1_000_003 * epoch + 7_919 * state.iteration)
-            random_numbers_go_on = False
-            self.loader.sampler.set_epoch(epoch, state.iteration)
-            self.loader.dataset.set_epoch(epoch)
-            train_stats = train_one_epoch(
-                model=self.model,
-                loader=self.watched(self.loader),
-                optimizer=state.optimizer,
-                scheduler=state.scheduler,
-                scaler=state.scaler,
-                epoch=epoch,
-                start=state.iteration,
-                averager=state.averager,
-                after_step=self._after_step,
-                zero_grad=not state.keep_gradients,
-                **self.options,
-            )
-            after_epoch()
+            same_random_numbers = False
+            line = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
             self._act(self.votes.result())
-            line = {f"train_{name}": value for name, value in train_stats.items()}
-            if (epoch + 1) % self.eval_every_epoch == 0 or epoch + 1 == self.epochs:
-                # The checkpoint of this epoch is there, and a run that goes on from it evaluates.
+            if (epoch + 1) % self.parts.settings.run.eval_every_epoch == 0 or epoch + 1 == self.epochs:
+                # This epoch's checkpoint is already saved; if we are killed here, the resumed run evaluates first.
                 with self.signals.nothing_to_save() if self.folder else nullcontext():
-                    line |= {f"test_{name}": value for name, value in self.evaluate().items()}
+                    line |= {f"test_{name}": value for name, value in self._evaluate().items()}
                 ap = average_precision(line)
+                assert ap is not None
                 if self.folder and is_main() and ap > max(self.history, default=-math.inf):
-                    # Before the log tells of it: a run that is killed here evaluates, and comes here, again.
+                    # Before writing the log line, so that a crash in between repeats this step.
                     self.folder.keep_best()
                 self.history.append(ap)
             if self.folder and is_main():
+                n_parameters = sum(weight.numel() for weight in self.update.weights)
                 with self.folder.writing() as folder:
                     self.folder.append_log({**line, "epoch": epoch, "n_parameters": n_parameters})
                     plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
-        log(f"training took {timedelta(seconds=round(time.time() - start))}")
+        log(f"training took {timedelta(seconds=round(time.monotonic() - start))}")
+
+    def _train_one_epoch(self) -> dict[str, float]:
+        parts, state = self.parts, self.state
+        self.loader.sampler.set_epoch(state.epoch, state.iteration)
+        self.loader.dataset.set_epoch(state.epoch)
+        self._arrived = 0
+        parts.watchdog.begin_round()
+        with self.update.watch():
+            metrics = train_one_epoch(
+                model=parts.model,
+                criterion=parts.criterion,
+                loader=self.loader,
+                update=self.update,
+                device=parts.device,
+                epoch=state.epoch,
+                start=state.iteration,
+                accumulate=parts.settings.optimisation.accumulate,
+                amp=parts.amp,
+                averager=state.averager,
+                on_batch=self._on_batch,
+                after_step=self._after_step,
+                print_every=parts.settings.run.print_every,
+            )
+        if parts.settings.speed.compile:
+            log(f"torch.compile: {compiled_graphs()} graphs so far")
+        return metrics
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Metrics of the network, and of the averaged weights if any."""
+        metrics = self.parts.evaluate()[0]
+        if self.update.average:
+            log("and with averaged weights:")
+            with self.update.average.in_place():
+                metrics |= {f"ema_{name}": value for name, value in self.parts.evaluate()[0].items()}
+        return metrics
+
+    def _on_batch(self, targets: TargetBatch | None) -> None:
+        self.parts.watchdog.on_batch(targets)
+        if targets is not None:
+            self._arrived += 1
+            self.bad_images.note(targets.unreadable, last=self._arrived == len(self.loader))
 
     def _lost_patience(self) -> bool:
-        if not self.patience or not self.history:
+        patience = self.parts.settings.run.patience
+        if not patience or not self.history:
             return False
         best = max(self.history)
         since = len(self.history) - 1 - self.history.index(best)
-        if since >= self.patience:
-            log(f"stopped by --patience {self.patience}: no AP of the last {since} evaluations is above {best:.4f}")
-        return since >= self.patience
+        if since >= patience:
+            log(f"stopped by --patience {patience}: no AP of the last {since} evaluations is above {best:.4f}")
+        return since >= patience
 
     def save(self) -> None:
-        """Write a checkpoint. Every process has to come here."""
+        """Write a checkpoint. Every process must call this."""
         state = self.state
         if not self.folder:
             return
@@ -151,38 +254,37 @@ class Trainer:
         if is_main():
             with self.folder.writing() as folder:
                 write_json(folder / "settings.json", state.facts["settings"])
-            whole = state.iteration == self.steps and (state.epoch + 1) % self.save_every_epoch == 0
+            every = self.parts.settings.run.save_every_epoch
+            whole = state.iteration == self.steps and (state.epoch + 1) % every == 0
             self.folder.save(content, epoch=state.epoch, iteration=None if whole else state.iteration)
         self.saved_at = time.monotonic()
 
-    def _after_step(self, check: Callable[[], None]) -> None:
+    def _after_step(self) -> None:
         state = self.state
         state.iteration += 1
         state.samples_seen += state.batch
-        every = self.save_every_iterations
+        every = self.parts.settings.run.save_every_iterations
         due = state.iteration == self.steps or (every and state.iteration % every == 0)
         if due:
-            check()
+            self.update.check()
             self.save()
 
-        def act(wish: Wish) -> None:
-            if wish > Wish.GO_ON and not due:
-                check()
+        def act(request: Request) -> None:
+            if request > Request.CONTINUE and not due:
+                self.update.check()
                 self.save()
-            self._act(wish)
+            self._act(request)
 
-        self.votes.agree(self._wish, act)
+        self.votes.agree(lambda: max(request() for request in self.requests), act)
 
-    def _act(self, wish: Wish) -> None:
-        if wish < Wish.FINISH:
+    def _act(self, request: Request) -> None:
+        if request < Request.FINISH:
             return
-        barrier()  # where one process ends, the launcher may end the others: not before the checkpoint is written
-        log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; --resume auto goes on from there")
-        raise Stopped(PREEMPTED if wish == Wish.PREEMPT else 0)
+        barrier()  # once one process ends, the launcher may end the others: the checkpoint must be written before
+        log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; --resume auto resumes there")
+        raise Stopped(PREEMPTED if request == Request.PREEMPT else 0)
 
-    def _wish(self) -> Wish:
-        """Of this process."""
-        late = self.save_every_minutes and time.monotonic() - self.saved_at >= 60 * self.save_every_minutes
-        return max(
-            Wish.PREEMPT if self.signals.received else Wish.GO_ON, Wish.SAVE if late else Wish.GO_ON, self.wish()
-        )
+    def _save_if_late(self) -> Request:
+        minutes = self.parts.settings.run.save_every_minutes
+        late = minutes and time.monotonic() - self.saved_at >= 60 * minutes
+        return Request.SAVE if late else Request.CONTINUE

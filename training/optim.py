@@ -1,4 +1,4 @@
-"""Which parameter learns how fast, and how the speed changes with time."""
+"""Learning rates: groups of parameters, and schedules."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def parameter_groups(
     Names that start with "backbone." learn at `lr_backbone`, other names that contain one of `lr_linear_proj_names` at
     `lr * lr_linear_proj_mult`, the rest at `lr`.
 
-    Raises ValueError for a pattern that matches no parameter, so that a misspelt one cannot pass unseen; those in
-    `optional_names` may.
+    Raises:
+        ValueError: a pattern that matches no parameter and is not in `optional_names`: it may be misspelt.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     backbone = {name for name in trainable if name.startswith("backbone.")}
@@ -37,7 +37,7 @@ def parameter_groups(
     for pattern in lr_linear_proj_names:
         matched = {name for name in trainable if pattern in name} - backbone
         if not matched and pattern not in optional_names:
-            raise ValueError(f"--lr_linear_proj_names {pattern}: no trainable parameter outside the backbone has it")
+            raise ValueError(f"`lr_linear_proj_names` {pattern}: no trainable parameter outside the backbone has it")
         projection |= matched
 
     # The order of the official code, on which the numbering in a saved optimizer state depends.
@@ -58,7 +58,7 @@ def parameter_groups(
 
 
 def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int) -> float:
-    """What multiplies every group's learning rate at iteration `step`, counted from 0; all arguments in iterations.
+    """The factor of every group's learning rate at iteration `step`, counted from 0. All arguments are in iterations.
 
     step: a tenth after every `drop_step` iterations, counted from the first iteration on, warm-up or not.
     cosine: half a cosine from 1 at the end of the warm-up to 0 at `total_steps`.
@@ -80,7 +80,7 @@ def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_ste
 def build_scheduler(
     optimizer: Optimizer, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int = 0, first_step: int = 0
 ) -> LambdaLR:
-    """A scheduler to step after every iteration (not epoch), as if `first_step` steps had been made."""
+    """A scheduler that counts iterations, not epochs, and starts as if `first_step` steps had been made."""
 
     def factor(step: int) -> float:
         return learning_rate_factor(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+
+from samdetr.util.sections import timed_by
 
 SECTIONS = ("data", "transfer", "forward", "matching", "loss", "backward", "optimiser")
 
 
 class StepProfiler:
-    """Times the sections of the first `steps` steps; does nothing afterwards.
+    """Times the sections (util.sections) of the first `steps` steps; does nothing afterwards.
 
-    A GPU works behind the program's back, so while this looks, each section waits for it at both ends: sections add up,
-    and steps take longer than without. Sections may lie in one another; the inner one's time is not the outer one's.
+    A GPU runs behind the host, so while this is active each section waits for it at both ends: sections add up, and
+    steps take longer than without. Sections may be nested; the time of the inner one is not counted in the outer one.
     """
 
     def __init__(self, *, steps: int, device: torch.device):
@@ -23,14 +25,18 @@ class StepProfiler:
         self.rows: list[dict[str, float]] = []
         self._row: dict[str, float] = {}
         self._inner = [0.0]
-        self._start, self._work = time.perf_counter(), self._worked()
+        self._start, self._work = time.perf_counter(), time.process_time()
 
     @property
     def active(self) -> bool:
         return len(self.rows) < self.steps
 
+    def watch(self) -> AbstractContextManager[None]:
+        """Time the sections inside the body."""
+        return timed_by(self._section)
+
     @contextmanager
-    def section(self, name: str) -> Iterator[None]:
+    def _section(self, name: str) -> Iterator[None]:
         if not self.active:
             yield
             return
@@ -44,13 +50,13 @@ class StepProfiler:
             self._inner[-1] += taken
 
     def step(self) -> str | None:
-        """End of a step. Returns the table after the last one that is looked at."""
+        """End of a step. Returns the table after the last step that is timed."""
         if not self.active:
             return None
-        now, work = self._now(), self._worked()
+        now, work = self._now(), time.process_time()
         whole = now - self._start
         on_gpu = sum(self._row.get(name, 0.0) for name in SECTIONS if name != "data")
-        # A CPU is busy for the time that its threads ran; a GPU in all sections but the wait for data.
+        # A CPU is busy for the time that its threads ran; a GPU in all sections except the wait for data.
         busy = on_gpu if self.device.type == "cuda" else (work - self._work) / torch.get_num_threads()
         self.rows.append({**self._row, "all": whole, "busy": min(busy / whole, 1.0)})
         self._row, self._start, self._work = {}, now, work
@@ -68,6 +74,3 @@ class StepProfiler:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-    def _worked(self) -> float:
-        return time.process_time()

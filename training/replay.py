@@ -1,6 +1,6 @@
-"""A training step in a file, and the same step once more: what `--max_bad_steps` leaves and `--replay` reads.
+"""A training step in a file, and its repetition: `--max_bad_steps` writes the file, `--replay` reads it.
 
-Knows no model family. The network runs without DDP's wrapper and uncompiled, so that every module can be watched.
+The network runs without DDP's wrapper and uncompiled, so that every module can be watched.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ from torch.optim import Optimizer
 
 from samdetr.engine import compute_losses, predict
 from samdetr.training.checkpoints import CheckpointFolder
-from samdetr.training.guard import BadSteps, Step
+from samdetr.training.guard import BadSteps, StepRecord
+from samdetr.training.run import AMP, build_network, build_optimizer, place
+from samdetr.training.settings import RunSettings
 from samdetr.training.state import TrainingState, set_random_state
-from samdetr.util.checkpoint import read_file, save_file
+from samdetr.util.checkpoint import load_weights, read_file, save_file
+from samdetr.util.device import set_arithmetic
 from samdetr.util.distributed import all_gather_object, barrier, get_rank
+from samdetr.util.logger import log
 from samdetr.util.padded_images import PaddedImages
 
 NAME, VERSION = "replay.pth", 1
@@ -37,21 +41,21 @@ def keep(
     amp: torch.dtype | None,
     folder: CheckpointFolder | None,
 ) -> str:
-    """Repeat the last bad step, write it into the folder, and return all that there is to say about it, in a line.
+    """Repeat the last bad step, write it into the folder, and return a report in one line.
 
-    Every process has to come here. The file holds the part of the first process in which the fault shows.
+    Every process must call this. The file holds the part of the first process in which the fault shows.
     """
-    traceback.clear_frames(error.__traceback__)  # they hold what a later step's forward kept for its backward
+    traceback.clear_frames(error.__traceback__)  # they hold the activations of a later step
     content = pack(error.step, state)
     # A copy, because DDP would exchange the gradients of the original.
     repeated = repeat(content, network=copy.deepcopy(state.model), criterion=criterion, device=device, amp=amp)
-    told = all_gather_object((repeated.finite, repeated.first_fault()))
-    odd = [rank for rank, (finite, _) in enumerate(told) if not finite]
-    rank = error.rank if error.rank is not None else odd[0] if odd else 0
-    text = f"{error}; {told[rank][1]}" if rank in odd else f"{error}; the same step alone is finite"
-    text += ". Try a smaller --lr, and look at these images and their boxes"
+    ranks = all_gather_object((repeated.finite, repeated.first_fault()))
+    faulty = [rank for rank, (finite, _) in enumerate(ranks) if not finite]
+    rank = error.rank if error.rank is not None else faulty[0] if faulty else 0
+    text = f"{error}; {ranks[rank][1]}" if rank in faulty else f"{error}; the same step alone is finite"
+    text += ". Try a smaller `lr`, and look at these images and their boxes"
     if folder is None:
-        return f"{text}; with --output_dir the step would be kept, to be repeated"
+        return f"{text}; with `output_dir` the step would be saved, to be repeated"
     path = folder.path / NAME
     if get_rank() == rank:
         with folder.writing():
@@ -60,8 +64,8 @@ def keep(
     return f"{text}; python main.py --replay {path} repeats the step"
 
 
-def pack(step: Step, state: TrainingState) -> dict[str, Any]:
-    """The file's content, on the CPU: a plain dict. The state must be that from before the step."""
+def pack(step: StepRecord, state: TrainingState) -> dict[str, Any]:
+    """The file's content, a plain dict on the CPU. The state must be that from before the step."""
     network = state.model
     gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
     content = {
@@ -84,7 +88,7 @@ def pack(step: Step, state: TrainingState) -> dict[str, Any]:
 
 
 def read(source: str) -> dict[str, Any]:
-    """What `keep` wrote. Raises ValueError."""
+    """The content of a file that `keep` wrote. Raises ValueError."""
     content = read_file(source, name="replay")
     if content.get("replay") != VERSION:
         raise ValueError(f"`replay` {source} holds no step; pass the {NAME} that a run left when it stopped")
@@ -93,14 +97,14 @@ def read(source: str) -> dict[str, Any]:
 
 @dataclass
 class Repeated:
-    """What a step gave.
+    """The result of a step.
 
     Args:
         terms: `loss` and its weighted terms.
         norm: of the gradients, before clipping.
         same_numbers: whether the device drew the random numbers of the original.
-        nan, infinite: what had the first NaN and the first infinity, in the order of computation; None: nothing had.
-        gradient: the first parameter, in the order of backward, whose gradient is not finite.
+        nan, infinite: name of the first value with a NaN and with an infinity, in the order of computation, if any.
+        gradient: name of the first parameter, in the order of backward, whose gradient is non-finite, if any.
     """
 
     terms: dict[str, float]
@@ -115,7 +119,7 @@ class Repeated:
         return all(map(math.isfinite, (*self.terms.values(), self.norm)))
 
     def first_fault(self) -> str:
-        """Where it began. An infinity may be meant, as that of positions which propose nothing; a NaN is not."""
+        """Where it began. An infinity may be intended, such as that of positions which propose nothing; a NaN is not."""
         found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
         return next((f"first {what}: {where}" for what, where in found.items() if where), "the norm overflows")
 
@@ -134,8 +138,8 @@ class Repeated:
 def repeat(
     content: dict[str, Any], *, network: nn.Module, criterion: nn.Module, device: torch.device, amp: torch.dtype | None
 ) -> Repeated:
-    """Forward, losses and backward of a packed step. The network has its weights already; its gradients, without those
-    of a loss scale, are left in it."""
+    """Forward, losses and backward of a packed step. The network must already have its weights; it keeps the gradients,
+    without the loss scale."""
     parts, num_boxes, scale, gradients = (
         to_device(content[name], device) for name in ("parts", "num_boxes", "scale", "gradients")
     )
@@ -154,7 +158,7 @@ def repeat(
             outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp)
             watch.see("the predictions", outputs)
             loss, values = compute_losses(criterion, outputs, part["targets"], num_boxes=num_boxes, parts=len(parts))
-            values["loss"] = values.pop("loss")  # the sum after what it is of
+            values["loss"] = values.pop("loss")  # list the total last
             for term, value in values.items():
                 if term.startswith("loss") and not term.endswith("_unscaled"):
                     watch.see(term, value)
@@ -167,22 +171,41 @@ def repeat(
     return Repeated(terms, norm, same_numbers, watch.nan, watch.infinite, watch.gradient)
 
 
+def run(source: str, *, device: torch.device) -> int:
+    """Repeat the step of a file and report. Returns 0 if it is finite, otherwise 1. Raises ValueError."""
+    content = read(source)
+    settings = RunSettings.from_flat(content["settings"])
+    set_arithmetic(tf32=settings.speed.tf32, deterministic=settings.speed.deterministic)
+    network, criterion, _ = build_network(settings)
+    load_weights(network, content["model"], source=source)
+    place(network, settings, device)
+    optimizer = build_optimizer(network, settings, device)
+    optimizer.load_state_dict(content["optimizer"])
+    log(f"epoch {content['epoch']}, iteration {content['iteration']}, image ids {image_ids(content)}")
+    repeated = repeat(content, network=network, criterion=criterion, device=device, amp=AMP[settings.speed.amp])
+    for line in repeated.lines():
+        log(line)
+    if repeated.finite:
+        log(f"the step is finite; {take(network, optimizer, clip_max_norm=settings.optimisation.clip_max_norm)}")
+    return 0 if repeated.finite else 1
+
+
 def image_ids(content: dict[str, Any]) -> list[int]:
     return [int(target["image_id"]) for part in content["parts"] for target in part["targets"]]
 
 
 @torch.no_grad()
 def take(network: nn.Module, optimizer: Optimizer, *, clip_max_norm: float) -> str:
-    """Let the optimiser take a repeated step, and say what became of the weights."""
+    """Let the optimiser take a repeated step, and report whether the weights are finite."""
     if clip_max_norm > 0:
         nn.utils.clip_grad_norm_(network.parameters(), clip_max_norm)
     optimizer.step()
-    odd = [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]
-    return f"the optimiser makes {odd[0]} infinite" if odd else "after it all weights are finite, too"
+    bad = [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]
+    return f"the optimiser makes {bad[0]} infinite" if bad else "after it all weights are finite, too"
 
 
 class _Watch:
-    """Remembers the first values that are not finite."""
+    """Records the first non-finite values."""
 
     def __init__(self) -> None:
         self.nan: str | None = None
@@ -203,7 +226,7 @@ class _Watch:
 
 @contextmanager
 def _watched(network: nn.Module) -> Iterator[_Watch]:
-    """See what every module returns, inner ones first, and every gradient in the order of backward."""
+    """Watch the output of every module, inner ones first, and every gradient in the order of backward."""
     watch = _Watch()
     hooks = [
         module.register_forward_hook(lambda _, __, output, name=name: watch.see(f"output of {name}", output))
@@ -237,7 +260,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Copies of all tensors in dicts and lists, and plain values as they are."""
+    """Copies of all tensors in dicts and lists; plain values as they are."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""All that a run must carry over to go on as if it had never stopped, as one plain dict."""
+"""Everything that a run needs to resume as if it had never stopped, as one plain dict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from samdetr.util.logger import MetricAverager
 
 
 class Stateful(Protocol):
-    """What can be kept in a checkpoint: its state is plain numbers, text, lists, dicts and tensors."""
+    """What a checkpoint can hold: its state is plain numbers, text, lists, dicts and tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -28,24 +28,25 @@ class Stateful(Protocol):
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """The living parts of a run, and where it is. Checkpoints are `capture()`; `restore()` undoes it.
+    """The parts of a run that change, and its position. `capture()` makes a checkpoint of them, `restore()` and
+    `restore_place()` undo it.
 
-    The learning rate is no state: it follows from the flags and the position, so that a run may go on with others.
+    The learning rate is no part: it follows from the settings and the position, so a run may resume with other settings.
 
     Args:
         model: the network itself, without DDP's wrapper.
-        ema: averaged weights, where there are some.
+        ema: averaged weights, if any.
         seed: of the order of the images, which is a function of it and the epoch.
-        batch: images of a step, of all processes together.
+        batch: images per step, over all processes.
         scaler: of float16.
         keep_gradients: whether the next step adds to the gradients of the last one.
-        extras: further things by name (counters and the like). A checkpoint that does not have one leaves it as it is.
-            They are those of the main process: keep them alike in all. A checkpoint at an epoch's end is written before
-            the epoch is evaluated, so what follows from an evaluation belongs into log.txt, not here.
-        facts: plain values to write along: `settings`, `categories`.
-        epoch: the epoch that the run is in, counted from 0.
+        extras: further parts by name (counters and the like). If a checkpoint lacks one, it is left as it is. They must
+            be equal in all processes; those of the main process are saved. A checkpoint at the end of an epoch is
+            written before the epoch is evaluated, so results of an evaluation belong into log.txt, not here.
+        facts: plain values to save as well: `settings`, `categories`.
+        epoch: the current epoch, counted from 0.
         iteration: steps of the optimiser done in it; all of them at its end.
-        averager: sums of what the log line of this epoch will tell, in this process.
+        averager: sums for the log line of this epoch, in this process.
     """
 
     model: nn.Module
@@ -64,7 +65,7 @@ class TrainingState:
     averager: MetricAverager = field(default_factory=MetricAverager)
 
     def capture(self) -> dict[str, Any]:
-        """The checkpoint. Every process has to come here, for its random numbers and sums; waits for the device."""
+        """The checkpoint. Every process must call this, for its random numbers and sums; waits for the device."""
         device = next(self.model.parameters()).device
         ranks = all_gather_object({"random": random_state(device), "averages": self.averager.state_dict()})
         content = {
@@ -91,9 +92,12 @@ class TrainingState:
         return content
 
     def restore(self, checkpoint: dict[str, Any], *, source: str) -> None:
-        """Take over all but the weights, which are loaded where the network is made, and the place in the epoch.
+        """Restore everything except the weights, which are loaded where the network is made, and the position.
 
-        Files of ours without some of the parts, as the first ones were, leave these as they are. Raises ValueError.
+        Parts that the file lacks, as early files of this project do, are left as they are.
+
+        Raises:
+            ValueError: the file has other groups of parameters.
         """
         restore_optimizer(self.optimizer, checkpoint, source=source)
         if self.keep_gradients:
@@ -101,7 +105,7 @@ class TrainingState:
             for name, weight in self.model.named_parameters():
                 if name in gradients:
                     weight.grad = gradients[name].to(weight)
-        parts = {"scaler": self.scaler, "ema": self.ema}
+        parts: dict[str, Stateful | None] = {"scaler": self.scaler, "ema": self.ema}
         for name, part in parts.items():
             if part is not None and checkpoint.get(name):
                 part.load_state_dict(checkpoint[name])
@@ -111,21 +115,23 @@ class TrainingState:
         self.samples_seen = checkpoint.get("samples_seen", 0)
 
     def restore_place(self, checkpoint: dict[str, Any], *, iteration: int) -> bool:
-        """Go on after `iteration` steps of the checkpoint's epoch: with what its log line will tell, and the random
-        numbers. Returns whether these were those of as many processes; if not, they have to be drawn anew."""
+        """Resume after `iteration` steps of the checkpoint's epoch: the sums for its log line and the random numbers.
+
+        Returns whether the file is of the same number of processes; if not, random numbers must be seeded anew.
+        """
         self.epoch, self.iteration = checkpoint["epoch"], iteration
         sums = checkpoint["averages"]
-        alike = len(sums) == get_world_size()
-        if alike:
+        same_world_size = len(sums) == get_world_size()
+        if same_world_size:
             self.averager.load_state_dict(sums[get_rank()])
             set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
         else:
             self.averager.load_state_dict(mean_state(sums))
-        return alike
+        return same_world_size
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that training draws from: PyTorch's on the CPU and on this process's GPU."""
+    """State of the generators that training draws from: PyTorch's on the CPU and on this process's GPU."""
     state = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -139,8 +145,8 @@ def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def mean_state(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the averagers of some processes, for each of another number of processes: their steps weigh as much as before,
-    beside those to come."""
+    """The mean of the averagers of some processes, for each process of another number of processes: relative to the
+    steps to come, the past ones keep their weight."""
     mean: dict[str, Any] = {"sums": {}, "counts": {}}
     for state in states:
         for kind, values in state.items():
@@ -159,14 +165,14 @@ def versions() -> dict[str, str | None]:
 
 
 def restore_optimizer(optimizer: Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Take over the optimiser's state; the learning rates follow from the schedule. Raises ValueError."""
+    """Load the optimiser's state, except the learning rates, which follow from the schedule. Raises ValueError."""
     scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError:
         raise ValueError(
-            f"{source} was trained with other groups of parameters; pass the --lr_backbone (0 or not) and "
-            "--lr_linear_proj_names that it was trained with"
+            f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
+            "`lr_linear_proj_names` that it was trained with"
         ) from None
     for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
         group["lr"], group["initial_lr"] = lr, initial_lr

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.util.distributed import main_process_first
-from samdetr.util.logger import whole_file
+from samdetr.util.files import whole_file
 
 SCHEMA_VERSION = 1  # of training checkpoints: raised when an older version of this project could not read them
 

@@ -9,15 +9,17 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
         names = ("SLURM_PROCID", size, "SLURM_LOCALID")
     elif world_size > 1:
         raise ValueError(
-            f"--world_size {world_size}, but no launcher told this process its rank: start it with torchrun or srun"
+            f"`world_size` {world_size}, but no launcher set the rank of this process: start it with torchrun or srun"
         )
     else:
         return Ranks()
@@ -126,7 +128,7 @@ def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
     if size < 1:
         raise ValueError(f"{size_name}={size} is not a number of processes")
     if world_size not in (1, size):
-        raise ValueError(f"--world_size {world_size} contradicts {size_name}={size}")
+        raise ValueError(f"`world_size` {world_size} contradicts {size_name}={size}")
     for name, value in ((rank_name, rank), (local_name, local_rank)):
         if not 0 <= value < size:
             raise ValueError(f"{name}={value} is outside 0 to {size - 1} ({size} processes)")
@@ -263,6 +265,11 @@ def all_gather_object(value: Any) -> list[Any]:
     with _exchange():
         dist.all_gather_object(gathered, value)
     return gathered
+
+
+def from_main(value: Callable[[], T]) -> T:
+    """What `value()` is on the main process, which alone calls it, on every process. It must pickle."""
+    return all_gather_object(value() if is_main() else None)[0]
 
 
 @contextmanager

@@ -1,15 +1,11 @@
-"""What a run tells: lines and progress on the terminal, averages of metrics, JSON files."""
+"""Lines and progress on the terminal, and averages of metrics."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -132,71 +128,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def append_json_line(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Append `record` as one line of JSON; numbers that JSON does not know (NaN, infinity) become null."""
-    line = json.dumps(_without_nonfinite(record), allow_nan=False).encode() + b"\n"
-    with open(path, "ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a run was killed while it wrote: do not spoil this line as well
-                line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `append_json_line` wrote; a line that a killed run left unfinished is passed over."""
-    records = []
-    for line in Path(path).read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:
-    """Write `value` as JSON, whole or not at all; NaN and infinity become null. One line where `indent` is None."""
-    text = json.dumps(_without_nonfinite(value), allow_nan=False, indent=indent) + "\n"
-    with whole_file(path) as temporary:
-        temporary.write_text(text)
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to; what lies there replaces `path` in one step when the body ends, and is dropped if it fails.
-
-    The temporary file keeps the suffix of `path`, by which writers of pictures choose the format.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def flush_folder(folder: str | os.PathLike) -> None:
-    """Have the disk know which files the folder holds, so that a new name survives a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""Batches that are on their way to the GPU while it still works on the one before."""
+"""Batches that travel to the GPU while it works on the batch before."""
 
 from __future__ import annotations
 
@@ -7,17 +7,28 @@ from typing import Any
 
 import torch
 
+from samdetr.util.sections import section
 
-def on_device(batches: Iterable[tuple[Any, ...]], device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """The batches, tuples of things with `to` and `record_stream`, on the device; one batch ahead on CUDA."""
+Batch = tuple[Any, ...]
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on `device`; on CUDA the next one is already under way.
+
+    A batch is a tuple of objects with the methods `to` and `record_stream`. Waiting for a batch is the section "data",
+    sending it the section "transfer".
+    """
+    iterator = iter(batches)
     if device.type != "cuda":
-        for batch in batches:
-            yield tuple(part.to(device) for part in batch)
+        while (batch := _next(iterator)) is not None:
+            with section("transfer"):
+                sent = tuple(part.to(device) for part in batch)
+            yield sent
         return
     stream = torch.cuda.Stream(device)
     ready = None
-    for batch in batches:
-        with torch.cuda.stream(stream):
+    while (batch := _next(iterator)) is not None:
+        with section("transfer"), torch.cuda.stream(stream):
             coming = tuple(part.to(device, non_blocking=True) for part in batch)
             arrived = stream.record_event()
         if ready is not None:
@@ -27,9 +38,14 @@ def on_device(batches: Iterable[tuple[Any, ...]], device: torch.device) -> Itera
         yield _take(*ready, device)
 
 
-def _take(batch: tuple[Any, ...], arrived: torch.cuda.Event, device: torch.device) -> tuple[Any, ...]:
+def _next(iterator: Iterator[Batch]) -> Batch | None:
+    with section("data"):
+        return next(iterator, None)
+
+
+def _take(batch: Batch, arrived: torch.cuda.Event, device: torch.device) -> Batch:
     current = torch.cuda.current_stream(device)
     current.wait_event(arrived)
     for part in batch:
-        part.record_stream(current)  # else its memory could be given away while this stream still reads it
+        part.record_stream(current)  # otherwise its memory could be reused while this stream still reads it
     return batch

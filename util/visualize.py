@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from samdetr.util.logger import whole_file
+from samdetr.util.files import whole_file
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # first and last pixel that belong to it

@@ -22,7 +22,7 @@ from samdetr.datasets.check.report import KINDS, Finding, by_severity, counts, i
 from samdetr.datasets.check.splits import Split, all_findings, check_split, listed_sizes, places
 from samdetr.datasets.coco import read_annotations
 from samdetr.util.command_line import run_command
-from samdetr.util.logger import write_json
+from samdetr.util.files import write_json
 
 SPLITS = ("train", "val")
 

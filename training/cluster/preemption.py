@@ -17,22 +17,22 @@ from torch import distributed
 
 from samdetr.util.distributed import get_world_size
 
-PREEMPTED = 75  # exit status: start me again, I go on (sysexits.h: temporary failure); scripts_slurm/launch.sh knows it
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of clusters that preempt; what slurm's --signal=USR1@120 sends
-_ONE_SIGNAL = 0.1  # seconds: launchers pass a signal on that the cluster has sent to every process, too
+PREEMPTED = 75  # exit status "start me again" (sysexits.h: temporary failure); scripts_slurm/launch.sh knows it
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of clusters that preempt; of slurm's --signal=USR1@120
+_ONE_SIGNAL = 0.1  # seconds: launchers forward a signal that the cluster has also sent to every process
 
 
-class Wish(enum.IntEnum):
-    """What a process wants to do after a step; what all do is the largest wish of any."""
+class Request(enum.IntEnum):
+    """What a process asks for after a step. All processes do the largest request of any."""
 
-    GO_ON = 0
+    CONTINUE = 0
     SAVE = 1
-    FINISH = 2  # save and end, the run being done
+    FINISH = 2  # save and end; the run is done
     PREEMPT = 3  # save and end with the status that asks to be started again
 
 
 class Stopped(Exception):
-    """Ends training after a checkpoint was written. `status` is what the program exits with."""
+    """Ends training after a checkpoint. `status` is the exit status of the program."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"exit status {status}")
@@ -42,10 +42,10 @@ class Stopped(Exception):
 class Signals:
     """While entered, the first SIGTERM or SIGUSR1 sets `received`; a second one ends the process at once.
 
-    A thread waits for them, because Python's own handlers do not run while the main thread waits for other processes.
+    A thread waits for them, because Python's handlers do not run while the main thread waits for other processes.
 
     Args:
-        announce: called before the process ends by itself, to tell the others.
+        announce: called with a message before this process ends by itself, to inform the others.
     """
 
     def __init__(self, announce: Callable[[str], None] = lambda message: None) -> None:
@@ -68,9 +68,13 @@ class Signals:
         signal.set_wakeup_fd(self._old_wakeup)
         self._writer.close()  # ends the thread
 
+    def request(self) -> Request:
+        """To end with the status that asks to be started again, once a signal was received."""
+        return Request.PREEMPT if self.received else Request.CONTINUE
+
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
-        """For a body during which a signal ends the process at once, what is on the disk being up to date."""
+        """While the body runs, a signal ends the process at once: the files on the disk are up to date."""
         with self._lock:
             self._nothing_to_save = True
             if self.received:
@@ -84,7 +88,7 @@ class Signals:
     def _listen(self) -> None:
         first = 0.0
         while number := self._reader.recv(1):
-            if number[0] not in SIGNALS:  # the pipe tells of every signal, such as that of a child that ended
+            if number[0] not in SIGNALS:  # the pipe reports every signal, such as that of a child that ended
                 continue
             with self._lock:
                 if not self.received:
@@ -109,8 +113,8 @@ def end_now(status: int) -> None:
 
 
 def shield_worker(_: int) -> None:
-    """For processes that load data: the cluster's signals, which reach every process, are for the one that trains. It
-    still needs the data. What it sends itself, when it ends, ends them as ever."""
+    """Let processes that load data ignore the cluster's signals, which reach every process but are for the one that
+    trains: it still needs the data. A signal that comes from it, when it ends, ends them as usual."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -128,32 +132,33 @@ def shield_worker(_: int) -> None:
 
 
 class Votes:
-    """After every step each process casts its wish, and learns what all do: at once if it is alone, else a step later.
+    """After every step each process casts a request and learns the largest of all: at once if it is alone, otherwise
+    one step later.
 
-    The exchange runs beside the next step, between CPUs: nothing waits for it, nor for a GPU.
+    The exchange runs between CPUs during the next step: nothing waits for it, nor for a GPU.
     """
 
     def __init__(self) -> None:
         self._group = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
         self._cast: tuple[torch.Tensor, distributed.Work] | None = None
 
-    def cast(self, wish: Wish) -> None:
-        ballot = torch.tensor(int(wish))
+    def cast(self, request: Request) -> None:
+        ballot = torch.tensor(int(request))
         work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
         self._cast = ballot, work
 
-    def result(self) -> Wish:
+    def result(self) -> Request:
         """Of the last cast, once."""
         if self._cast is None:
-            return Wish.GO_ON
+            return Request.CONTINUE
         (ballot, work), self._cast = self._cast, None
         work.wait()
-        return Wish(ballot.item())
+        return Request(int(ballot))
 
-    def agree(self, wish: Callable[[], Wish], act: Callable[[Wish], None]) -> None:
-        """`act` on what is agreed; the process's own `wish` is asked for when it counts."""
+    def agree(self, request: Callable[[], Request], act: Callable[[Request], None]) -> None:
+        """Call `act` with the request of all; `request` is called when this process's request counts."""
         if self._group is None:
-            act(wish())
+            act(request())
             return
         act(self.result())
-        self.cast(wish())
+        self.cast(request())

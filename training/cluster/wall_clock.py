@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 
+from samdetr.training.cluster.preemption import Request
+from samdetr.util.logger import log
+
 
 class WallClock:
-    """Counts the time since it was made, and what earlier parts of the run had used when they saved last."""
+    """Counts the time since its construction, and the time that earlier parts of the run had used at their last save."""
 
     def __init__(self, *, hours: float) -> None:
         self.hours = hours
@@ -19,6 +22,13 @@ class WallClock:
     @property
     def is_up(self) -> bool:
         return self.seconds >= 3600 * self.hours
+
+    def request(self) -> Request:
+        """To finish, once the time is used up."""
+        if not self.is_up:
+            return Request.CONTINUE
+        log(f"--max_hours {self.hours} are used up")
+        return Request.FINISH
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.seconds}

@@ -1,4 +1,4 @@
-"""Finds out which process of a run died or hangs, and ends the others, which would wait for it."""
+"""Finds the process of a run that died or hangs, and ends the others, which would wait for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch.distributed import distributed_c10d
@@ -17,8 +17,8 @@ from samdetr.training.cluster.preemption import PREEMPTED, Stopped, end_now
 from samdetr.util import distributed
 from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 
-_END = 10**9  # of a loader, as a place in it
-_GRACE = 5.0  # seconds that the main thread has to end by itself, such as to finish writing a file
+_END = 10**9  # the place after the last batch of a loader
+_GRACE = 5.0  # seconds for the main thread to end by itself, such as to finish writing a file
 
 
 class Fault(NamedTuple):
@@ -26,35 +26,40 @@ class Fault(NamedTuple):
 
     message: str
     status: int = 1
-    told: bool = False  # by the other process itself
+    reported: bool = False  # by the other process itself
 
 
-_NO_STORE = Fault("rank 0 is lost, or the launcher: where the processes met nobody answers")
+_NO_STORE = Fault("rank 0 is lost, or the launcher: the store where the processes met does not answer")
 
 
 class Watchdog:
-    """While entered, a thread tells the other processes of the run that this one lives and how far it is, and looks at
-    what they tell. A process that is silent, or behind the others, for `timeout` seconds is named, and this one ends
-    with status 1. An error that ends a process ends the others too; the main one shows it with the other's rank.
+    """While entered, a thread reports to the other processes of the run that this one is alive and how far it is, and
+    reads their reports. A process that is silent, or behind the others, for `timeout` seconds is named, and this one
+    ends with status 1. An error that ends a process ends the others too; the main one shows it with the other's rank.
 
-    It exchanges all this through the store where the processes met, once a second, so it works while the processes wait
-    for each other, on GPUs too. A run of one process needs none of it.
+    The reports go through the store where the processes met, once a second, so they also arrive while the processes
+    wait for each other, on GPUs too. A run of one process needs none of this.
+
+    Args:
+        timeout: seconds.
+        describe: turns the names of arguments in a message into flags.
     """
 
-    def __init__(self, *, timeout: float) -> None:
-        self.timeout, self.interval = timeout, min(1.0, timeout / 10)
+    def __init__(self, *, timeout: float, describe: Callable[[str], str] = str) -> None:
+        self.timeout, self.interval, self.describe = timeout, min(1.0, timeout / 10), describe
         self.rank, self.size = get_rank(), get_world_size()
         self._keys = [f"alive{rank}" for rank in range(self.size)]
         self._round, self._place, self._beats = 0, -1, 0
         self._stop, self._ending = threading.Event(), threading.Lock()
-        self._told: Fault | None = None
+        self._reported: Fault | None = None
         self._seen: dict[int, dict[str, Any]] = {}
-        self._heard, self._moved = {}, time.monotonic()
+        self._heard: dict[int, float] = {}
+        self._moved = time.monotonic()
 
     def __enter__(self) -> Watchdog:
         if self.size > 1:
             store = distributed_c10d._get_default_store()
-            # A connection of its own, where there can be one: another thread may wait for an answer on the first.
+            # A separate connection, if possible: another thread may be waiting for an answer on the first.
             self._store = store.clone() if hasattr(store, "clone") else store
             self._beat()
             barrier()
@@ -62,10 +67,10 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self.size == 1:
             return
-        if error is None or isinstance(error, Stopped):
+        if kind is None or isinstance(error, Stopped):
             barrier()
             self._stop.set()
             self._thread.join()
@@ -75,21 +80,25 @@ class Watchdog:
             self._end(fault)
         self._ending.acquire()
         if isinstance(error, ValueError):
-            self.tell(" ".join(str(error).split()), status=2)
+            self.report(self.describe(" ".join(str(error).split())), status=2)
         else:
-            self.tell(" ".join(f"{kind.__name__}: {error}".split()))
-        self._stop.wait(2 * self.interval)  # until the others have read it, should the store live here
+            self.report(" ".join(f"{kind.__name__}: {error}".split()))
+        self._stop.wait(2 * self.interval)  # until the others have read it, if the store lives here
         self._stop.set()
 
-    def tell(self, message: str, status: int = 1) -> None:
-        """Tell the other processes why this one ends; the first such message counts."""
+    def report(self, message: str, status: int = 1) -> None:
+        """Report to the other processes why this one ends. The first such message of a run counts."""
         if self.size > 1:
             note = {"rank": self.rank, "status": status, "message": message}
             self._store.compare_set("note", "", json.dumps(note))
 
-    def watched(self, loader: Iterable) -> _Watched:
-        """The same batches; each tells how far this process is. All processes have to watch loaders in one order."""
-        return _Watched(self, loader)
+    def begin_round(self) -> None:
+        """Before the batches of an epoch or an evaluation. All processes must begin their rounds in the same order."""
+        self._round, self._place = self._round + 1, 0
+
+    def on_batch(self, batch: object | None) -> None:
+        """When a batch arrives, and with None after the last one of a round: how far this process is."""
+        self._place = _END if batch is None else self._place + 1
 
     def _beat(self) -> None:
         self._beats += 1
@@ -102,7 +111,7 @@ class Watchdog:
         self._store.set(self._keys[self.rank], json.dumps(state))
 
     def _look(self) -> None:
-        """Read what all processes tell."""
+        """Read the reports of all processes."""
         now = time.monotonic()
         for rank, text in enumerate(self._store.multi_get(self._keys)):
             state = json.loads(text)
@@ -114,14 +123,14 @@ class Watchdog:
             self._seen[rank] = state
 
     def _note(self) -> Fault | None:
-        """What another process told before it ended."""
+        """What another process reported before it ended."""
         if not self._store.check(["note"]):
             return None
         note = json.loads(self._store.get("note"))
         if note["rank"] == self.rank:
             return None
-        self._told = Fault(f"rank {note['rank']}: {note['message']}", status=note["status"], told=True)
-        return self._told
+        self._reported = Fault(f"rank {note['rank']}: {note['message']}", status=note["status"], reported=True)
+        return self._reported
 
     def _silent(self, seconds: float) -> Fault | None:
         now = time.monotonic()
@@ -129,7 +138,8 @@ class Watchdog:
         return Fault(f"{self._names(lost)} gave no sign of life for {seconds:.3g} s") if lost else None
 
     def _behind(self, seconds: float) -> Fault | None:
-        """Those that the others wait for, where nobody got on for so long. Before training each takes its time."""
+        """The processes that the others wait for, if nobody has advanced for `seconds`. None before training, when the
+        processes may take unequal time."""
         if time.monotonic() - self._moved < seconds or any(s["place"] < [1, 1] for s in self._seen.values()):
             return None
         least = min(state["place"] for state in self._seen.values())
@@ -141,11 +151,11 @@ class Watchdog:
         return ", ".join(f"rank {rank} ({self._seen[rank]['process']})" for rank in ranks)
 
     def _blame(self) -> Fault | None:
-        """Another process because of which an exchange failed, as soon as it shows."""
+        """The process because of which an exchange failed; waits a few seconds until it is known."""
         until = time.monotonic() + 8 * self.interval
         while time.monotonic() < until:
             try:
-                if fault := self._told or self._note() or self._silent(3 * self.interval):
+                if fault := self._reported or self._note() or self._silent(3 * self.interval):
                     return fault
             except RuntimeError:
                 return _NO_STORE
@@ -161,10 +171,9 @@ class Watchdog:
                 fault = self._note() or self._silent(limit) or self._behind(limit)
             except RuntimeError:
                 fault = _NO_STORE
-            if fault and fault.told and fault.status != PREEMPTED:
-                self._stop.wait(
-                    min(_GRACE, self.timeout / 2)
-                )  # the main thread may end by itself, or finish what it writes
+            if fault and fault.reported and fault.status != PREEMPTED:
+                # The main thread may end by itself, or finish what it writes.
+                self._stop.wait(min(_GRACE, self.timeout / 2))
             if self._stop.is_set():
                 return
             if fault:
@@ -173,24 +182,8 @@ class Watchdog:
     def _end(self, fault: Fault) -> None:
         """End this process because of another one."""
         if not self._ending.acquire(blocking=False):
-            threading.Event().wait()  # the other thread is at it
-        # What a process has shown itself is only for the main process's log to tell once more.
-        if is_main() or not fault.told:
+            threading.Event().wait()  # the other thread ends the process
+        # The other process has shown its own report; only the main process repeats it, for the log.
+        if is_main() or not fault.reported:
             print(f"main.py: error: {fault.message}; rank {self.rank} stops", file=sys.stderr, flush=True)
         end_now(fault.status)
-
-
-class _Watched:
-    def __init__(self, watchdog: Watchdog, loader: Iterable) -> None:
-        self._watchdog, self._loader = watchdog, loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator:
-        watchdog = self._watchdog
-        watchdog._round, watchdog._place = watchdog._round + 1, 0
-        for batch in self._loader:
-            watchdog._place += 1
-            yield batch
-        watchdog._place = _END

@@ -1,0 +1,159 @@
+"""Where a run starts. It is decided once; everything is restored in this order:
+
+1. `find_checkpoint`: the file that `resume` means. With "auto" the main process looks for it, and all take the same.
+2. `Source.applied`: what the file decides: the settings of the network and its input, the order of the images.
+3. The weights, into the network, before DistributedDataParallel wraps it and the optimiser refers to its parameters
+   (training.run).
+4. `plan`: the epoch, and how many of its steps are done. This depends on the number of images.
+5. The learning rates, which follow from settings and position alone (training.optim.build_scheduler).
+6. `Resume.restore`: optimiser, kept gradients, loss scale, averages, counters, last the sums for the log and the random
+   numbers, because everything above may draw some.
+7. `Resume.trim_log`: lines of epochs that come again leave the log.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from samdetr.datasets.sampler import TrainSampler
+from samdetr.models.checkpoints import read_checkpoint
+from samdetr.training.checkpoints import NEWEST, CheckpointFolder
+from samdetr.training.settings import RunSettings
+from samdetr.training.state import TrainingState
+from samdetr.util.distributed import from_main, is_main
+from samdetr.util.logger import log
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a run starts from.
+
+    Args:
+        path: file or URL; "" if there is none.
+        checkpoint: its content, of `read_checkpoint`.
+        same_run: whether training continues the run whose log and checkpoints are in the output folder.
+    """
+
+    path: str
+    checkpoint: dict[str, Any] | None
+    same_run: bool
+
+    def applied(self, settings: RunSettings, given: Mapping[str, Any]) -> RunSettings:
+        """The settings with what the checkpoint decides. `given`: values of the flags that the user typed.
+
+        Raises ValueError.
+        """
+        if self.checkpoint:
+            settings = settings.with_checkpoint(self.checkpoint["settings"], given)
+            if "sampler" in self.checkpoint and "seed" not in given:
+                settings = settings.replace(seed=self.checkpoint["sampler"]["seed"])
+        return settings.replace(resume=self.path)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where training starts.
+
+    Args:
+        source: the checkpoint.
+        epoch: the first epoch to train, counted from 0.
+        step: how many of its steps are done, all if only its evaluation is missing; None: the epoch starts from its
+            first step, and random numbers are seeded.
+    """
+
+    source: Source
+    epoch: int
+    step: int | None
+
+    def restore(self, state: TrainingState) -> bool:
+        """Restore everything except weights and learning rates. Returns whether the random numbers are those of the
+        checkpoint; otherwise they must be seeded. Raises ValueError."""
+        checkpoint, path = self.source.checkpoint, self.source.path
+        if not checkpoint:
+            return False
+        log(f"resuming from {path} at epoch {self.epoch}" + (f", step {self.step}" if self.step else ""))
+        if checkpoint["official"] or "optimizer" not in checkpoint:
+            log("the optimiser starts anew: this file has no state of it that fits our parameters")
+        else:
+            state.restore(checkpoint, source=path)
+        if state.ema and not checkpoint.get("ema"):
+            log("the average of the weights starts from these: this file has none")
+        elif not state.ema and checkpoint.get("ema"):
+            log("the average of the weights in this file is left out; --ema continues it")
+        return self.step is not None and state.restore_place(checkpoint, iteration=self.step)
+
+    def trim_log(self, folder: CheckpointFolder | None) -> list[dict[str, Any]]:
+        """Remove temporary files of a killed run, and log lines of epochs that come again. Returns the lines that stay
+        if this is the same run; the same in every process."""
+        if folder and is_main():
+            folder.clean()
+            if self.source.same_run:
+                folder.forget_log(self.epoch)
+        return from_main(lambda: folder.logged() if folder and self.source.same_run else [])
+
+
+def is_auto(resume: str) -> bool:
+    return resume == "auto" or resume.startswith("auto:")
+
+
+def find_checkpoint(settings: RunSettings, given: Mapping[str, Any], folder: CheckpointFolder | None) -> Source:
+    """The checkpoint that `resume` means, read. Raises ValueError."""
+    resume, evaluate = settings.run.resume, settings.run.eval
+    auto = is_auto(resume)
+    otherwise = resume.partition(":")[2] if auto else resume
+    found = path = None
+    if folder and (auto or (not evaluate and _same_file(resume, folder.path / NEWEST))):
+        found = folder.newest_good(read_checkpoint) if is_main() else None
+        path = from_main(lambda: str(found[0]) if found else None)
+    if path is None and auto and folder:
+        if evaluate and not otherwise:
+            raise ValueError(f"`resume` auto: no good checkpoint is in {folder.path}; pass a file")
+        log(f"no checkpoint in {folder.path} yet; the run starts {f'from {otherwise}' if otherwise else 'afresh'}")
+    path = path or otherwise
+    checkpoint = None
+    if path:
+        checkpoint = found[1] if found else read_checkpoint(path)
+    same_run = auto
+    if checkpoint:
+        in_folder = folder is not None and Path(path).parent.resolve() == folder.path.resolve()
+        same_run = in_folder and "iteration" in checkpoint
+    return Source(path, checkpoint, same_run=same_run and "start_epoch" not in given)
+
+
+def plan(
+    source: Source,
+    settings: RunSettings,
+    given: Mapping[str, Any],
+    *,
+    sampler: TrainSampler,
+    folder: CheckpointFolder | None,
+) -> Resume:
+    """The position to train from.
+
+    Raises:
+        ValueError: the checkpoint is inside an epoch, and these settings have another order of images or batch.
+    """
+    checkpoint = source.checkpoint
+    if not checkpoint or "epoch" not in checkpoint or "start_epoch" in given:
+        return Resume(source, settings.run.start_epoch, None)
+    epoch, step, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler")
+    if step is None or order["position"] + order["batch"] > sampler.length:  # the epoch is complete
+        # Except for its log line, if the same run was interrupted while it evaluated.
+        unlogged = from_main(lambda: bool(folder) and source.same_run and not folder.has_logged(epoch))
+        return Resume(source, epoch, sampler.steps) if unlogged and step is not None else Resume(source, epoch + 1, None)
+    for name, here in (("seed", sampler.seed), ("batch", sampler.batch)):
+        if order[name] != here:
+            what = "`seed`" if name == "seed" else "images per step (processes x `batch_size` x `accumulate`)"
+            raise ValueError(
+                f"{source.path} is in the middle of epoch {epoch} of a run with {what} {order[name]}, here {here}: "
+                "resume with the same, or from a checkpoint at the end of an epoch"
+            )
+    return Resume(source, epoch, step)
+
+
+def _same_file(one: str, other: Path) -> bool:
+    return other.exists() and os.path.exists(one) and os.path.samefile(one, other)

@@ -1,0 +1,305 @@
+"""The parts of a run, from its settings."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from samdetr.datasets.bad_images import BadImages
+from samdetr.datasets.build import build_dataset, collate, start_report
+from samdetr.datasets.categories import COCO, Categories
+from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.datasets.sampler import DistributedEvalSampler, TrainSampler
+from samdetr.engine import evaluate
+from samdetr.models.build import build_model
+from samdetr.models.checkpoints import chosen_weights, load_backbone_weights
+from samdetr.models.criterion import SetCriterion
+from samdetr.models.detector import Detector
+from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.training.cluster.preemption import shield_worker
+from samdetr.training.cluster.watchdog import Watchdog
+from samdetr.training.optim import parameter_groups
+from samdetr.training.resume import Source, find_checkpoint, is_auto
+from samdetr.training.settings import RunSettings
+from samdetr.util.checkpoint import load_weights
+from samdetr.util.device import choose_device
+from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
+from samdetr.util.files import write_json
+from samdetr.util.logger import log
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads, as batches.
+
+    Args:
+        train_loader, bad_images: None if the run only evaluates.
+    """
+
+    categories: Categories
+    train_loader: DataLoader | None
+    bad_images: BadImages | None
+    val_loader: DataLoader
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What both training and evaluation need.
+
+    Args:
+        settings: with what the checkpoint and the data decide.
+        source: the checkpoint that the run starts from.
+        network: the detector on its device.
+        model: the network, or DistributedDataParallel around it.
+        folder: where files are written; None: nowhere.
+    """
+
+    settings: RunSettings
+    source: Source
+    data: Data
+    device: torch.device
+    network: Detector
+    model: nn.Module
+    criterion: SetCriterion
+    postprocess: Callable[..., Any]
+    folder: CheckpointFolder | None
+    watchdog: Watchdog
+
+    @property
+    def amp(self) -> torch.dtype | None:
+        """Autocast dtype of the network."""
+        return AMP[self.settings.speed.amp]
+
+    def saved_settings(self, settings: RunSettings | None = None) -> dict[str, Any]:
+        """As checkpoints and JSON files hold them."""
+        return {**(settings or self.settings).flat(), "world_size": get_world_size()}
+
+    def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
+        """Metrics of the network as it is, and what holds the detections."""
+        loader = self.data.val_loader
+        evaluator = CocoEvaluator(loader.dataset.ground_truth, self.data.categories)
+        self.watchdog.begin_round()
+        metrics = evaluate(
+            model=self.model,
+            criterion=self.criterion,
+            postprocess=self.postprocess,
+            loader=loader,
+            evaluator=evaluator,
+            device=self.device,
+            amp=self.amp,
+            on_batch=self.watchdog.on_batch,
+            print_every=self.settings.run.print_every,
+        )
+        log(evaluator.table())
+        return metrics, evaluator
+
+
+def check_settings(settings: RunSettings) -> None:
+    """Refuse what no run can use, before anything is read or written. Raises ValueError."""
+    run = settings.run
+    if run.eval and not run.resume:
+        raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
+    if is_auto(run.resume) and not run.output_dir:
+        raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
+    if run.output_dir and not _is_writable(Path(run.output_dir)):
+        raise ValueError(f"`output_dir` {run.output_dir} is not a folder that can be written to")
+
+
+def _is_writable(folder: Path) -> bool:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog) -> Parts:
+    """Data, network and losses, with the weights that the run starts from.
+
+    Args:
+        given: values of the flags that the user typed.
+
+    Raises:
+        ValueError: settings, checkpoint or data that no run can use; one line.
+    """
+    device = choose_device(settings.run.device)
+    folder = CheckpointFolder(settings.run.output_dir, keep=settings.run.keep) if settings.run.output_dir else None
+    source = find_checkpoint(settings, given, folder)
+    settings = source.applied(settings, given)
+    settings.check_family(given)
+    data = load_data(settings, checkpoint=source.checkpoint, folder=folder)
+    if not source.checkpoint:
+        settings = settings.replace(num_classes=data.categories.num_classes)
+    elif data.categories.num_classes > settings.trunk.num_classes:
+        raise ValueError(
+            f"{source.path} has {settings.trunk.num_classes} classes, but labels at {settings.data.coco_path} go up to "
+            f"{data.categories.num_classes - 1}; use the data set that it was trained for"
+        )
+    settings = settings.with_resolved_norm()
+    network, criterion, postprocess = build_network(settings)
+    if source.checkpoint:
+        _load_checkpoint(network, source, raw=settings.run.raw_weights or not settings.run.eval)
+    else:
+        _load_backbone(network, settings)
+    place(network, settings, device)
+    if settings.speed.compile:
+        network.compile(dynamic=True)
+    n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    log(f"{n_parameters:,} trainable parameters; {get_world_size()} process(es) on {device.type}")
+    return Parts(
+        settings=settings,
+        source=source,
+        data=data,
+        device=device,
+        network=network,
+        model=_distributed(network, settings) if get_world_size() > 1 else network,
+        criterion=criterion,
+        postprocess=postprocess,
+        folder=folder,
+        watchdog=watchdog,
+    )
+
+
+def build_network(settings: RunSettings) -> tuple[Detector, SetCriterion, Callable[..., Any]]:
+    """As `build_model`, the backbone frozen if its learning rate is 0. Raises ValueError."""
+    network, criterion, postprocess = build_model(settings.trunk, settings.family, settings.loss)
+    if not settings.optimisation.lr_backbone:
+        network.backbone.requires_grad_(False)
+    return network, criterion, postprocess
+
+
+def place(network: nn.Module, settings: RunSettings, device: torch.device) -> None:
+    """Move the network to its device and memory format."""
+    network.to(device)
+    channels_last = settings.speed.channels_last
+    if channels_last or (channels_last is None and device.type == "cpu"):
+        network.to(memory_format=torch.channels_last)  # faster convolutions: 15 % of a step of the quick start
+
+
+def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW with the groups of `parameter_groups`. Raises ValueError."""
+    optimisation = settings.optimisation
+    groups = parameter_groups(
+        network,
+        lr=optimisation.lr,
+        lr_backbone=optimisation.lr_backbone,
+        lr_linear_proj_names=optimisation.lr_linear_proj_names,
+        lr_linear_proj_mult=optimisation.lr_linear_proj_mult,
+    )
+    return torch.optim.AdamW(
+        groups, lr=optimisation.lr, weight_decay=optimisation.weight_decay, fused=device.type in ("cpu", "cuda")
+    )
+
+
+def load_data(
+    settings: RunSettings, *, checkpoint: dict[str, Any] | None, folder: CheckpointFolder | None
+) -> Data:
+    """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
+    args = Namespace(**settings.flat())
+    categories = _checkpoint_categories(checkpoint) if checkpoint else None
+    train_set = None if settings.run.eval else build_dataset("train", args, categories)
+    categories = categories or (train_set.categories if train_set else None)
+    val_set = build_dataset("val", args, categories)
+    for line in start_report(train_set, val_set):
+        log(line)
+    bad_images = None
+    if train_set:
+        bad_images = BadImages(
+            train_set,
+            largest_share=settings.data.max_bad_images,
+            folder=folder.path if folder else None,
+            every=settings.run.print_every,
+        )
+    train_loader, val_loader = build_loaders(settings, train_set, val_set)
+    return Data(categories or val_set.categories, train_loader, bad_images, val_loader)
+
+
+def _checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
+    """The classes of a checkpoint; official files have none, but those of COCO are known."""
+    num_classes = checkpoint["settings"].get("num_classes")
+    if "categories" in checkpoint:
+        return Categories.from_list(checkpoint["categories"], num_classes=num_classes)
+    return COCO if checkpoint["official"] and num_classes == COCO.num_classes else None
+
+
+def build_loaders(
+    settings: RunSettings, train_set: CocoDetection | None, val_set: CocoDetection
+) -> tuple[DataLoader | None, DataLoader]:
+    """Batches for training, without the incomplete last one, as published, and for evaluation.
+
+    Raises:
+        ValueError: a step needs more images than there are.
+    """
+    batch_size, accumulate = settings.optimisation.batch_size, settings.optimisation.accumulate
+    rank, world_size = get_rank(), get_world_size()
+    options: dict[str, Any] = {
+        "collate_fn": partial(collate, multiple=settings.data.pad_to_multiple),
+        "num_workers": settings.data.num_workers,
+        "persistent_workers": settings.data.num_workers > 0,  # started once, not for each epoch
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": shield_worker,
+        # A loader draws a number when its workers start, which in a resumed run is in another epoch. It must not come
+        # from the random numbers of the network's dropout.
+        "generator": torch.Generator(),
+    }
+    order = DistributedEvalSampler(length=len(val_set), rank=rank, world_size=world_size)
+    val_loader = DataLoader(val_set, batch_size, sampler=order, **options)
+    if train_set is None:
+        return None, val_loader
+    batch = batch_size * accumulate * world_size
+    if len(train_set) < batch:
+        times = f" `accumulate` {accumulate}" if accumulate > 1 else ""
+        raise ValueError(
+            f"`batch_size` {batch_size}{times} in {world_size} process(es) is more than the {len(train_set)} training "
+            "images; make it smaller"
+        )
+    shuffled = TrainSampler(
+        length=len(train_set), batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
+    )
+    return DataLoader(train_set, batch_size, sampler=shuffled, **options), val_loader
+
+
+def _load_checkpoint(network: Detector, source: Source, *, raw: bool) -> None:
+    assert source.checkpoint is not None
+    weights = chosen_weights(source.checkpoint, raw=raw)
+    if weights is not source.checkpoint["model"]:
+        log("these are averaged weights (--ema); --raw_weights takes those that were trained")
+    load_weights(network, weights, source=source.path)
+
+
+def _load_backbone(network: Detector, settings: RunSettings) -> None:
+    with main_process_first():
+        load_backbone_weights(network, settings.run.backbone_weights)
+    if settings.run.backbone_weights == "none" and settings.trunk.backbone_norm == "frozen":
+        log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
+
+
+def _distributed(network: Detector, settings: RunSettings) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(
+        network,
+        # Without auxiliary losses the heads of the earlier layers get no gradient.
+        find_unused_parameters=not settings.loss.aux_loss,
+        broadcast_buffers=settings.trunk.backbone_norm == "learned",  # frozen norms never differ
+    )
+
+
+def write_evaluation(parts: Parts) -> None:
+    """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
+    metrics, evaluator = parts.evaluate()
+    if parts.folder and is_main():
+        with parts.folder.writing() as output:
+            write_json(output / "detections.json", evaluator.results, indent=None)
+            facts = {"resume": parts.source.path, "settings": parts.saved_settings()}
+            write_json(output / "eval.json", {**metrics, **facts})
+        log(f"detections and figures are in {parts.folder.path}")

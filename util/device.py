@@ -1,0 +1,36 @@
+"""The device to compute on, and how it rounds."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU if there is one.
+
+    Initialises no GPU: each process of a run must choose its GPU first.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"`device` {name} is no device; leave it out, or pass cpu or cuda") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise ValueError(f"`device` {name} is not here ({torch.cuda.device_count()} GPUs); leave it out or pass cpu")
+    return device
+
+
+def set_arithmetic(*, tf32: bool, deterministic: bool) -> None:
+    """Set rounding and determinism for the whole process.
+
+    PyTorch's default lets convolutions use TF32, and matrix products not.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it
+    torch.use_deterministic_algorithms(deterministic)
