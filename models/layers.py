@@ -106,7 +106,7 @@ class InputProjection(nn.Module):
         if norm and hidden_dim % 32:
             raise ValueError(
                 f"GroupNorm(32) after the input projection needs a width that 32 divides, not {hidden_dim}; "
-                "change `hidden_dim` or set `input_proj_norm` to none"
+                "change `hidden_dim` or use `input_proj_norm` none"
             )
         self.hidden_dim, self.temperature, self.centred = hidden_dim, temperature, centred
         convolutions = [nn.Conv2d(c, hidden_dim, 1) for c in in_channels]
