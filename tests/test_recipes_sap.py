@@ -1,6 +1,5 @@
 """SAP-DETR's recipes: the published flags under torchrun on one node and on several, under SLURM, and in evaluation."""
 
-import argparse
 import os
 import re
 import shlex

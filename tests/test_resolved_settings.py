@@ -13,27 +13,31 @@ import pytest
 import torch
 from parity import cases
 
-import main
-from models.build import FAMILIES, read_checkpoint
+from samdetr.cli import parse
+from samdetr.models.build import FAMILIES
+from samdetr.models.checkpoints import read_checkpoint
 
 RECORDED = json.loads(gzip.decompress(Path(__file__).with_name("resolved_settings.json.gz").read_bytes()))
 # Settings that came later, with their defaults, and defaults that were changed on purpose.
-ADDED: dict[str, object] = {}
+ADDED: dict[str, object] = {"plugin": ""}
 CHANGED: dict[str, object] = {}
 
 
+# No run can use these values; today parsing says so, when the recording was made the run did.
+OUT_OF_RANGE = {f"flag --{name}" for name in ("ema whole", "hidden_dim", "nheads", "timeout")}
+
+
 def resolved(argv: list[str]) -> dict:
-    """What a command line says, flat."""
-    return vars(main.build_parser().parse_args(argv))
+    """What a command line says, flat. Raises ValueError for flags that only another family has."""
+    command = parse(argv)
+    command.settings.check_family(command.given)
+    return command.settings.flat()
 
 
 def resolved_with(argv: list[str], checkpoint: Path) -> dict:
     """The same with a checkpoint that it resumes, which decides on the network."""
-    args = main.build_parser().parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = {name for name, value in vars(main.build_parser().parse_args(argv, unset)).items() if value is not None}
-    main.take_network_settings(args, given, read_checkpoint(str(checkpoint)))
-    return vars(args)
+    command = parse(argv)
+    return command.settings.with_checkpoint(read_checkpoint(str(checkpoint))["settings"], command.given).flat()
 
 
 def convert_official(family: str, state: dict) -> dict:
@@ -71,7 +75,12 @@ def assert_same(found: dict, wanted: dict) -> None:
 @pytest.mark.parametrize("name", RECORDED["commands"])
 def test_command_line(name):
     recorded = RECORDED["commands"][name]
-    assert_same(resolved(recorded["argv"]), expected(recorded))
+    try:
+        found = resolved(recorded["argv"])
+    except ValueError as error:
+        assert name in OUT_OF_RANGE or "has no effect on" in str(error)  # noqa: PT017
+        return
+    assert_same(found, expected(recorded))
 
 
 @pytest.mark.parametrize("name", RECORDED["checkpoints"])

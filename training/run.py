@@ -202,9 +202,7 @@ def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.dev
     )
 
 
-def load_data(
-    settings: RunSettings, *, checkpoint: dict[str, Any] | None, folder: CheckpointFolder | None
-) -> Data:
+def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folder: CheckpointFolder | None) -> Data:
     """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
     args = Namespace(**settings.flat())
     categories = _checkpoint_categories(checkpoint) if checkpoint else None

@@ -1,8 +1,8 @@
 """One training step: backward, loss scale, clipping, whether it is taken, the optimiser, averages, the schedule.
 
-    with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) as step:
-        loss, metrics = ...
-        step.backward(loss, metrics)
+with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) as step:
+    loss, metrics = ...
+    step.backward(loss, metrics)
 """
 
 from __future__ import annotations
