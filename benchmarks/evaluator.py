@@ -31,8 +31,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from benchmarks.report import positive, surroundings, write
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
-from samdetr.datasets.coco_eval import FIGURES, CocoEvaluator
+from samdetr.datasets.coco_eval import METRICS, CocoEvaluator
 from samdetr.datasets.ground_truth import GroundTruth
 
 BATCH = 16
@@ -103,7 +104,8 @@ def by_pycocotools(content: dict, batches: list) -> tuple[float, float, list[flo
 
 
 def by_ours(content: dict, batches: list) -> tuple[float, float, list[float]]:
-    evaluator = CocoEvaluator(GroundTruth.from_content(content), Categories.from_annotations(content["categories"]))
+    truth = GroundTruth.from_annotations(Annotations(content))
+    evaluator = CocoEvaluator(truth, Categories.from_annotations(content["categories"]))
     begin = time.perf_counter()
     for batch in batches:
         evaluator.update(batch)
@@ -150,7 +152,7 @@ def main() -> int:
         print(f"{path:12}{cells}{args.images / medians[path]['total']:12.0f}")
     print(f"{'ratio':12}" + "".join(f"{ratios[part]:11.1f}x" for part in parts))
     difference = max(abs(a - b) for a, b in zip(stats["pycocotools"], stats["ours"]))
-    print(f"largest difference of the {len(FIGURES)} figures: {difference:.1e}; AP {stats['ours'][0]:.4f}")
+    print(f"largest difference of the {len(METRICS)} figures: {difference:.1e}; AP {stats['ours'][0]:.4f}")
     report = {
         **about,
         "images": args.images,
@@ -159,7 +161,7 @@ def main() -> int:
         "seconds": times,
         "median_s": medians,
         "ratio": ratios,
-        "figures": {path: dict(zip(FIGURES, values)) for path, values in stats.items()},
+        "figures": {path: dict(zip(METRICS, values)) for path, values in stats.items()},
         "largest_difference": difference,
     }
     write(args.json, report)

@@ -46,6 +46,7 @@ from benchmarks.report import positive, surroundings, write
 from samdetr.cli import parse
 from samdetr.datasets.build import build_dataset, collate
 from samdetr.datasets.images import read_image
+from samdetr.datasets.settings import Data
 from samdetr.datasets.shapes import write_dataset
 from samdetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, SHORT_SIDES, ToTensor, resized_size
 from samdetr.util.padded_images import pad_images
@@ -186,7 +187,7 @@ def cpu_seconds_of(process: int) -> float:
 def measure_loaders(split: str, args: argparse.Namespace, rounds: int) -> dict:
     """By path: images a second, CPU seconds an image of workers and of this process, growth of a worker in bytes."""
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "persistent_workers": True}
-    ours, pil = build_dataset(split, args), build_dataset(split, args)
+    ours, pil = (build_dataset(split, Data.pick(vars(args))) for _ in range(2))
     pil.transforms = pil_transforms(split, args)
     loaders = {
         "PIL": DataLoader(pil, collate_fn=collate_floats, **options),
@@ -244,7 +245,7 @@ def main() -> None:
         data = args.coco_path or Path(folder) / "drawn"
         flags = ["--coco_path", str(data), "--no_crop", "--num_queries", "1000", "--num_workers", str(args.num_workers)]
         settings = Namespace(**parse([*flags, "--batch_size", str(args.batch_size)]).settings.flat())
-        train_set = build_dataset("train", settings)
+        train_set = build_dataset("train", Data.pick(vars(settings)))
         paths = [train_set.image_path(index) for index in range(min(args.images, len(train_set)))]
         print(f"\n{len(paths)} images of {args.coco_path or '480 x 480, drawn'}, short sides 480 to 800, 1 thread")
         routes = measure_routes(paths, args.rounds)

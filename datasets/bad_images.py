@@ -49,8 +49,8 @@ class BadImages:
         found = {index: fault.reason for index, fault in dataset.known_faults.items()}
         if self._list and is_main() and self._list.is_file():
             for index in self._listed(self._list):
-                if index not in found and (reason := dataset.fault(index)):
-                    found[index] = reason
+                if index not in found and (fault := dataset.fault(index)):
+                    found[index] = fault.reason
             if not found:
                 self._list.unlink()
         self._exchange(found)

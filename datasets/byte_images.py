@@ -1,4 +1,4 @@
-"""Batches of images as data loading workers hand them over."""
+"""Batches of images as data loading workers return them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from samdetr.util.padded_images import PaddedImages
 
 
 class ByteImages(PaddedImages):
-    """Images (B, 3, H, W) in uint8, which `to` normalises where they arrive.
+    """Images (B, 3, H, W) in uint8, which `to` normalises on the device.
 
-    A quarter of the memory of floats: to hand these over took a worker longer than to decode and resize them.
+    They take a quarter of the memory of floats, whose transfer took a worker longer than decoding and resizing.
     """
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PaddedImages:
-        """The network's input: float32, zero where padded."""
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PaddedImages:  # type: ignore[override]
+        """The network's input: float32, zero in the padding."""
         images, padding = (part.to(device, non_blocking=non_blocking) for part in (self.images, self.padding))
         return PaddedImages(normalize(images).masked_fill_(padding[:, None], 0), padding)
 

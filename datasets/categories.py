@@ -1,4 +1,4 @@
-"""Which label of the network stands for which category of an annotation file."""
+"""The mapping between labels of the network and categories of an annotation file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from samdetr.datasets.annotations import is_category
+
 
 @dataclass(frozen=True)
 class Categories:
-    """`category_ids` and `names` map a label to the category's id and name. Labels are below `num_classes`,
-    the width of the class head; a label that is no key of the two tables is a gap and never a detection.
+    """`category_ids` and `names` map a label to the category's id and name.
+
+    Labels are below `num_classes`, the width of the class head. A label without an entry is a gap and never a
+    detection.
     """
 
     num_classes: int
@@ -26,9 +30,9 @@ class Categories:
     def from_annotations(cls, categories: Sequence[dict], *, file: str = "the annotation file") -> Categories:
         """Labels for the `categories` entry of a COCO annotation file.
 
-        The published models use the ids themselves as labels (91 classes for COCO, whose ids end at 90), which wastes
-        a few outputs and keeps their weights usable. Negative or far too large ids cannot index a class head: then
-        labels count the ids in sorted order.
+        Labels are the ids themselves, as in the published models (91 classes for COCO, whose ids end at 90). That
+        wastes a few outputs and keeps published weights usable. If ids are negative or far too large to index a class
+        head, labels count the ids in sorted order.
 
         Raises:
             ValueError: no category, one without an integer id or a name, or an id that occurs twice; names `file`.
@@ -37,18 +41,18 @@ class Categories:
             raise ValueError(f"{file}: 'categories' is empty; list the classes as {{'id': 1, 'name': 'cat'}}, ...")
         names: dict[int, str] = {}
         for entry in categories:
-            identity, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
-            if type(identity) is not int or abs(identity) >= 2**63 or not isinstance(name, str):
+            if not is_category(entry):
                 raise ValueError(f"{file}: category {entry!r} needs an integer 'id' of 64 bits and a text 'name'")
+            identity, name = entry["id"], entry["name"]
             if identity in names:
                 raise ValueError(
-                    f"{file}: category id {identity} is both {names[identity]!r} and {name!r}; give each its own id"
+                    f"{file}: category id {identity} is both {names[identity]!r} and {name!r}; give each a separate id"
                 )
             names[identity] = name
 
         ids = sorted(names)
         usable = ids[0] >= 0 and ids[-1] < max(1000, 2 * len(ids))
-        labels = ids if usable else range(len(ids))
+        labels = ids if usable else list(range(len(ids)))
         return cls(
             num_classes=labels[-1] + 1,
             category_ids=dict(zip(labels, ids)),
@@ -56,7 +60,7 @@ class Categories:
         )
 
     def check_covers(self, other: Categories, *, file: str) -> None:
-        """Require that every category of `other`, read from `file`, is one of these under the same id and name.
+        """Require that every category of `other`, read from `file`, is among these with the same id and name.
 
         Raises:
             ValueError: names the ids that differ, both names of each, and `file`.
@@ -71,19 +75,19 @@ class Categories:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(
-                f"{file}: its categories are not those the model is made for: {'; '.join(wrong[:3])}{more}; "
+                f"{file}: its categories differ from those of the model: {'; '.join(wrong[:3])}{more}; "
                 "use an annotation file with the ids and names of the training file"
             )
 
     def to_list(self) -> list[dict]:
-        """Plain numbers and text for a checkpoint: one {label, id, name} for each category."""
+        """Plain values for a checkpoint: a dict {label, id, name} for each category."""
         return [
             {"label": label, "id": category, "name": self.names[label]} for label, category in self.category_ids.items()
         ]
 
     @classmethod
     def from_list(cls, rows: Sequence[dict], num_classes: int | None = None) -> Categories:
-        """Undo `to_list`. Without `num_classes` it is the largest label + 1, as `from_annotations` has it."""
+        """Undo `to_list`. `num_classes` defaults to the largest label + 1, as in `from_annotations`."""
         return cls(
             num_classes=max(row["label"] for row in rows) + 1 if num_classes is None else num_classes,
             category_ids={row["label"]: row["id"] for row in rows},
@@ -91,7 +95,7 @@ class Categories:
         )
 
 
-# The 80 classes of COCO 2017: official checkpoints hold no names, and their labels are these ids.
+# The 80 classes of COCO 2017. Official checkpoints hold no names; their labels are these ids.
 COCO = Categories.from_annotations(
     [
         {"id": identity, "name": name}

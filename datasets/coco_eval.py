@@ -1,4 +1,4 @@
-"""COCO's box figures from detections that several processes may have made."""
+"""COCO's box metrics of detections from one or more processes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from samdetr.datasets.categories import Categories
 from samdetr.datasets.ground_truth import GroundTruth
 from samdetr.util.distributed import all_gather_object
 
-# In the order of COCOeval.stats. AP and AR average over IoU 0.50:0.95; 50 and 75 after AP are one IoU each, s, m, l the
-# size of the object, numbers after AR the detections allowed in an image.
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+# In the order of COCOeval.stats. AP and AR average over IoU 0.50:0.95; AP50 and AP75 use one IoU. s, m, l select
+# objects by size. The number after AR limits the detections of an image.
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 class Detections(NamedTuple):
-    """Those of some images, one image after the other."""
+    """Detections of some images, concatenated."""
 
-    image_ids: np.ndarray  # (images,) int64, also of images without a detection
-    counts: np.ndarray  # (images,) int64, detections of each
+    image_ids: np.ndarray  # (images,) int64, images without a detection included
+    counts: np.ndarray  # (images,) int64, number of detections of each image
     category_ids: np.ndarray  # (n,) int64
     boxes: np.ndarray  # (n, 4) float64: left, top, width, height in pixels
     scores: np.ndarray  # (n,) float64
@@ -34,11 +34,11 @@ class Detections(NamedTuple):
         return cls(empty, empty, empty, np.zeros((0, 4)), np.zeros(0))
 
     def by_image(self) -> Detections:
-        """Sorted by image id; of an image that is here more than once only what comes first."""
+        """Sorted by image id; for an image that occurs more than once, the first occurrence."""
         image_ids, chosen = np.unique(self.image_ids, return_index=True)
         counts = self.counts[chosen]
         begins = (np.cumsum(self.counts) - self.counts)[chosen]
-        # Row k of an image lies k after its begin; the rows before the image in the new order are taken off again.
+        # Row k of an image is k after its beginning in the old order.
         row = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
         return Detections(image_ids, counts, self.category_ids[row], self.boxes[row], self.scores[row])
 
@@ -46,27 +46,27 @@ class Detections(NamedTuple):
 class CocoEvaluator:
     """Collect detections with `update`, then call `summarize` once, in every process.
 
-    The figures are over the images that were updated, in whichever process, each counted once: with the detections that
-    it got first, in the process of the lowest rank.
+    The metrics cover the images passed to `update` in any process. Each image counts once, with its first detections in
+    the process of the lowest rank.
     """
 
     def __init__(self, ground_truth: GroundTruth, categories: Categories) -> None:
         self.ground_truth, self.categories = ground_truth, categories
-        table = np.array(sorted(categories.category_ids.items()), np.int64)  # a category always exists
+        table = np.array(sorted(categories.category_ids.items()), np.int64)  # never empty
         self._labels, self._category_ids = table.T
         self._batches = [Detections.none()]
         self._table = ""
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Take image id -> {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels of the original image}.
+        """Add image id -> {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels of the original image}.
 
-        Detections whose label is no category are dropped: the class head also has outputs for the gaps between ids. So
-        are those of a score or box that is no finite number, which can hit nothing, and which the library refuses.
+        Detections whose label is not a category are dropped: the class head also has outputs for gaps between ids.
+        Detections with a non-finite score or box are dropped because the evaluation library refuses them.
         """
         image_ids = np.array(list(predictions), np.int64)
         assert np.isin(image_ids, self.ground_truth.images).all(), f"not all of {image_ids} are in the ground truth"
         found = list(predictions.values())
-        # float64 holds every label exactly. One tensor of all images, because each of them waits for the GPU.
+        # float64 holds every label exactly. One transfer for all images, because each transfer waits for the GPU.
         labels, scores, boxes = (
             torch.cat([f[key].detach() for f in found]).to("cpu", torch.float64).numpy()
             for key in ("labels", "scores", "boxes")
@@ -87,13 +87,13 @@ class CocoEvaluator:
 
     @property
     def detections(self) -> Detections:
-        """What this process has collected or, after `summarize`, what all have; by image id."""
+        """Detections of this process or, after `summarize`, of all processes; sorted by image id."""
         self._batches = [Detections(*map(np.concatenate, zip(*self._batches))).by_image()]
         return self._batches[0]
 
     @property
     def results(self) -> list[dict]:
-        """The detections as COCO results, by image id."""
+        """The detections as COCO results, sorted by image id."""
         found = self.detections
         return _rows(
             image_id=np.repeat(found.image_ids, found.counts),
@@ -103,8 +103,7 @@ class CocoEvaluator:
         )
 
     def summarize(self) -> dict[str, float]:
-        """Gather what all processes have, and compute the twelve figures, named as in FIGURES; -1 where no object could
-        give one."""
+        """Gather the detections of all processes and compute METRICS; -1 for a metric without objects."""
         self._batches = all_gather_object(self.detections)
         found, truth = self.detections, self.ground_truth
         expected = self._indexed(
@@ -126,22 +125,22 @@ class CocoEvaluator:
         evaluation.params.imgIds = found.image_ids.tolist()
         evaluation.evaluate()
         evaluation.accumulate()
-        lines.clear()  # of its progress
+        lines.clear()  # progress messages
         evaluation.summarize()
-        self._table = "\n".join(lines[: len(FIGURES)])  # beyond them it prints figures of its own
-        return dict(zip(FIGURES, evaluation.stats.tolist()))
+        self._table = "\n".join(lines[: len(METRICS)])  # the library adds metrics that are not COCO's
+        return dict(zip(METRICS, evaluation.stats.tolist()))
 
     def table(self) -> str:
-        """What `summarize` found, as pycocotools' twelve lines."""
+        """The twelve lines of pycocotools for the metrics of `summarize`."""
         return self._table
 
     def _indexed(self, **columns: np.ndarray) -> COCO:
-        """Annotations or detections as the evaluation library takes them."""
+        """Annotations or detections in the form that the evaluation library takes."""
         coco = COCO()
         coco.dataset = {
             "images": [{"id": identity} for identity in self.ground_truth.images.tolist()],
             "categories": [{"id": identity} for identity in self.ground_truth.categories.tolist()],
-            # It takes an object with id 0 for unmatched, and loses all but one of equal ids: files have both.
+            # New ids: the library takes id 0 for unmatched and merges equal ids, and files contain both.
             "annotations": _rows(id=np.arange(1, len(columns["bbox"]) + 1), **columns),
         }
         coco.createIndex()
@@ -149,5 +148,5 @@ class CocoEvaluator:
 
 
 def _rows(**columns: np.ndarray) -> list[dict]:
-    """A dict of plain numbers and lists for each row of columns of equal length."""
+    """A dict of plain numbers and lists for each row of the columns."""
     return [dict(zip(columns, values)) for values in zip(*(column.tolist() for column in columns.values()))]

@@ -1,4 +1,4 @@
-"""Image files held in memory once for all processes of a node, for data sets on slow or shared disks."""
+"""Image files held in memory once per node, for data sets on slow or shared disks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from samdetr.util.distributed import all_gather_object, is_first_on_node
 
 
 class ImageCache:
-    """The contents of files, as they are on the disk, in one piece of memory that the processes of a node share.
+    """The unchanged contents of files in one memory that the processes of a node share.
 
-    The memory belongs to the first process of the node and has no name in any file system: nothing is left behind when
-    that process ends, however it ends. Others, data loading workers included, map it.
-
-    `read(i)` is file number i as a binary stream. Pickles as the place where the memory is found.
+    The memory belongs to the first process of the node and has no name in a file system, so nothing is left behind
+    when that process ends, even if it is killed. Other processes, data loading workers included, map it. A cache is
+    pickled as the path of the memory, `place`.
     """
 
-    def __init__(self, place: str):
+    def __init__(self, place: str) -> None:
+        self._map(place)
+
+    def _map(self, place: str) -> None:
         self.place = place
         with open(place, "rb") as file:
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -33,36 +35,38 @@ class ImageCache:
         return self.place
 
     def __setstate__(self, place: str) -> None:
-        self.__init__(place)
+        self._map(place)
 
     def read(self, index: int) -> io.BytesIO:
+        """File number `index` as a binary stream."""
         return io.BytesIO(self._memory[self._starts[index] : self._starts[index + 1]])
 
 
 def share_files(paths: Sequence[Path], *, unreadable_as_empty: bool = False) -> ImageCache:
-    """Read every file in the first process of each node. All processes of the run have to come here.
-    `unreadable_as_empty` puts nothing in the place of a file that cannot be read, instead of raising.
+    """Read every file in the first process of each node. Every process of the run must call this.
+
+    `unreadable_as_empty` holds an empty file for one that cannot be read, instead of raising.
 
     Raises:
-        ValueError: in all processes of a node: too little memory, an unreadable file, a system without shared memory.
+        ValueError: too little memory, an unreadable file, or a system other than Linux; in all processes of the node.
     """
     place = error = None
     if is_first_on_node():
         try:
             place = _fill(paths, unreadable_as_empty)
         except (OSError, ValueError) as failure:
-            error = f"--cache_mode: {' '.join(str(failure).split())}; leave the flag out"
+            error = f"`cache_mode`: {' '.join(str(failure).split())}; leave it out"
     node = _node()
     for other, first, its_place, its_error in all_gather_object((node, is_first_on_node(), place, error)):
         if first and other == node:
             place, error = its_place, its_error
-    if error:
+    if place is None:
         raise ValueError(error)
     return ImageCache(place)
 
 
 def _node() -> str | None:
-    """Processes with the same answer see each other's memory: the same kernel, the same numbering of processes."""
+    """Equal for processes that can map each other's memory: the same kernel and process namespace."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -70,7 +74,10 @@ def _node() -> str | None:
 
 
 def _fill(paths: Sequence[Path], unreadable_as_empty: bool) -> str:
-    """A memory of: number of files, where each begins (and the last ends), contents. Returns where to find it."""
+    """Fill a memory with the number of files, the start of each and the end of the last, and the contents.
+
+    Returns the path of the memory.
+    """
     if not hasattr(os, "memfd_create"):
         raise ValueError("holding images in memory works on Linux only")
     held = [not unreadable_as_empty or _readable(path) for path in paths]
@@ -79,10 +86,10 @@ def _fill(paths: Sequence[Path], unreadable_as_empty: bool) -> str:
     if needed > free:
         raise ValueError(
             f"the images in {paths[0].parent} take {needed / 2**30:.1f} GiB, "
-            f"of {free / 2**30:.1f} GiB of memory that are free"
+            f"of {free / 2**30:.1f} GiB of memory that is free"
         )
     starts = np.concatenate([[0], sizes.cumsum()]) + 8 * (len(paths) + 2)
-    descriptor = os.memfd_create("images")  # stays open, and so the memory stays, as long as this process lives
+    descriptor = os.memfd_create("images")  # the memory lives as long as this stays open
     try:
         with open(descriptor, "wb", closefd=False) as memory:
             memory.write(np.int64(len(paths)).tobytes())
@@ -104,4 +111,4 @@ def _free_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
             return 1024 * int(line.split()[1])
-    raise ValueError("the system does not tell how much memory is free")
+    raise ValueError("the system does not report how much memory is free")

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-COMPLETE = [(b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")]  # how JPEG, PNG begin and end
+COMPLETE = [(b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")]  # first, last bytes of JPEG, PNG
 
 
 class WrongSize(ValueError):
-    """An image is of another size than its annotations."""
+    """The size of an image differs from that of its annotations."""
 
 
-def read_image(source: Path | BinaryIO, size: tuple[int, int] | None = None) -> Image.Image:
-    """The image in a file or stream in mode RGB, turned upright as its EXIF orientation says.
+class FileFault(NamedTuple):
+    """Why an image file cannot be used."""
 
-    `size` (width, height) is the frame in which boxes of the image are given. Where only the stored pixels have that
-    size, the boxes were drawn on the stored pixels, and so the image is not turned.
+    kind: str  # a key of datasets.check.report.KINDS
+    reason: str
+
+
+def read_image(source: Path | BinaryIO, size: tuple[float, float] | None = None) -> Image.Image:
+    """The image in a file or stream in mode RGB, turned upright according to its EXIF orientation.
+
+    `size` (width, height) is the frame in which boxes of the image are given. If only the stored pixels have that
+    size, the boxes were drawn on the stored pixels, so the image is not turned.
 
     Raises:
         WrongSize: neither the stored nor the upright image has `size`.
@@ -32,43 +39,48 @@ def read_image(source: Path | BinaryIO, size: tuple[int, int] | None = None) -> 
         return to_rgb(ImageOps.exif_transpose(image) if turn else image)
 
 
-def check_image(path: Path, size: tuple[int, int] | None = None) -> None:
-    """Raise what `read_image` would raise, decoding only where the file's ends do not already show it to be complete.
+def glance(path: Path, size: tuple[float, float] | None = None) -> FileFault | None:
+    """What `read_image` would find wrong with a file, as far as a few bytes show it.
 
-    Damage in the middle of a file goes unnoticed here.
+    The image is decoded only if the ends of the file do not already show it to be complete. Damage in the middle of a
+    file goes unnoticed.
     """
-    head, tail, _ = _ends(path)
-    with Image.open(path) as image:
-        if size not in (None, image.size):  # else it fits; PIL decodes a PNG to find its orientation
-            _turns(image, size)
-        if not any(head.startswith(begin) and tail.endswith(end) for begin, end in COMPLETE):
-            image.load()
+    try:
+        head, tail, _ = _ends(path)
+        with Image.open(path) as image:
+            if size not in (None, image.size):  # PIL decodes a PNG to find its orientation: only if necessary
+                _turns(image, size)
+            if not any(head.startswith(begin) and tail.endswith(end) for begin, end in COMPLETE):
+                image.load()
+    except Exception as error:  # PIL raises many kinds for a broken file
+        return fault_of(path, error)
+    return None
 
 
-def fault_of(path: Path, error: Exception) -> tuple[str, str]:
-    """What `error`, raised for the image file `path`, says about the file: a kind of datasets.check_report, and why."""
+def fault_of(path: Path, error: Exception) -> FileFault:
+    """What `error`, raised for the image file `path`, says about the file."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        reason = "it is no image that PIL knows"  # PIL's own words hold addresses in memory
+        reason = "it is no image that PIL knows"  # PIL's own message contains memory addresses
     if isinstance(error, WrongSize):
-        return "image_size", reason
+        return FileFault("image_size", reason)
     try:
         head, tail, length = _ends(path)
     except FileNotFoundError:
-        return "missing_image", "there is no such file"
-    except (OSError, ValueError) as failure:  # ValueError: no file can have such a name
-        return "unreadable_image", " ".join(str(failure).split())
+        return FileFault("missing_image", "there is no such file")
+    except (OSError, ValueError) as failure:  # ValueError: a name that no file can have
+        return FileFault("unreadable_image", " ".join(str(failure).split()))
     if not length:
-        return "zero_byte_image", "the file is empty"
+        return FileFault("zero_byte_image", "the file is empty")
     cut = any((head.startswith(b) or b.startswith(head)) and not tail.endswith(e) for b, e in COMPLETE)
-    if head.startswith(b"RIFF"):  # WebP, which tells its length
+    if head.startswith(b"RIFF"):  # WebP, whose header holds the length
         cut = length < 8 + int.from_bytes(head[4:8], "little")
-    return ("truncated_image" if cut or "truncated" in reason.lower() else "unreadable_image"), reason
+    return FileFault("truncated_image" if cut or "truncated" in reason.lower() else "unreadable_image", reason)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparent parts over white, 16 bits cut to the upper 8, and 32-bit integers and floats, whose
-    range no format defines, stretched from their smallest to their largest value."""
+    """Any mode to RGB. Transparent parts are drawn over white. Of 16 bits the upper 8 are kept. 32-bit integers and
+    floats, whose range no format defines, are stretched from their smallest to their largest value."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -82,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> tuple[int, tuple[int, int]]:
-    """The EXIF orientation, 1 without any, and (width, height) of the upright image."""
+    """The EXIF orientation (1 if there is none), and (width, height) of the upright image."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation, image.size[::-1] if orientation in (5, 6, 7, 8) else image.size  # these four swap the axes
 
@@ -96,10 +108,10 @@ def _ends(path: Path) -> tuple[bytes, bytes, int]:
         return head, file.read(), length
 
 
-def _turns(image: Image.Image, size: tuple[int, int] | None) -> bool:
-    """Whether to apply the EXIF orientation, which `size` overrules; see `read_image`."""
+def _turns(image: Image.Image, size: tuple[float, float] | None) -> bool:
+    """Whether to apply the EXIF orientation, which `size` overrides; see `read_image`. Raises WrongSize."""
     orientation, upright = orientation_of(image)
-    if size not in (None, image.size, upright):
+    if size is not None and size not in (image.size, upright):
         raise WrongSize(
             f"it is {upright[0]} x {upright[1]} pixels, but its annotations were made for {size[0]:g} x {size[1]:g}"
         )

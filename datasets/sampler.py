@@ -1,4 +1,4 @@
-"""Which images each process trains on and evaluates."""
+"""The order of images, and their distribution over processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.utils.data import Sampler
 
 
 class DistributedEvalSampler(Sampler[int]):
-    """Every `world_size`-th index of `length`, from `rank` on: together the processes see each image exactly once.
+    """Indices `rank`, `rank + world_size`, ... below `length`: together the processes see each image exactly once.
 
-    torch's DistributedSampler repeats images until all processes have equally many, which would count some twice. Here
-    the last processes may have one image fewer, or none, so evaluation must not communicate for each batch.
+    PyTorch's DistributedSampler repeats images until all processes have equally many, which would count some twice.
+    Here the last processes may have one image fewer, or none, so evaluation must not communicate in each batch.
     """
 
     def __init__(self, *, length: int, rank: int, world_size: int) -> None:
@@ -26,16 +26,16 @@ class DistributedEvalSampler(Sampler[int]):
 
 
 class TrainSampler(Sampler[int]):
-    """Every `world_size`-th index of a shuffle that follows from (`seed`, epoch) alone.
+    """Every `world_size`-th index of a shuffle that is a function of (`seed`, epoch).
 
-    The images of step k are numbers k * batch to (k + 1) * batch - 1 of the shuffle, however many processes share them,
-    and an incomplete last batch is left out. So a run may go on at any step, with another number of processes too, and
-    sees what it would have seen. torch's DistributedSampler makes the same shuffle, but repeats images until all
-    processes have equally many, by which the number of steps depends on that of processes.
+    Step k has the images k * batch to (k + 1) * batch - 1 of the shuffle, for any number of processes; an incomplete
+    last batch is skipped. So a run can resume at any step, even with another number of processes, and sees the same
+    images. PyTorch's DistributedSampler makes the same shuffle, but repeats images until all processes have equally
+    many, so its number of steps depends on the number of processes.
 
     Args:
         length: number of images.
-        batch: images of a step, of all processes together.
+        batch: images of a step, in all processes together.
     """
 
     def __init__(self, *, length: int, batch: int, rank: int, world_size: int, seed: int) -> None:
@@ -45,11 +45,11 @@ class TrainSampler(Sampler[int]):
 
     @property
     def steps(self) -> int:
-        """Of an epoch."""
+        """Steps of an epoch."""
         return self.length // self.batch
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
-        """Let the next iteration be over what is left of an epoch after so many steps."""
+        """Select the epoch of the next iteration, which skips the first `done` steps."""
         self.epoch, self.done = epoch, done
 
     def __iter__(self) -> Iterator[int]:

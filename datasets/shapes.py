@@ -1,10 +1,10 @@
-"""The embedded data set: draws a small detection problem in COCO format, from nothing but a seed.
+"""The embedded data set: draw a small detection problem in COCO format from a seed.
 
     python -m datasets.shapes --output data/shapes
 
-Ellipses, triangles, rectangles and stars of any colour, size and rotation, partly over one another, on a background of
-colour gradient, smooth noise and stripes. Every image is a function of (seed, split, index) alone. Per split, one image
-in 25 has no object, and two have a crowd region: a cluster of tiny shapes under one annotation.
+Ellipses, triangles, rectangles and stars of any colour, size and rotation partly overlap on a background of colour
+gradient, smooth noise and stripes. Every image is a function of (seed, split, index). In each split, one image in 25
+has no object, and two have a crowd region: a cluster of tiny shapes under one annotation.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-VERSION = 1  # of the pictures: raise it with any change of them, so that sets drawn before are not taken for current
-CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without 4: real data sets have gaps, too
+VERSION = 1  # of the pictures: raise it with any change of them, so that older sets are not taken for complete
+CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without 4, as real data sets have gaps
 ASPECT = {"ellipse": (0.6, 1.0), "triangle": (0.7, 1.0), "rectangle": (0.4, 0.7), "star": (0.85, 1.0)}  # short / long
 SPLITS = ("train", "val")
 
 MAX_OBJECTS = 3
-LONG_SIDE = (28 / 96, 56 / 96)  # of a shape before it is rotated, in fractions of the image's side
-SHORT_SIDE = 18 / 96  # at least; thinner ones could not be told apart
-TILT = np.pi / 12  # of a shape, at most
-MIN_VISIBLE = 0.75  # the share of a shape that later ones leave uncovered
-MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from the other shapes, RGB in 0..255
+LONG_SIDE = (28 / 96, 56 / 96)  # of a shape before rotation, in fractions of the image's side
+SHORT_SIDE = 18 / 96  # minimum: thinner shapes cannot be distinguished
+TILT = np.pi / 12  # maximum
+MIN_VISIBLE = 0.75  # share of a shape that later shapes leave uncovered
+MIN_CONTRAST = 110  # distance of a shape's colour from its surroundings and from other shapes, RGB in 0..255
 NOISE = 5  # standard deviation at each pixel
 EMPTY_EVERY, EMPTY_AT = 25, 12
 CROWD_AT = (5, 30)
-# PIL rounds corners to whole pixels and fills every pixel on an edge: drawn 8 times as large, 1/6 pixel at most.
+# PIL rounds corners to whole pixels and fills every pixel on an edge. Drawing 8 times as large limits the error to 1/6
+# pixel.
 OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`outlines` hold the corners (n, 2), x and y in pixels, of the shape or of a crowd's members; `mask` (S, S) is
-    True where these cover at least half of a pixel, whatever lies over them."""
+    """`outlines` hold the corners (n, 2), x and y in pixels, of the shape or of a crowd's members. `mask` (S, S) is
+    True where they cover at least half of a pixel, even if other shapes cover them."""
 
     category_id: int
     outlines: list[np.ndarray]
@@ -51,7 +52,7 @@ class Shape:
 
 
 def draw_image(*, seed: int, split: str, index: int, size: int) -> tuple[np.ndarray, list[Shape]]:
-    """Image `index` of a split as uint8 (S, S, 3), and its shapes from the lowest to the topmost."""
+    """Image `index` of a split as uint8 (S, S, 3), and its shapes from bottom to top."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = _background(rng, size)
     if index % EMPTY_EVERY == EMPTY_AT:
@@ -63,7 +64,7 @@ def draw_image(*, seed: int, split: str, index: int, size: int) -> tuple[np.ndar
         shapes.append(_paint_crowd(rng, canvas, colours))
     for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
         category = int(rng.choice(list(CATEGORIES)))
-        for _ in range(20):  # shapes tried before the image does with one fewer
+        for _ in range(20):  # attempts before the image gets one shape fewer
             outline = _random_outline(rng, size, category)
             cover = _coverage(outline, size)
             mask = cover >= 0.5
@@ -75,7 +76,7 @@ def draw_image(*, seed: int, split: str, index: int, size: int) -> tuple[np.ndar
 
 
 def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed: int) -> None:
-    """Write train2017/, val2017/ and annotations/ into `folder`, which must not exist yet."""
+    """Write train2017/, val2017/ and annotations/ into `folder`, which must not exist."""
     (folder / "annotations").mkdir(parents=True)
     first_image, first_object = 1, 1
     for split, count in zip(SPLITS, (num_train, num_val)):
@@ -101,7 +102,7 @@ def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed
 
 
 def is_complete(folder: Path, *, num_train: int, num_val: int, size: int, seed: int) -> bool:
-    """Whether `folder` holds the whole data set of these settings."""
+    """Whether `folder` holds the complete data set of these settings."""
     expected = _info(num_train=num_train, num_val=num_val, size=size, seed=seed)
     for split, count in zip(SPLITS, (num_train, num_val)):
         try:
@@ -115,16 +116,16 @@ def is_complete(folder: Path, *, num_train: int, num_val: int, size: int, seed: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the data set unless it is there already. Returns the exit status."""
+    """Draw the data set unless it exists. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m datasets.shapes",
         description="Draw a small data set of shapes in COCO format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder to make")
+    parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder to create")
     parser.add_argument("--num_train", type=_at_least(1), default=2000, help="training images")
     parser.add_argument("--num_val", type=_at_least(1), default=300, help="validation images")
-    parser.add_argument("--size", type=_at_least(64), default=96, help="side of the square images, pixels")
+    parser.add_argument("--size", type=_at_least(64), default=96, help="side of the square images in pixels")
     parser.add_argument("--seed", type=_at_least(0), default=0, help="another seed draws another set")
     args = parser.parse_args(argv)
     settings = {"num_train": args.num_train, "num_val": args.num_val, "size": args.size, "seed": args.seed}
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
 
-    # Drawn beside its place and then renamed, so that an interrupted run leaves nothing that looks like a data set.
+    # Drawn in a temporary folder and renamed, so that an interrupted run leaves nothing that looks like a data set.
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         write_dataset(partial, **settings)
@@ -172,7 +173,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _random_outline(rng: np.random.Generator, size: int, category: int) -> np.ndarray:
-    """Corners (n, 2) of a shape of any size and rotation somewhere inside the image."""
+    """Corners (n, 2) of a shape of random size, rotation and place inside the image."""
     long_side = rng.uniform(*LONG_SIDE) * size
     short_side = max(long_side * rng.uniform(*ASPECT[CATEGORIES[category]]), SHORT_SIDE * size)
     sides = (long_side, short_side) if rng.random() < 0.5 else (short_side, long_side)
@@ -200,16 +201,16 @@ def _unit_outline(name: str) -> np.ndarray:
 
 
 def _coverage(outline: np.ndarray, size: int) -> np.ndarray:
-    """The share of each pixel that a polygon covers, (S, S) in [0, 1]: drawn large, then averaged."""
+    """The share of each pixel that a polygon covers, (S, S) in [0, 1]."""
     large = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING))
     ImageDraw.Draw(large).polygon([tuple(corner) for corner in outline * OVERSAMPLING], fill=255)
     return np.asarray(large.reduce(OVERSAMPLING)) / 255
 
 
 def _leaves_visible(shapes: Sequence[Shape], mask: np.ndarray) -> bool:
-    """Whether every shape stays visible enough when one more covers `mask`."""
+    """Whether every shape stays visible enough if another covers `mask`."""
     covered = mask
-    for shape in reversed(shapes):  # what lies over a shape are those after it
+    for shape in reversed(shapes):  # later shapes lie above
         if (shape.mask & ~covered).sum() < MIN_VISIBLE * shape.mask.sum():
             return False
         covered = covered | shape.mask
@@ -217,7 +218,7 @@ def _leaves_visible(shapes: Sequence[Shape], mask: np.ndarray) -> bool:
 
 
 def _contrasting_colour(rng: np.random.Generator, surroundings: np.ndarray, colours: list[np.ndarray]) -> np.ndarray:
-    """A colour (3,) far from the surroundings and from `colours`, to which it is added."""
+    """A colour (3,) far from the surroundings and from `colours`; it is appended to `colours`."""
     candidates = rng.uniform(10, 245, (32, 3))
     distance = np.linalg.norm(candidates[:, None] - np.stack([surroundings, *colours]), axis=-1).min(1)
     far = np.flatnonzero(distance >= MIN_CONTRAST)
@@ -226,7 +227,7 @@ def _contrasting_colour(rng: np.random.Generator, surroundings: np.ndarray, colo
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> None:
-    """Blend a slightly shaded colour into `canvas` where `cover` says."""
+    """Blend a slightly shaded colour into `canvas` in proportion to `cover`."""
     y, x = np.mgrid[: len(canvas), : len(canvas)] / len(canvas) - 0.5
     angle = rng.uniform(0, 2 * np.pi)
     shaded = colour + 50 * (np.cos(angle) * x + np.sin(angle) * y)[..., None]
@@ -234,7 +235,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, cover: np.ndarray, colo
 
 
 def _paint_crowd(rng: np.random.Generator, canvas: np.ndarray, colours: list[np.ndarray]) -> Shape:
-    """Tiny shapes of one category and colour, close together."""
+    """Paint tiny shapes of one category and colour close together."""
     size = len(canvas)
     category = int(rng.choice(list(CATEGORIES)))
     colour = _contrasting_colour(rng, canvas.mean((0, 1)), colours)
@@ -255,7 +256,7 @@ def _finish(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def _annotation(shape: Shape) -> dict:
-    """The entry of the annotation file but for its ids. The box ends at pixel edges, tight around the mask."""
+    """The entry of the annotation file without its ids. The box ends at pixel edges, tight around the mask."""
     rows, columns = (np.flatnonzero(shape.mask.any(axis)) for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
     entry = {
@@ -270,7 +271,7 @@ def _annotation(shape: Shape) -> dict:
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: lengths of runs of 0, 1, 0, ... down the columns, the first one possibly 0."""
+    """COCO's uncompressed RLE: lengths of runs of 0, 1, 0, ... down the columns; the first may be 0."""
     pixels = mask.ravel(order="F")
     ends = np.flatnonzero(np.diff(pixels)) + 1
     lengths = np.diff([0, *ends, len(pixels)]).tolist()
@@ -288,7 +289,7 @@ def _at_least(low: int):
             raise argparse.ArgumentTypeError(f"{value} is below {low}")
         return value
 
-    parse.__name__ = "integer"  # argparse names the type in its message for what is no number
+    parse.__name__ = "integer"  # argparse's message for a non-number names the type
     return parse
 
 

@@ -1,12 +1,12 @@
 """The published DETR presets for training and evaluation, as torchvision v2 transforms.
 
-Images are resized as uint8 tensors, several times as fast as by PIL. The pixels are PIL's but for a few in ten
-thousand, which are off by one or two of 255: docs/log.md has the figures, benchmarks/loader.py measures them.
+Images are resized as uint8 tensors, several times as fast as by PIL. The pixels equal PIL's except for a few in ten
+thousand, which differ by one or two of 255: see docs/log.md and benchmarks/loader.py.
 
 All take (PIL image, target) with `target["boxes"]` as tv_tensors.BoundingBoxes (n, 4) in xyxy pixels and
-`target["labels"]` (n,), and return (float32 tensor (3, H, W), target) with the boxes in pixels of that tensor; without
-`normalize` the tensor is uint8. An image alone goes through EvalTransforms too. Random numbers come from torch's global
-generator only.
+`target["labels"]` (n,). They return (float32 tensor (3, H, W), target) with boxes in pixels of that tensor; with
+`normalize=False` the tensor is uint8. EvalTransforms also takes an image alone. Random numbers come only from torch's
+global generator.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class EvalTransforms(v2.Compose):
 
 
 class TrainTransforms(v2.Compose):
-    """Flip; then resize to a random short side or, for half of the images when `crop`, first crop a random part of the
-    image at another scale; normalise."""
+    """Flip, resize to a random short side, normalise.
+
+    With `crop`, half of the images are first resized to another scale and cropped at random.
+    """
 
     def __init__(
         self,
@@ -55,10 +57,10 @@ class TrainTransforms(v2.Compose):
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) after resizing to `short_side`, or to less where the long side would exceed `max_size`.
+    """(height, width) after resizing to `short_side`, or to less if the long side would exceed `max_size`.
 
-    v2.Resize rounds the limited short side down and sets the long side to `max_size`; DETR rounds the short side to the
-    nearest, and the long side can then miss `max_size` by some pixels. The published figures were reached that way.
+    v2.Resize rounds the limited short side down and sets the long side to `max_size`. DETR rounds the short side to the
+    nearest integer, so the long side can miss `max_size` by some pixels. The published results were obtained that way.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * short_side > max_size:
@@ -68,8 +70,7 @@ def resized_size(height: int, width: int, short_side: int, max_size: int | None)
 
 
 class ToTensor(v2.Transform):
-    """PIL image in RGB -> uint8 (3, H, W), with the colours of a pixel side by side in memory as PIL has them: resizing
-    is faster so."""
+    """PIL image in RGB -> uint8 (3, H, W), channels last in memory as in PIL, which makes resizing faster."""
 
     _transformed_types = (Image.Image,)
 
@@ -78,7 +79,7 @@ class ToTensor(v2.Transform):
 
 
 class Normalize(v2.Transform):
-    """uint8 (3, H, W) -> float32, by ImageNet's mean and standard deviation."""
+    """uint8 (3, H, W) -> float32, normalised by ImageNet's mean and standard deviation."""
 
     _transformed_types = (tv_tensors.Image,)
 
@@ -87,7 +88,7 @@ class Normalize(v2.Transform):
 
 
 class ResizeShortSide(v2.Transform):
-    """Resize to one of `short_sides`, drawn evenly, by `resized_size`."""
+    """Resize to one of `short_sides`, drawn uniformly; see `resized_size`."""
 
     def __init__(self, *, short_sides: Sequence[int], max_size: int | None = None) -> None:
         super().__init__()
@@ -103,9 +104,9 @@ class ResizeShortSide(v2.Transform):
 
 
 class RandomCrop(nn.Module):
-    """Cut out a part whose sides are drawn evenly from `sides` (lowest, highest), each at most the image's.
+    """Crop to random sides, drawn uniformly from `sides` (lowest, highest) and at most those of the image.
 
-    Boxes are clipped to it; those without any area left are dropped with their labels.
+    Boxes are clipped to the crop; boxes without remaining area are dropped with their labels.
     """
 
     def __init__(self, *, sides: tuple[int, int]) -> None:
@@ -124,24 +125,26 @@ class RandomCrop(nn.Module):
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 (..., 3, H, W) to float32: less ImageNet's mean, over its standard deviation, of colours from 0 to 1."""
-    # In the usual order of dimensions whatever that of the bytes is.
+    """uint8 (..., 3, H, W) to float32: scale to 0..1, subtract ImageNet's mean, divide by its standard deviation."""
+    # contiguous output whatever the memory format of the input
     images = images.to(torch.float32, memory_format=torch.contiguous_format)
-    for colour, mean, std in zip(images.unbind(-3), IMAGENET_MEAN, IMAGENET_STD):  # numbers need no copy to a GPU
+    for colour, mean, std in zip(images.unbind(-3), IMAGENET_MEAN, IMAGENET_STD):  # Python numbers: no copy to the GPU
         colour.sub_(255 * mean).div_(255 * std)
     return images
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, PyTorch's random numbers on the CPU are a function of `key`, whole numbers from 0 on; outside they go on
-    as if none had been drawn."""
+    """Make PyTorch's random numbers on the CPU a function of `key` (integers >= 0) inside the context.
+
+    The state outside is unchanged.
+    """
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would seed the GPUs too.
+        # torch.manual_seed would also seed the GPUs
         torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         yield
 
 
 def _randint(low: int, high: int) -> int:
-    """A whole number from low..high, both included."""
+    """A random integer in low..high, both included."""
     return int(torch.randint(low, high + 1, ()))

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from samdetr.cli import parse, with_flags
+from samdetr.datasets.build import build_dataset
+from samdetr.datasets.coco import CocoDetection
 from samdetr.models.build import Postprocess, build_model
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
@@ -45,6 +47,11 @@ TINY_DATA = shlex.split("--train_sizes 64 --eval_size 64 --no_crop --batch_size 
 def settings(flags: str | list[str] = "") -> RunSettings:
     """What the program makes of these flags."""
     return parse(shlex.split(flags) if isinstance(flags, str) else flags).settings
+
+
+def data_set(split: str, found: RunSettings) -> CocoDetection:
+    """The split as main.py builds it."""
+    return build_dataset(split, found.data, max_objects=found.trunk.num_queries, seed=found.run.seed)
 
 
 def from_flags(flags: str | list[str] = "") -> tuple[Detector, SetCriterion, Postprocess]:

@@ -5,17 +5,15 @@ import os
 import re
 import shutil
 import socket
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_main, command, damage, error_line, read_log, run_main, run_process, settings
+from helpers import call_main, command, damage, data_set, error_line, read_log, run_main, run_process, settings
 from torch import multiprocessing
 
 from samdetr.datasets import bad_images
 from samdetr.datasets.bad_images import BadImages
-from samdetr.datasets.build import build_dataset
 from samdetr.training.run import build_loaders
 from samdetr.util import distributed
 
@@ -37,9 +35,8 @@ def epoch(data: Path, workers: int, number: int, *flags: str):
     """Batches of an epoch as (images, image ids), and what was unreadable."""
     words = ["--coco_path", str(data), "--train_sizes", "48", "64", "--batch_size", "4", *flags]
     found = settings([*words, "--num_workers", str(workers)])
-    args = Namespace(**found.flat())
-    train_set = build_dataset("train", args)
-    loader, _ = build_loaders(found, train_set, build_dataset("val", args))
+    train_set = data_set("train", found)
+    loader, _ = build_loaders(found, train_set, data_set("val", found))
     loader.sampler.set_epoch(number)
     train_set.set_epoch(number)
     batches, unreadable = [], {}
@@ -155,9 +152,8 @@ def in_rank(rank: int, port: int, data: str, output: str) -> None:
     }  # fmt: skip
     distributed.init_distributed(device="cpu")
     found = settings(["--coco_path", data, "--train_sizes", "64", "--num_workers", "0"])
-    args = Namespace(**found.flat())
-    train_set = build_dataset("train", args)
-    loader, _ = build_loaders(found, train_set, build_dataset("val", args))
+    train_set = data_set("train", found)
+    loader, _ = build_loaders(found, train_set, data_set("val", found))
     watched = BadImages(train_set, largest_share=3 / 16, folder=Path(output), every=3)
     said = [dict(watched.reasons)]
     for number in range(2):

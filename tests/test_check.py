@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from samdetr.datasets import settings
+from samdetr.datasets.build import build_dataset, read_split
 from samdetr.datasets.check.__main__ import main as check
+from samdetr.datasets.check.start import check_loaded, start_lines
 from samdetr.datasets.shapes import write_dataset
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -358,6 +361,36 @@ def test_boxes_that_look_odd_but_are_right(data):
     spoilt.annotations[1].update(bbox=[0, 0, 1, 1], area=1)
     spoilt.write()
     assert run(data) == (0, {})
+
+
+def test_the_check_at_the_start_reads_nothing_again(data):
+    """It needs neither annotation files nor images: both are gone by then. Notes are left out."""
+    spoilt = Data(data)
+    spoilt.object.update(area=0)
+    spoilt.write()
+    spoilt.path(2).write_bytes(b"")
+    loaded = []
+    for split in ("train", "val"):
+        annotations = read_split(split, settings.Data(coco_path=str(data)))
+        loaded.append(
+            (annotations, build_dataset(split, settings.Data(coco_path=str(data)), annotations=annotations), split)
+        )
+    shutil.rmtree(data)
+    checked = [check_loaded(read, dataset, split=split, num_queries=1) for read, dataset, split in loaded]
+    crowded = [sum(annotations.objects_per_image() > 1) for annotations, _, _ in loaded]
+    lines = start_lines(checked)
+    assert lines[0] == (
+        "data, train: error: image files without any content: 1, such as '3.png' (image id 3): the file is empty"
+    )
+    assert "data, train: error: images with more objects than queries" in lines[1]
+    assert f": {crowded[0]}, such as " in lines[1]
+    assert f": {crowded[1]}, such as " in lines[2]
+    assert (
+        "data, train: warning: areas that are not positive or do not fit the box: 1, such as annotation id" in lines[3]
+    )
+    assert lines[4].startswith(f"python -m datasets.check {data} ")
+    assert len(lines) == 5
+    assert start_lines([]) == []
 
 
 def test_faults_of_both_splits_and_what_cannot_be_repaired(data, capsys):

@@ -1,7 +1,7 @@
 import json
 import math
 import pickle
-from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from samdetr.datasets.build import build_dataset, collate
+from samdetr.datasets.build import build_dataset, collate, read_split
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.image_list import ImageList, ImageRecord
 from samdetr.datasets.images import read_image, to_rgb
+from samdetr.datasets.settings import Data
 from samdetr.datasets.transforms import EvalTransforms, TrainTransforms
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -219,7 +220,7 @@ def test_more_objects_than_queries(tmp_path):
     write(tmp_path, content())
     load(tmp_path, max_objects=4)  # the crowd does not count
     for train in (True, False):
-        with pytest.raises(ValueError, match=r"the 3 queries.*image id 7 has 4;.*--num_queries\) to 4"):
+        with pytest.raises(ValueError, match=r"the 3 queries.*image id 7 has 4; set `num_queries` to 4"):
             load(tmp_path, train=train, max_objects=3)
 
 
@@ -359,30 +360,15 @@ def test_every_mode_becomes_rgb(tmp_path):
     assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
 
 
-def layout(folder, **changes):
-    """A data folder as COCO 2017 has it, and arguments for it."""
-    for split in ("train", "val"):
-        write(folder, content())
-        (folder / "images").rename(folder / f"{split}2017")
-        (folder / "annotations").mkdir(exist_ok=True)
-        (folder / "ann.json").rename(folder / "annotations" / f"instances_{split}2017.json")
-    settings = {
-        "dataset_file": "coco",
-        "coco_path": str(folder),
-        "num_queries": 10,
-        "train_sizes": [24, 48],
-        "eval_size": 60,
-        "max_size": 100,
-        "crop_augmentation": False,
-        "cache_mode": False,
-        "seed": 0,
-    }
-    return Namespace(**{**settings, **changes})
-
-
 def test_build_dataset_and_collate(tmp_path):
-    args = layout(tmp_path)
-    train, val = build_dataset("train", args), build_dataset("val", args)
+    for split in ("train", "val"):
+        write(tmp_path, content())
+        (tmp_path / "images").rename(tmp_path / f"{split}2017")
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "ann.json").rename(tmp_path / "annotations" / f"instances_{split}2017.json")
+
+    data = Data(coco_path=str(tmp_path), train_sizes=(24, 48), eval_size=60, max_size=100, crop_augmentation=False)
+    train, val = build_dataset("train", data, max_objects=10), build_dataset("val", data)
     assert isinstance(train.transforms, TrainTransforms)
     assert min(train[0][0].shape[1:]) in (24, 48)
     images, packed = collate([val[0], val[1]])
@@ -399,32 +385,22 @@ def test_build_dataset_and_collate(tmp_path):
 
     (tmp_path / "val2017" / "b.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"b\.jpg \(image id 3\)"):
-        build_dataset("val", args)
-    with pytest.raises(ValueError, match="--dataset_file 'voc' is unknown"):
-        build_dataset("val", Namespace(**{**vars(args), "dataset_file": "voc"}))
-    with pytest.raises(ValueError, match=r"data folder .*gone does not exist; set --coco_path"):
-        build_dataset("val", Namespace(**{**vars(args), "coco_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match="--num_queries"):
-        build_dataset("train", Namespace(**{**vars(args), "num_queries": 3}))
+        build_dataset("val", data)
+    with pytest.raises(ValueError, match="`dataset_file` 'voc' is unknown"):
+        build_dataset("val", replace(data, dataset_file="voc"))
+    with pytest.raises(ValueError, match=r"data folder .*gone does not exist; set `coco_path`"):
+        read_split("val", replace(data, coco_path=str(tmp_path / "gone")))
+    with pytest.raises(ValueError, match="`num_queries`"):
+        build_dataset("train", data, max_objects=3)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data with real images is not here")
 @pytest.mark.parametrize(("name", "num_classes", "objects"), [("coco_tiny", 91, 804), ("bccd", 4, 945)])
 def test_real_images(name, num_classes, objects):
-    args = Namespace(
-        dataset_file="coco",
-        coco_path=str(SHARED_DATA / name),
-        num_queries=300,
-        train_sizes=[480],
-        eval_size=200,
-        max_size=1333,
-        cache_mode=False,
-        crop_augmentation=True,
-        seed=0,
-    )
-    val = build_dataset("val", args)
+    data = Data(coco_path=str(SHARED_DATA / name), train_sizes=(480,), eval_size=200)
+    val = build_dataset("val", data, max_objects=300)
     assert val.categories.num_classes == num_classes
     assert sum(len(val[i][1]["labels"]) for i in range(len(val))) == objects  # as its README counts, without crowds
-    image, target = build_dataset("train", args, val.categories)[0]
+    image, target = build_dataset("train", data, categories=val.categories, max_objects=300, seed=0)[0]
     assert image.isfinite().all()
     assert (target["boxes"][:, 2:] > 0).all()

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import distributed, multiprocessing
 
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.ground_truth import GroundTruth
@@ -93,7 +94,8 @@ def as_predictions(content, results):
 
 
 def evaluator(content):
-    return CocoEvaluator(GroundTruth.from_content(content), Categories.from_annotations(content["categories"]))
+    truth = GroundTruth.from_annotations(Annotations(content))
+    return CocoEvaluator(truth, Categories.from_annotations(content["categories"]))
 
 
 def test_equals_pycocotools_on_all_twelve(capsys):

@@ -5,17 +5,16 @@ import pickle
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment, read_log, run_main, settings
+from helpers import data_set, environment, read_log, run_main, settings
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 from samdetr.datasets import image_cache
-from samdetr.datasets.build import build_dataset, collate
+from samdetr.datasets.build import collate
 from samdetr.util import distributed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory is shared by memfd on Linux only")
@@ -71,17 +70,15 @@ def test_two_processes_share_one_memory(tmp_path):
 
 def test_too_large_for_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "_free_memory", lambda: 2**16)
-    with pytest.raises(
-        ValueError, match=r"--cache_mode: the images in .* take 0.0 GiB, of 0.0 GiB .*leave the flag out"
-    ):
+    with pytest.raises(ValueError, match=r"`cache_mode`: the images in .* take 0.0 GiB, of 0.0 GiB .*leave it out"):
         image_cache.share_files(write(tmp_path))
 
 
 @pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
 def test_data_loading_workers(shapes, start, workers):
-    args = Namespace(**settings(["--coco_path", str(shapes), "--eval_size", "64", "--cache_mode"]).flat())
-    held = build_dataset("val", args)
-    plain = build_dataset("val", Namespace(**{**vars(args), "cache_mode": False}))
+    flags = ["--coco_path", str(shapes), "--eval_size", "64"]
+    held = data_set("val", settings([*flags, "--cache_mode"]))
+    plain = data_set("val", settings(flags))
     held.image_folder = Path("gone")
     options = {"batch_size": 3, "collate_fn": collate}
     with_workers = DataLoader(held, num_workers=workers, multiprocessing_context=start, **options)
@@ -101,7 +98,7 @@ def test_nothing_is_left_behind(tmp_path):
     """Not even by a process that is killed."""
     paths = write(tmp_path)
     code = (
-        "import os, pathlib, signal, sys; from datasets.image_cache import share_files;"
+        "import os, pathlib, signal, sys; from samdetr.datasets.image_cache import share_files;"
         "cache = share_files([pathlib.Path(p) for p in sys.argv[1:]]);"
         "print(os.stat(cache.place).st_nlink, cache.place, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

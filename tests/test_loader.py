@@ -6,15 +6,13 @@ import os
 import statistics
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import settings
+from helpers import data_set, settings
 from PIL import Image
 
-from samdetr.datasets.build import build_dataset
 from samdetr.datasets.coco import CocoDetection
 from samdetr.training.run import build_loaders
 
@@ -25,9 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:User
 def loaders(data: Path, *flags: str):
     """The training set, and what main.py makes of it and of the validation set."""
     found = settings(["--coco_path", str(data), "--train_sizes", "48", "64", "72", *flags])
-    args = Namespace(**found.flat())
-    train_set = build_dataset("train", args)
-    return train_set, *build_loaders(found, train_set, build_dataset("val", args))
+    train_set = data_set("train", found)
+    return train_set, *build_loaders(found, train_set, data_set("val", found))
 
 
 def epochs(data: Path, workers: int, which: list[int], *flags: str) -> list[list]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from samdetr.datasets.bad_images import BadImages
-from samdetr.datasets.build import build_dataset, collate, start_report
+from samdetr.datasets.build import build_dataset, collate, read_split
 from samdetr.datasets.categories import COCO, Categories
+from samdetr.datasets.check.splits import Split
+from samdetr.datasets.check.start import check_loaded, start_lines
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.sampler import DistributedEvalSampler, TrainSampler
@@ -204,12 +205,27 @@ def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.dev
 
 def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folder: CheckpointFolder | None) -> Data:
     """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
-    args = Namespace(**settings.flat())
+    checked: list[Split] = []
+
+    def load(split: str, categories: Categories | None) -> CocoDetection:
+        annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
+        dataset = build_dataset(
+            split,
+            settings.data,
+            annotations=annotations,
+            categories=categories,
+            max_objects=queries,
+            seed=settings.run.seed,
+        )
+        if is_main():
+            checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
+        return dataset
+
     categories = _checkpoint_categories(checkpoint) if checkpoint else None
-    train_set = None if settings.run.eval else build_dataset("train", args, categories)
+    train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
-    val_set = build_dataset("val", args, categories)
-    for line in start_report(train_set, val_set):
+    val_set = load("val", categories)
+    for line in start_lines(checked):
         log(line)
     bad_images = None
     if train_set:

@@ -1,4 +1,4 @@
-"""What is wrong with boxes. Each gets one verdict at most, the one that explains the others."""
+"""What is wrong with boxes. Each box gets at most one verdict: the one that explains the others."""
 
 from __future__ import annotations
 
@@ -6,37 +6,33 @@ from typing import Any
 
 import numpy as np
 
-from samdetr.datasets.check.annotations import LARGEST, Annotations
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.check.report import Finding
 
-ROUNDING = 1.0  # pixels that a box may reach beyond its image: some formats count from 1, many round
-FAR = 0.05  # of the image's side: further out than by carelessness
-# An area is that of a mask, which covers some of the box. Less than this share is looked at again: there are masks so
-# thin (one of 80 images of COCO has 0.017), but then it is the area of the polygon.
+ROUNDING = 1.0  # pixels by which a box may exceed its image: some formats count from 1, many round
+FAR = 0.05  # fraction of the image's side: further outside than by carelessness
+# An area is that of a mask, which covers part of the box. Below this share it is compared with the polygon, because
+# masks can be that thin: one in 80 images of COCO has 0.017.
 THIN = 0.05
 
 
 def box_verdicts(annotations: Annotations) -> dict[str, np.ndarray]:
-    """Rows of the annotations by kind of fault."""
+    """Masks (N,) of the annotations by kind of fault; they exclude each other."""
     boxes = annotations.boxes
     left, top, width, height = boxes.T
+    verdicts = annotations.box_faults()
+    usable = ~np.any(list(verdicts.values()), axis=0)
     with np.errstate(invalid="ignore"):
-        finite = (np.abs(boxes) < LARGEST).all(1)
-    verdicts = {
-        "box_entry": ~annotations.box_is_given,
-        "box_not_finite": annotations.box_is_given & ~finite,
-        "box_negative_size": finite & ((width < 0) | (height < 0)),
-        "box_zero_size": finite & ((width == 0) | (height == 0)) & (width >= 0) & (height >= 0),
-    }
-    good = finite & (width > 0) & (height > 0)
+        good = usable & (width > 0) & (height > 0)
+    verdicts["box_zero_size"] = usable & ~good
 
-    # Whoever wrote corners or fractions wrote them for whole images at least, but only one box may tell.
+    # Corners or fractions are used for all boxes of an image, but a single box may reveal it.
     fractions = good & _in_fractions(boxes, good)
     good &= ~fractions
     corners = good & _corners(annotations, good)
     good &= ~corners
 
-    columns, rows = annotations.frames.T  # NaN, where unknown, is neither larger nor smaller
+    columns, rows = annotations.frames.T  # comparisons with NaN (unknown) are False
     with np.errstate(invalid="ignore"):
         outside = good & ((left >= columns) | (top >= rows) | (left + width <= 0) | (top + height <= 0))
         beyond = good & ~outside & ((left < -ROUNDING) | (top < -ROUNDING) | (_overshoot(annotations) > ROUNDING))
@@ -47,7 +43,7 @@ def box_verdicts(annotations: Annotations) -> dict[str, np.ndarray]:
         "box_xyxy": corners,
         "box_outside": outside,
         "box_partly_outside": beyond,
-        "area": good & _odd_areas(annotations, good),
+        "area": good & _bad_areas(annotations, good),
     }
 
 
@@ -68,21 +64,21 @@ def box_findings(annotations: Annotations, *, split: str) -> list[Finding]:
 
 
 def area_fits(areas: np.ndarray, width: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """Whether areas are positive and no larger than the boxes, a rim of half a pixel and 1 % aside."""
+    """Whether areas are positive and no larger than the boxes, with a tolerance of half a pixel per side and 1 %."""
     with np.errstate(invalid="ignore", over="ignore"):
         return np.isfinite(areas) & (areas > 0) & (areas <= 1.01 * (width + 1) * (height + 1))
 
 
 def _overshoot(annotations: Annotations) -> np.ndarray:
-    """Pixels by which boxes reach beyond the right or bottom border, whichever is more."""
+    """Pixels by which boxes exceed the right or bottom border, whichever is more."""
     with np.errstate(invalid="ignore", over="ignore"):
         return (annotations.boxes[:, :2] + annotations.boxes[:, 2:] - annotations.frames).max(1, initial=-np.inf)
 
 
 def _in_fractions(boxes: np.ndarray, good: np.ndarray) -> np.ndarray:
-    """Boxes that lie within the first pixel, and so are meant as fractions of the image.
+    """Boxes within the first pixel, which must be fractions of the image.
 
-    Whole numbers, as of a box around just that pixel, count only where most boxes are such.
+    Integers (a box around exactly that pixel) count only if most boxes lie there.
     """
     with np.errstate(invalid="ignore"):
         small = good & (boxes >= 0).all(1) & (boxes <= 1.05).all(1)
@@ -92,10 +88,11 @@ def _in_fractions(boxes: np.ndarray, good: np.ndarray) -> np.ndarray:
 def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
     """Boxes that are [left, top, right, bottom].
 
-    Read as sizes, right and bottom make boxes right of or below the middle reach far out of the image. Read as corners,
-    all are in order and inside. Where at least a fifth of a split's boxes do the one and nearly all of them the other,
-    all are corners. Otherwise a box that reaches far out is known by a polygon that fits the corners, or by an area
-    that is usual for the corners and far too small for the size; then the others of its image are corners as well.
+    If right and bottom are read as sizes, boxes right of or below the middle end far outside the image. Read as
+    corners, they are in order and inside. If at least a fifth of a split's boxes end far outside and nearly all are
+    valid corners, all are corners. Otherwise a single box that ends far outside is recognised by a polygon that fits
+    the corners, or by an area that is usual for the corners and far too small for the size. Then the other boxes of
+    its image are corners as well.
     """
     boxes, frames, areas = annotations.boxes, annotations.frames, annotations.areas
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -110,7 +107,7 @@ def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
             return far
         of_corners, of_size = areas / (boxes[:, 2:] - boxes[:, :2]).prod(1), areas / boxes[:, 2:].prod(1)
         others = of_size[good & ~far & (areas > 0)]
-        usual = min(1.0, float(np.median(others))) if len(others) else 1.0  # share of a box that its mask covers
+        usual = min(1.0, float(np.median(others))) if len(others) else 1.0  # share of the box covered by its mask
         sure = far & (of_corners <= 1.02) & (of_corners > usual / 3) & (of_size < usual / 3)
     for row in np.flatnonzero(far & ~sure):
         bounds = _polygon_bounds(annotations.entries[row].get("segmentation"))
@@ -119,30 +116,30 @@ def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
     return sure | (possible & np.isin(annotations.image, list(images)))
 
 
-def _odd_areas(annotations: Annotations, good: np.ndarray) -> np.ndarray:
-    """Areas that are given, and not positive numbers, larger than the box or far too small for it.
+def _bad_areas(annotations: Annotations, good: np.ndarray) -> np.ndarray:
+    """Areas that are present, and not positive, larger than the box or far too small for it.
 
-    Where nearly all areas are those of the boxes, all are expected to be.
+    If nearly all areas without a mask equal those of the boxes, all of them must.
     """
     width, height = annotations.boxes[:, 2:].T
     areas, box_areas = annotations.areas, width * height
-    judged = good & annotations.area_is_given
-    odd = judged & ~area_fits(areas, width, height)
+    judged = good & np.array(["area" in entry for entry in annotations.entries], bool)
+    bad = judged & ~area_fits(areas, width, height)
     has_mask = np.array([bool(entry.get("segmentation")) for entry in annotations.entries], bool)
     with np.errstate(invalid="ignore"):
         maskless = judged & ~has_mask
         unlike = maskless & ~(abs(areas - box_areas) <= 0.01 * box_areas + width + height + 1)
         if maskless.sum() >= 20 and unlike.sum() <= 0.05 * maskless.sum():
-            odd |= unlike
-        thin = judged & ~odd & (areas < THIN * box_areas)
+            bad |= unlike
+        thin = judged & ~bad & (areas < THIN * box_areas)
     for row in np.flatnonzero(thin):
         mask = _mask_area(annotations.entries[row].get("segmentation"))
-        odd[row] = areas[row] < (THIN * box_areas[row] if mask is None else 0.3 * mask)
-    return odd
+        bad[row] = areas[row] < (THIN * box_areas[row] if mask is None else 0.3 * mask)
+    return bad
 
 
 def _polygons(segmentation: Any) -> list[np.ndarray]:
-    """Corners (n, 2) of each polygon; none for run lengths, and for what cannot be read."""
+    """Corners (n, 2) of each polygon; none for run lengths and malformed entries."""
     try:
         return [np.array(part, np.float64).reshape(-1, 2) for part in segmentation if isinstance(part, list) and part]
     except (TypeError, ValueError, OverflowError):
@@ -157,11 +154,13 @@ def _polygon_bounds(segmentation: Any) -> np.ndarray | None:
 
 
 def _mask_area(segmentation: Any) -> float | None:
-    """Pixels that polygons or run lengths cover; None without either. Compressed run lengths are believed: 0."""
+    """Pixels that polygons or run lengths cover; None without either. 0 for compressed run lengths, so that any area
+    passes."""
     if isinstance(segmentation, dict):
         lengths = segmentation.get("counts")
-        numbers = isinstance(lengths, list) and all(isinstance(length, (int, float)) for length in lengths)
-        return float(sum(lengths[1::2])) if numbers else 0.0
+        if isinstance(lengths, list) and all(isinstance(length, (int, float)) for length in lengths):
+            return float(sum(lengths[1::2]))
+        return 0.0
     polygons = _polygons(segmentation)
     if not polygons:
         return None

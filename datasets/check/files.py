@@ -1,4 +1,4 @@
-"""What is wrong with the image files of a split: each is decoded, or only its ends are looked at."""
+"""What is wrong with the image files of a split. Each is decoded, or only its ends are read."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from samdetr.datasets.check.report import Finding
-from samdetr.datasets.images import check_image, fault_of, orientation_of
+from samdetr.datasets.images import fault_of, glance, orientation_of
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jp2", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
 @dataclass(frozen=True)
 class FileState:
-    """What was found out about an image file. `size` is the (width, height) of the frame that boxes are in, None where
-    that is unknown; `pixels` a hash of the decoded image."""
+    """What is known about an image file.
+
+    `size` is the (width, height) of the frame that boxes lie in, None if unknown. `pixels` is a hash of the decoded
+    image.
+    """
 
     fault: str | None = None
     reason: str = ""
@@ -38,13 +41,13 @@ class FileState:
 def inspect_files(
     folder: Path, sizes: dict[str, tuple[float, float] | None], *, full: bool, num_workers: int = 16
 ) -> dict[str, FileState]:
-    """Look at the files of a folder whose (width, height), as the annotation file has them, are given by name.
+    """Inspect the files of a folder; `sizes` maps their names to (width, height) in the annotation file.
 
-    Threads are enough: PIL decodes, hashing and reading run without the interpreter's lock.
+    Threads suffice: decoding, hashing and reading release the interpreter's lock.
     """
-    look = _decode if full else glance
+    look = _decode if full else _glance
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
-        warnings.simplefilter("ignore")  # PIL's remarks about odd but readable files
+        warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
         states = pool.map(look, [folder / name for name in sizes], sizes.values())
         quiet = not full or not sys.stderr.isatty()
         return dict(zip(sizes, tqdm(states, total=len(sizes), desc=str(folder), disable=quiet)))
@@ -53,7 +56,7 @@ def inspect_files(
 def file_findings(
     states: dict[str, FileState], *, split: str, ids: dict[str, int], removed: Iterable[str]
 ) -> list[Finding]:
-    """Findings about the files that a split lists; `ids` are those of the images by file name."""
+    """Findings about the files that a split lists; `ids` maps file names to image ids."""
     by_kind: dict[str, list[str]] = defaultdict(list)
     same: dict[bytes, list[str]] = defaultdict(list)
     for name, state in states.items():
@@ -67,13 +70,13 @@ def file_findings(
 
 
 def shared_pixels(train: dict[str, FileState], val: dict[str, FileState]) -> list[tuple[str, str]]:
-    """Names of (train, val) files with the same pixels, each training file once."""
+    """Pairs of (train, val) file names with the same pixels, each training file once."""
     in_val = {state.pixels: name for name, state in val.items() if state.pixels}
     return [(name, in_val[state.pixels]) for name, state in train.items() if state.pixels in in_val]
 
 
 def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:
-    """Image files below `folder`, by their endings, that are not `listed`; hidden ones do not count."""
+    """Image files (by their endings) below `folder` that are not `listed`. Hidden files and folders are ignored."""
     known = {os.path.normpath(name) for name in listed}
     found = []
     for place, folders, files in os.walk(folder):
@@ -86,14 +89,9 @@ def unlisted_files(folder: Path, listed: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def glance(path: Path, size: tuple[float, float] | None) -> FileState:
-    """Whether a file is missing, empty, cut, no image at all, or of another size, by a few bytes of it: see
-    `datasets.images.check_image`."""
-    try:
-        check_image(path, size)
-    except Exception as error:  # PIL raises many kinds for a broken file
-        return FileState(*fault_of(path, error))
-    return FileState(size=size)
+def _glance(path: Path, size: tuple[float, float] | None) -> FileState:
+    fault = glance(path, size)
+    return FileState(*fault) if fault else FileState(size=size)
 
 
 def _decode(path: Path, size: tuple[float, float] | None) -> FileState:
@@ -106,7 +104,7 @@ def _decode(path: Path, size: tuple[float, float] | None) -> FileState:
             digest = hashlib.blake2b(f"{image.mode} {stored} {orientation}".encode() + palette, digest_size=16)
             digest.update(image.tobytes())
         pixels = digest.digest()
-        if size not in (None, stored, upright):
+        if size is not None and size not in (stored, upright):
             text = f"{size[0]:g} x {size[1]:g} in the annotation file, {upright[0]} x {upright[1]} in the image file"
             return FileState("image_size", text, pixels=pixels, file_size=upright)
         turned = None
@@ -115,5 +113,5 @@ def _decode(path: Path, size: tuple[float, float] | None) -> FileState:
         return FileState(size=upright if size is None else size, pixels=pixels, file_size=upright, orientation=turned)
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # PIL raises many kinds for a broken file
         return FileState(*fault_of(path, error))

@@ -1,77 +1,96 @@
-"""An annotation file without the faults that the file itself can be cured of."""
+"""Repair an annotation file, as far as the file itself allows."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from samdetr.datasets.check.annotations import Annotations, is_category, is_id, is_image, number, repeated
+from samdetr.datasets.annotations import Annotations, Size, is_id, number, repeated
 from samdetr.datasets.check.boxes import ROUNDING, area_fits, box_verdicts
-from samdetr.datasets.check.files import FileState
+from samdetr.datasets.check.files import FileState, shared_pixels
+from samdetr.datasets.check.report import Finding, by_severity
+from samdetr.datasets.check.splits import Split, all_findings, check_split, listed_sizes, removed_images
 
 UNUSABLE = ("missing_image", "zero_byte_image", "truncated_image", "unreadable_image")
 HOPELESS = ("box_entry", "box_not_finite", "box_negative_size", "box_zero_size", "box_outside")
 
 
-def repair(content: dict, states: dict[str, FileState], *, remove: Collection[str] = ()) -> tuple[dict, Counter[str]]:
-    """A repaired copy of the content of an annotation file, and how many entries of each kind were repaired.
+def repair_splits(
+    splits: Sequence[Split], loaded: Mapping[str, Annotations], *, num_queries: int
+) -> tuple[dict[str, dict], dict[str, dict[str, int]], list[Finding]]:
+    """Repair decoded splits, whose annotations are `loaded`.
 
-    `states` tell about the image files after decoding them; those in `remove` are left out as well. What goes is listed
-    under "removed_images" (file name, reason), so that a later check does not take the files for forgotten ones.
-    `content` stays as it is.
+    Returns, by split, the contents of repaired annotation files and the number of repairs by kind; and the findings
+    that a check of the repaired data reports. Raises ValueError if no image would be left.
+    """
+    states = {split.name: split.states for split in splits}
+    shared = {name for name, _ in shared_pixels(states["train"], states["val"])} if len(states) == 2 else set()
+    contents, done, again = {}, {}, []
+    for split in splits:
+        content, counter = repair(loaded[split.name], split.states, remove=shared if split.name == "train" else ())
+        if not content["images"]:
+            raise ValueError(f"no image of {split.name} would be left; the files or the sizes are wrong as a whole")
+        contents[split.name] = content
+        done[split.name] = {kind: number for kind, number in counter.items() if number}
+        repaired = Annotations(content)
+        left = {name: _with_file_size(split.states[name]) for name in listed_sizes(repaired)}
+        again.append(check_split(repaired, left, split=split.name, folder=split.folder, num_queries=num_queries))
+    return contents, done, by_severity(all_findings(again))
+
+
+def repair(
+    annotations: Annotations, states: dict[str, FileState], *, remove: Collection[str] = ()
+) -> tuple[dict, Counter[str]]:
+    """A repaired copy of the content of an annotation file, and the number of repairs by kind.
+
+    `states` describe the decoded image files by name; images in `remove` are removed as well. Removed images are
+    listed under "removed_images" (file name, reason), so that a later check does not report their files as unlisted.
     """
     done: Counter[str] = Counter()
-    categories = _categories(content, done)
-    images, new_id, removed, sizes = _images(content, states, remove, done)
-    annotations = Annotations({**content, "categories": categories}, sizes)
+    categories = _first_of(annotations.categories, "id", "name")
+    done["category_entry"] += len(annotations.content["categories"]) - len(annotations.categories)
+    done["duplicate_category_id"] += len(annotations.categories) - len(categories)
+    images, new_id, removed, sizes = _images(annotations, states, remove, done)
     repaired = {
-        **content,
+        **annotations.content,
         "images": images,
-        "annotations": _annotations(annotations, new_id, done),
+        "annotations": _annotations(annotations.with_sizes(sizes), new_id, done),
         "categories": categories,
     }
     if removed:
-        repaired["removed_images"] = [*removed_images(content), *removed]
+        repaired["removed_images"] = [*removed_images(annotations.content), *removed]
     return repaired, done
 
 
-def removed_images(content: dict) -> list[dict]:
-    """What earlier repairs removed."""
-    removed = content.get("removed_images")
-    entries = removed if isinstance(removed, list) else []
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-
-
-def _categories(content: dict, done: Counter[str]) -> list[dict]:
-    valid = [entry for entry in content["categories"] if is_category(entry)]
-    done["category_entry"] += len(content["categories"]) - len(valid)
-    kept = _first_of(valid, "id", "name")
-    done["duplicate_category_id"] += len(valid) - len(kept)
-    return kept
+def _with_file_size(state: FileState) -> FileState:
+    """The state once the annotation file has the size of the image file."""
+    return replace(state, fault=None, reason="", size=state.file_size) if state.fault == "image_size" else state
 
 
 def _images(
-    content: dict, states: dict[str, FileState], remove: Collection[str], done: Counter[str]
-) -> tuple[list[dict], dict[int, int], list[dict], dict[str, tuple[float, float] | None]]:
-    """Entries that stay; their ids by those that annotations name, where images were merged; what was removed; and the
+    annotations: Annotations, states: dict[str, FileState], remove: Collection[str], done: Counter[str]
+) -> tuple[list[dict], dict[int, int], list[dict], dict[str, Size]]:
+    """Entries that are kept; a map from old to new image ids (images of one file are merged); removed entries; and the
     frames of boxes by file name."""
-    valid = [entry for entry in content["images"] if is_image(entry)]
-    done["image_entry"] += len(content["images"]) - len(valid)
-    # Under one id boxes of several images cannot be told apart: all of these images go.
+    valid = annotations.images
+    distinct = _first_of(valid, "id", "file_name")
+    done["image_entry"] += len(annotations.content["images"]) - len(valid)
+    done["duplicate_image_id"] += len(valid) - len(distinct)
+    # Boxes of several images under one id cannot be told apart: all of these images are removed.
     ambiguous = {
         identity
         for identity, entries in repeated(valid, "id").items()
         if len({entry["file_name"] for entry in entries}) > 1
     }
-    done["duplicate_image_id"] += len(valid) - len(_first_of(valid, "id", "file_name"))
     resized = any(state.fault == "image_size" for state in states.values())
-    extents = _extents(content) if resized else {}
+    extents = _extents(annotations) if resized else {}
     kept: dict[str, dict] = {}
     new_id: dict[int, int] = {}
     removed: list[dict] = []
-    for entry in _first_of(valid, "id", "file_name"):
+    for entry in distinct:
         identity, name = entry["id"], entry["file_name"]
         state = states[name]
         reason = None
@@ -83,7 +102,7 @@ def _images(
             reason = "shared_image"
         elif state.fault == "image_size":
             done["image_size"] += 1
-            if _fits(extents.get(identity), state.file_size):
+            if state.file_size and _fits(extents.get(identity), state.file_size):
                 entry = {**entry, "width": state.file_size[0], "height": state.file_size[1]}
             else:
                 reason = "image_size"
@@ -96,8 +115,11 @@ def _images(
         else:
             kept[name] = entry
             new_id[identity] = identity
-    sizes = {name: state.file_size if state.fault == "image_size" else state.size for name, state in states.items()}
-    known = {name: size for name, size in sizes.items() if size}
+    known = {
+        name: size
+        for name, state in states.items()
+        if (size := state.file_size if state.fault == "image_size" else state.size)
+    }
     return list(kept.values()), new_id, [entry for entry in removed if entry["file_name"] not in kept], known
 
 
@@ -150,7 +172,7 @@ def _annotations(annotations: Annotations, new_id: dict[int, int], done: Counter
 def _new_box(entry: dict, kind: str, box: np.ndarray, frame: np.ndarray) -> dict:
     """The annotation with its box in pixels and inside the image, and with an area that fits.
 
-    `kind` is that of the fault, or for fractions one of FORMS.
+    `kind` is the kind of fault or, for fractions, a key of FORMS.
     """
     old_area = box[2] * box[3]
     if kind in FORMS:
@@ -167,13 +189,13 @@ def _new_box(entry: dict, kind: str, box: np.ndarray, frame: np.ndarray) -> dict
     entry = {**entry, "bbox": values}
     if "area" in entry:
         area = number(entry["area"])
-        of_the_box = abs(area - old_area) <= 0.01 * old_area  # and so to change with it
+        of_the_box = abs(area - old_area) <= 0.01 * old_area  # then it changes with the box
         if kind == "area" or of_the_box or not area_fits(np.array(area), *box[2:]):
             entry["area"] = values[2] * values[3]
     return entry
 
 
-# What four numbers may stand for -> left, top, width, height.
+# Meanings of four numbers, and the conversion to left, top, width, height.
 FORMS = {
     "xywh": lambda box: box,
     "cxcywh": lambda box: np.concatenate([box[..., :2] - box[..., 2:] / 2, box[..., 2:]], -1),
@@ -182,7 +204,7 @@ FORMS = {
 
 
 def _form_of_fractions(boxes: np.ndarray) -> str:
-    """The first form in which all boxes are in order and within the image; centres are as usual as left and top."""
+    """The first of FORMS in which all boxes are in order and within the image."""
     for name, convert in FORMS.items():
         start, size = np.split(convert(boxes), 2, axis=1)
         if (start >= -0.02).all() and (size > 0).all() and (start + size <= 1.02).all():
@@ -190,14 +212,13 @@ def _form_of_fractions(boxes: np.ndarray) -> str:
     return "xywh"
 
 
-def _extents(content: dict) -> dict[int, tuple[float, float]]:
-    """How far right and down the boxes of each image reach."""
-    annotations = Annotations(content)
+def _extents(annotations: Annotations) -> dict[int, tuple[float, float]]:
+    """The largest right and bottom of the boxes of each image, by image id."""
     extents: dict[int, tuple[float, float]] = {}
     ends = annotations.boxes[:, :2] + annotations.boxes[:, 2:]
     for row in np.flatnonzero(np.isfinite(ends).all(1) & (annotations.image >= 0)):
         identity = annotations.entries[row]["image_id"]
-        old = extents.get(identity, (0, 0))
+        old = extents.get(identity, (0.0, 0.0))
         extents[identity] = (max(old[0], ends[row, 0]), max(old[1], ends[row, 1]))
     return extents
 
@@ -207,7 +228,7 @@ def _fits(extent: tuple[float, float] | None, size: tuple[int, int]) -> bool:
 
 
 def _first_of(entries: Sequence[dict], *keys: str) -> list[dict]:
-    """Of entries that are alike in `keys`, the first."""
+    """Of entries with equal values under `keys`, the first."""
     found: dict[tuple, dict] = {}
     for entry in entries:
         found.setdefault(tuple(entry[key] for key in keys), entry)

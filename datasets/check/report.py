@@ -1,29 +1,29 @@
-"""What a check of a data set finds: kinds of faults by severity, and how they are shown."""
+"""Findings of a check: kinds of faults by severity, and how they are printed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any
 
-T = TypeVar("T")
+import numpy as np
 
-# Error: training or evaluation refuses it, drops it or learns something wrong. Warning: works, but is hardly meant so.
-# Note: fine, but good to know.
+# Error: training or evaluation refuses it, drops it or learns something wrong. Warning: works, but is probably a
+# mistake. Note: correct, but good to know.
 SEVERITIES = ("error", "warning", "note")
 
-# Kind: severity, what it is, what --fix does about it (empty: nothing that an annotation file could repair).
+# Kind: severity, description, what --fix does about it (empty: the annotation file cannot repair it).
 KINDS = {
     # image files
-    "missing_image": ("error", "image files that are listed but not there", "entries removed"),
+    "missing_image": ("error", "image files that are listed but missing", "entries removed"),
     "zero_byte_image": ("error", "image files without any content", "entries removed"),
     "truncated_image": ("error", "image files that are cut", "entries removed"),
     "unreadable_image": ("error", "image files that cannot be decoded", "entries removed"),
-    "image_size": ("error", "sizes unlike those of the files", "size of the file where all boxes fit, else removed"),
-    "exif_size": ("warning", "EXIF turns the image, but the size is that of the stored pixels, so boxes are taken for "
-                  "theirs: turn the pixels of the file and remove the tag", ""),
+    "image_size": ("error", "sizes that differ from the files", "size of the file if all boxes fit, else removed"),
+    "exif_size": ("warning", "EXIF turns the image, but the size is that of the stored pixels, to which the boxes "
+                  "therefore refer: turn the pixels of the file and remove the tag", ""),
     "unlisted_image": ("warning", "image files in the folder that the annotation file does not list", ""),
-    "shared_image": ("warning", "the same pixels in train and val: evaluation flatters", "removed from train"),
+    "shared_image": ("warning", "the same pixels in train and val: the evaluation is too good", "removed from train"),
     "repeated_image": ("note", "the same pixels in several files of a split", ""),
     "exif_turned": ("note", "images that are turned upright as their EXIF tag says", ""),
     "removed_image": ("note", "images that an earlier --fix removed", ""),
@@ -31,7 +31,7 @@ KINDS = {
     "empty_list": ("error", "lists of the annotation file without any entry", ""),
     "image_entry": ("error", "entries of 'images' without an integer id and a file name", "removed"),
     "category_entry": ("error", "entries of 'categories' without an integer id and a name", "removed"),
-    "annotation_entry": ("error", "entries of 'annotations' that are no JSON objects", "removed"),
+    "annotation_entry": ("error", "entries of 'annotations' that are not JSON objects", "removed"),
     "duplicate_image_id": ("error", "image ids that are listed twice", "one of equal entries kept, others removed"),
     "duplicate_file_name": ("error", "files that are listed under several image ids", "merged into the first"),
     "duplicate_annotation_id": ("error", "annotation ids that occur twice", "the later ones get new ids"),
@@ -39,18 +39,18 @@ KINDS = {
     "categories_differ": ("error", "categories of val that train does not define with this id and name", ""),
     "unknown_image": ("error", "annotations of images that are not listed", "removed"),
     "unknown_category": ("error", "annotations of categories that are not defined", "removed"),
-    "too_many_objects": ("error", "images with more objects than queries: set --num_queries to the largest count", ""),
+    "too_many_objects": ("error", "images with more objects than queries: set num_queries to the largest count", ""),
     # boxes
     "box_entry": ("error", "boxes that are not four numbers", "removed"),
     "box_not_finite": ("error", "boxes with NaN or infinity", "removed"),
     "box_negative_size": ("error", "boxes of negative width or height", "removed"),
-    "box_zero_size": ("warning", "boxes without any area: left out in training, missed in evaluation", "removed"),
-    "box_outside": ("error", "boxes that lie wholly outside their image", "removed"),
-    "box_partly_outside": ("warning", "boxes that reach more than a pixel beyond their image", "clipped"),
+    "box_zero_size": ("warning", "boxes without area: skipped in training, missed in evaluation", "removed"),
+    "box_outside": ("error", "boxes entirely outside their image", "removed"),
+    "box_partly_outside": ("warning", "boxes that exceed their image by more than a pixel", "clipped"),
     "box_xyxy": ("error", "boxes given by two corners, not as [left, top, width, height]", "converted"),
     "box_normalised": ("error", "boxes in fractions of the image, not in pixels", "converted"),
-    "area": ("warning", "areas that are not positive or unlike the box", "set to width x height"),
-    # what there is to learn
+    "area": ("warning", "areas that are not positive or do not fit the box", "set to width x height"),
+    # classes and contents
     "category_only_in_val": ("warning", "categories with objects in val but none in train", ""),
     "single_class": ("note", "all objects are of one category", ""),
     "unused_category": ("note", "categories without any object in any split", ""),
@@ -58,24 +58,26 @@ KINDS = {
     "empty_image": ("note", "images without annotations", ""),
     "no_image_size": ("note", "images without a width and height in the annotation file", ""),
     "no_annotation_id": ("note", "annotations without an integer id", ""),
-    "ids_with_gaps": ("note", "ids that leave numbers out", ""),
+    "ids_with_gaps": ("note", "ids with gaps", ""),
     "ids_from_zero": ("note", "ids that start at 0 or below; pycocotools counts an annotation with id 0 as missed", ""),
-    "no_split": ("note", "split that is not there: training needs both", ""),
+    "no_split": ("note", "missing split: training needs both", ""),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of fault in one split: how many there are, and what each is in words."""
+    """One kind of fault in one split: the number of occurrences, and a description of each of the first ones."""
 
     kind: str
     split: str
     count: int
-    items: list[str] = field(repr=False)  # the first ones
+    items: list[str] = field(repr=False)
 
     @classmethod
-    def of(cls, kind: str, split: str, faulty: Sequence[T], describe: Callable[[T], str], limit: int = 1000) -> Finding:
-        """What `describe` says of each of `faulty`."""
+    def of(
+        cls, kind: str, split: str, faulty: Sequence | np.ndarray, describe: Callable[[Any], str], limit: int = 1000
+    ) -> Finding:
+        """A finding whose items are `describe` of each of `faulty`."""
         return cls(kind, split, len(faulty), [describe(one) for one in faulty[:limit]])
 
     @property
@@ -83,7 +85,7 @@ class Finding:
         return KINDS[self.kind][0]
 
     def line(self) -> str:
-        """All in one line, with one example."""
+        """A single line with one example."""
         return f"data, {self.split}: {self.severity}: {KINDS[self.kind][1]}: {self.count}, such as {self.items[0]}"
 
     def to_json(self) -> dict:
@@ -104,18 +106,18 @@ def by_severity(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def counts(findings: Iterable[Finding]) -> dict[str, int]:
-    """How many findings there are of each severity."""
+    """Number of findings of each severity."""
     severities = [finding.severity for finding in findings]
     return {severity: severities.count(severity) for severity in SEVERITIES}
 
 
 def is_clean(findings: Iterable[Finding]) -> bool:
-    """Whether there are notes at most."""
+    """Whether there are no findings except notes."""
     return all(finding.severity == "note" for finding in findings)
 
 
 def table(findings: Sequence[Finding], *, examples: int = 3) -> str:
-    """A readable report, the worst first."""
+    """A readable report, sorted by severity."""
     lines = []
     for finding in by_severity(findings):
         severity, what, repair = KINDS[finding.kind]

@@ -1,21 +1,24 @@
-"""The check of one split, and of two splits together, from what is known about their image files."""
+"""The check of one split, and of two splits together, given what is known about their image files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from samdetr.datasets.check.annotations import Annotations, annotation_findings, image_size, is_image
+from samdetr.datasets.annotations import Annotations, Size, image_size, split_paths
+from samdetr.datasets.check.annotations import annotation_findings
 from samdetr.datasets.check.boxes import box_findings
-from samdetr.datasets.check.files import FileState, file_findings, shared_pixels, unlisted_files
-from samdetr.datasets.check.repair import removed_images
-from samdetr.datasets.check.report import Finding, by_severity
+from samdetr.datasets.check.files import FileState, file_findings, inspect_files, shared_pixels, unlisted_files
+from samdetr.datasets.check.report import Finding
+
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a check of one split needs to remember, and what it found in it."""
+    """The findings in one split, and what a comparison with another split needs."""
 
     name: str
     folder: Path
@@ -26,77 +29,102 @@ class Split:
     annotations: int
     findings: list[Finding]
 
-
-def places(root: Path, split: str) -> tuple[Path, Path]:
-    """The image folder and the annotation file of a split in the layout of COCO 2017."""
-    return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    def sizes(self) -> dict[str, int]:
+        return {"images": len(self.states), "annotations": self.annotations, "categories": len(self.categories)}
 
 
-def listed_sizes(content: dict) -> dict[str, tuple[float, float] | None]:
-    """Names of the image files that an annotation file lists, and the (width, height) that it gives."""
-    sizes: dict[str, tuple[float, float] | None] = {}
-    for entry in filter(is_image, content["images"]):
+def check_splits(
+    root: Path, *, only: str | None, full: bool, num_queries: int, num_workers: int
+) -> Iterator[tuple[Annotations, Split]]:
+    """Read and check the splits of a data set, or `only` one.
+
+    `full` decodes every image; otherwise only the ends of files are read. Raises ValueError for what cannot be checked.
+    """
+    if not root.is_dir():
+        raise ValueError(f"data folder {root} does not exist; it must hold train2017/, val2017/ and annotations/")
+    names = [only] if only else [s for s in SPLITS if any(path.exists() for path in split_paths(root, s))]
+    if not names:
+        raise ValueError(f"data folder {root} holds neither train2017/ nor val2017/; pass a data set in COCO format")
+    for name in names:
+        folder, file = split_paths(root, name)
+        annotations = Annotations.read(file)
+        if not folder.is_dir():
+            raise ValueError(f"image folder {folder} does not exist; {file} names its images")
+        states = inspect_files(folder, listed_sizes(annotations), full=full, num_workers=num_workers)
+        yield annotations, check_split(annotations, states, split=name, folder=folder, num_queries=num_queries)
+
+
+def missing_splits(splits: Sequence[Split]) -> list[Finding]:
+    missing = [name for name in SPLITS if name not in {split.name for split in splits}]
+    return [Finding("no_split", name, 1, [name]) for name in missing]
+
+
+def removed_images(content: dict) -> list[dict]:
+    """Entries of the images that earlier repairs removed."""
+    removed = content.get("removed_images")
+    entries = removed if isinstance(removed, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
+
+
+def listed_sizes(annotations: Annotations) -> dict[str, Size | None]:
+    """File names of the images, and their (width, height) in the annotation file."""
+    sizes: dict[str, Size | None] = {}
+    for entry in annotations.images:
         sizes.setdefault(entry["file_name"], image_size(entry))
     return sizes
 
 
-def check_split(content: dict, states: dict[str, FileState], *, split: str, folder: Path, num_queries: int) -> Split:
-    """Check what an annotation file says, given what is known about the image files that it lists."""
+def check_split(
+    annotations: Annotations, states: dict[str, FileState], *, split: str, folder: Path, num_queries: int
+) -> Split:
+    """Check the annotations of a split, given what is known about the image files that they list."""
     sizes = {name: state.size for name, state in states.items() if state.size or state.fault == "image_size"}
-    annotations = Annotations(content, sizes)
-    removed = [entry["file_name"] for entry in removed_images(content)]
+    annotations = annotations.with_sizes(sizes)
+    removed = [entry["file_name"] for entry in removed_images(annotations.content)]
     findings = [
         *file_findings(states, split=split, ids={e["file_name"]: e["id"] for e in annotations.images}, removed=removed),
         *annotation_findings(annotations, split=split, num_queries=num_queries),
         *box_findings(annotations, split=split),
     ]
-    used = annotations.used_categories()
+    used = set(annotations.category_ids[annotations.objects()].tolist())
     return Split(split, folder, states, removed, annotations.names, used, len(annotations.entries), findings)
 
 
 def all_findings(splits: Sequence[Split]) -> list[Finding]:
-    """Those of each split, and of their comparison."""
+    """Findings of each split and of their comparison."""
     return [*(finding for split in splits for finding in split.findings), *compare_splits(splits)]
 
 
 def compare_splits(splits: Sequence[Split]) -> list[Finding]:
-    """What only several splits together, or a look into their folders, show."""
-    findings = []
+    """Findings that concern several splits, or files that no split lists."""
+    findings: list[Finding] = []
+
+    def found(kind: str, split: str, faulty: Sequence, describe: Callable[[Any], str]) -> None:
+        if faulty:
+            findings.append(Finding.of(kind, split, faulty, describe))
+
     for split in splits:
         same_folder = [other for other in splits if other.folder.resolve() == split.folder.resolve()]
-        unlisted = unlisted_files(split.folder, [n for other in same_folder for n in (*other.states, *other.removed)])
-        if unlisted:
-            findings.append(Finding.of("unlisted_image", split.name, unlisted, repr))
-    used = set().union(*(split.used for split in splits))
+        listed = [name for other in same_folder for name in (*other.states, *other.removed)]
+        found("unlisted_image", split.name, unlisted_files(split.folder, listed), repr)
+    used: set[int] = set().union(*(split.used for split in splits))
     names = {i: name for split in reversed(splits) for i, name in split.categories.items()}
     unused = sorted(names.keys() - used)
     if len(used) == 1:
         findings.append(Finding("single_class", splits[0].name, 1, [repr(names[i]) for i in used]))
     elif unused:
-        findings.append(Finding.of("unused_category", splits[0].name, unused, lambda i: f"{i}: {names[i]!r}"))
+        found("unused_category", splits[0].name, unused, lambda i: f"{i}: {names[i]!r}")
     if len(splits) == 2:
         train, val = splits
         shared = shared_pixels(train.states, val.states)
-        if shared:
-            findings.append(
-                Finding.of("shared_image", "train", shared, lambda names: "train {!r}, val {!r}".format(*names))
-            )
+        found("shared_image", "train", shared, lambda pair: f"train {pair[0]!r}, val {pair[1]!r}")
         unlike = [i for i in sorted(val.categories) if train.categories.get(i) != val.categories[i]]
-        if unlike:
-            findings.append(
-                Finding.of(
-                    "categories_differ",
-                    "val",
-                    unlike,
-                    lambda i: f"id {i}: {train.categories.get(i, 'absent')!r} in train, {val.categories[i]!r} in val",
-                )
-            )
+        found(
+            "categories_differ",
+            "val",
+            unlike,
+            lambda i: f"id {i}: {train.categories.get(i, 'absent')!r} in train, {val.categories[i]!r} in val",
+        )
         only = sorted(val.used - train.used - set(unlike))
-        if only:
-            findings.append(Finding.of("category_only_in_val", "val", only, lambda i: f"{i}: {val.categories[i]!r}"))
+        found("category_only_in_val", "val", only, lambda i: f"{i}: {val.categories[i]!r}")
     return findings
-
-
-def start_lines(splits: Sequence[Split]) -> list[str]:
-    """What a run should tell before it begins: warnings and errors, a line each."""
-    return [finding.line() for finding in by_severity(all_findings(splits)) if finding.severity != "note"]
