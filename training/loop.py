@@ -17,9 +17,9 @@ from samdetr.engine import train_one_epoch
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.preemption import PREEMPTED, Signals, Stopped, Votes, Wish
 from samdetr.training.state import TrainingState
+from samdetr.util.curves import plot_training_curves
 from samdetr.util.distributed import barrier, get_rank, is_main
 from samdetr.util.logger import MetricAverager, log, read_json_lines, write_json
-from samdetr.util.visualize import plot_training_curves
 
 
 def average_precision(line: dict[str, Any]) -> float | None:
