@@ -7,10 +7,12 @@ found.save("drawn.jpg")
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -90,6 +92,19 @@ class Predictor:
 
     def __repr__(self) -> str:
         return f"<Predictor of {self.source}: {self.settings['model']}, {len(self.categories.names)} classes>"
+
+    @overload
+    def predict(
+        self, images: Image.Image | np.ndarray | Tensor, *, threshold: float = 0.5, batch_size: int = 4
+    ) -> Detections: ...
+
+    @overload
+    def predict(
+        self, images: list[Any] | tuple[Any, ...], *, threshold: float = 0.5, batch_size: int = 4
+    ) -> list[Detections]: ...
+
+    @overload
+    def predict(self, images: str | os.PathLike | Source, *, threshold: float = 0.5, batch_size: int = 4) -> Any: ...
 
     def predict(self, images: Any, *, threshold: float = 0.5, batch_size: int = 4) -> Any:
         """Detect objects. The model is evaluated without gradients and returns to the mode that it was in.
