@@ -12,10 +12,14 @@ Functions of published models return a `samdetr.models.detector.Detector` in eva
 
 from __future__ import annotations
 
+from typing import Any
+
 dependencies = ["torch", "torchvision", "scipy"]
 
 
-def _published(model: str, checkpoint: str | None, num_classes: int, *, trunk: dict | None = None, **config):
+def _published(
+    model: str, checkpoint: str | None, num_classes: int, *, trunk: dict[str, Any] | None = None, **config: Any
+):
     # Imported here, so that torch.hub can report missing dependencies first.
     from samdetr.models.build import FAMILIES, build_model
     from samdetr.models.checkpoints import chosen_weights, read_checkpoint
@@ -119,6 +123,11 @@ def sap_detr_r101_dc5(*, checkpoint: str | None = None, num_classes: int = 91):
     return _published("sap_detr", checkpoint, num_classes, trunk=_DC5 | _R101, **_SAP)
 
 
-_DC5 = {"dilation": True}
-_R101 = {"backbone": "resnet101"}
-_SAP = {"meshgrid_refpoints_xy": True, "newconvinit": True, "sdg": True, "bbox_embed_diff_each_layer": True}
+_DC5: dict[str, Any] = {"dilation": True}
+_R101: dict[str, Any] = {"backbone": "resnet101"}
+_SAP: dict[str, Any] = {
+    "meshgrid_refpoints_xy": True,
+    "newconvinit": True,
+    "sdg": True,
+    "bbox_embed_diff_each_layer": True,
+}

@@ -71,9 +71,10 @@ class Detections:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
-        columns = (self.scores.tolist(), self.names, self.category_ids.tolist(), self.labels.tolist())
-        for box, *rest, query in zip(self.boxes.tolist(), *columns, self.queries.tolist()):
-            yield Detection(tuple(box), *rest, query)
+        columns = (self.boxes, self.scores, self.category_ids, self.labels, self.queries)
+        rows = zip(self.names, *(column.tolist() for column in columns))
+        for name, box, score, category_id, label, query in rows:
+            yield Detection(tuple(box), score, name, category_id, label, query)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{number} {name}" for name, number in Counter(self.names).items())
@@ -136,6 +137,7 @@ def save_picture(picture: Image.Image, path: str | os.PathLike) -> Path:
     path = Path(path)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         path = path.with_name(f"{path.name}.png")
+    options: dict[str, Any] = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
     with whole_file(path) as temporary:
-        picture.save(temporary, **({"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}))
+        picture.save(temporary, **options)
     return path

@@ -25,6 +25,7 @@ from samdetr.inference.detections import Detections, check_threshold
 from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import INPUT_SETTINGS, chosen_weights, network_settings, read_checkpoint
+from samdetr.models.detector import Detector
 from samdetr.util.checkpoint import load_weights
 from samdetr.util.device import choose_device
 from samdetr.util.padded_images import pad_images
@@ -71,7 +72,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Detector,
         *,
         postprocess: Callable[..., list[dict[str, Tensor]]],
         categories: Categories | None,

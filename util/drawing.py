@@ -112,7 +112,9 @@ def line_width(size: tuple[int, int]) -> int:
 
 
 def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=max(round(min(max(size), 2 * min(size)) / 62), 13))
+    font = ImageFont.load_default(size=max(round(min(max(size), 2 * min(size)) / 62), 13))
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
 
 
 def pixel_box(box: Sequence[float], *, factor: float, size: tuple[int, int]) -> Rectangle:
