@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from samdetr.datasets.annotations import is_category
 
@@ -116,3 +117,15 @@ COCO = Categories.from_annotations(
     ],
     file="COCO 2017",
 )
+
+
+def checkpoint_categories(checkpoint: Mapping[str, Any]) -> Categories | None:
+    """The classes that a checkpoint, as `read_checkpoint` returns it, was trained for.
+
+    Official files hold none. If they have as many outputs as the published models, their classes are those of COCO;
+    otherwise None is returned.
+    """
+    num_classes = checkpoint["settings"].get("num_classes")
+    if "categories" in checkpoint:
+        return Categories.from_list(checkpoint["categories"], num_classes=num_classes)
+    return COCO if checkpoint["official"] and num_classes == COCO.num_classes else None

@@ -1,1 +1,1 @@
-"""What is done with a trained detector."""
+"""Use of a trained detector: `load` it, `predict`, and see where its queries look (`explain`)."""

@@ -1,4 +1,4 @@
-"""Looking into a network from outside: hooks that come off again, so that no module knows of it."""
+"""Observation of a network by hooks, which are removed afterwards; no module has code for it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from samdetr.models.layers import valid_ratio
 from samdetr.models.ops import MSDeformAttn
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
-def watch(
-    part: nn.Module, kind: type[nn.Module], look: Callable[[nn.Module, dict[str, Any], Any], T]
-) -> Iterator[list[T]]:
-    """Collect what `look(module, arguments, output)` makes of each call of a module of this kind in `part`, in order.
-    `arguments` are those of its forward, by name."""
+def watch(part: nn.Module, kind: type[M], look: Callable[[M, dict[str, Any], Any], T]) -> Iterator[list[T]]:
+    """Collect what `look(module, arguments, output)` returns for each call of a module of this kind in `part`.
+
+    The order is that of the calls; `arguments` are those of its forward, by name."""
     seen: list[T] = []
 
     @torch.no_grad()
-    def hook(module: nn.Module, inputs: tuple, named: dict[str, Any], output: Any) -> None:
+    def hook(module: M, inputs: tuple, named: dict[str, Any], output: Any) -> None:
         arguments = signature(module.forward).bind(*inputs, **named)
         arguments.apply_defaults()
         seen.append(look(module, arguments.arguments, output))

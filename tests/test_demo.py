@@ -11,18 +11,16 @@ from helpers import (
     TINY_DEFORMABLE,
     TINY_SAP,
     build_tiny,
-    evaluate,
+    from_flags,
     save,
 )
 from PIL import Image, ImageChops
 
 from samdetr import demo
 from samdetr.datasets.transforms import EvalTransforms
-from samdetr.inference.watch import watch
-from samdetr.main import build_parser, take_network_settings
-from samdetr.models.build import build_model, read_checkpoint
-from samdetr.models.semantics_aligner import SemanticsAligner
-from samdetr.util.checkpoint import load_weights, save_file
+from samdetr.inference import explain
+from samdetr.inference.predictor import load
+from samdetr.util.checkpoint import save_file
 from samdetr.util.padded_images import pad_images
 
 
@@ -46,15 +44,6 @@ def multiscale(tmp_path_factory):
     return path
 
 
-def rebuild(checkpoint):
-    content = read_checkpoint(str(checkpoint))
-    args = build_parser().parse_args([])
-    take_network_settings(args, set(), content)
-    network, _, postprocess = build_model(args)
-    load_weights(network, content["model"], source="file")
-    return network.eval(), postprocess, args
-
-
 def test_folder_is_drawn_beside_or_elsewhere(trained, folder, tmp_path):
     checkpoint, output = str(trained / "checkpoint.pth"), tmp_path / "drawn"
     names = sorted(path.name for path in folder.glob("*.jpg"))
@@ -68,23 +57,6 @@ def test_folder_is_drawn_beside_or_elsewhere(trained, folder, tmp_path):
     assert demo.main(flags) == 0
     assert demo.main(flags) == 0  # what the first run wrote is no input of the second
     assert sorted(path.name for path in folder.glob("det_res_*")) == [f"det_res_{name}" for name in names]
-
-
-def test_detections_are_those_of_the_evaluation(trained_any, shapes, tmp_path):
-    """Same boxes and scores as --eval writes, so the demo's rebuilding, scaling and class names are right."""
-    _, results = evaluate(shapes, trained_any / "checkpoint.pth", tmp_path / "eval")
-    network, postprocess, args = rebuild(trained_any / "checkpoint.pth")
-    path = sorted((shapes / "val2017").iterdir())[0]
-    image = Image.open(path).convert("RGB")
-    transforms = EvalTransforms(short_side=args.eval_size, max_size=args.max_size)
-    found = demo.detect(network, postprocess, transforms(image), image.size, torch.device("cpu"))
-    expected = [r for r in results if r["image_id"] == int(path.stem)]
-    known = torch.isin(found["labels"], torch.tensor([1, 2, 3, 5]))
-    assert found["labels"][known].tolist() == [r["category_id"] for r in expected]
-    torch.testing.assert_close(found["scores"][known].double(), torch.tensor([r["score"] for r in expected]).double())
-    boxes = torch.tensor([r["bbox"] for r in expected])
-    boxes[:, 2:] += boxes[:, :2]
-    torch.testing.assert_close(found["boxes"][known], boxes, atol=1e-3, rtol=0)
 
 
 def test_official_file_is_drawn_as_ours(folder, tmp_path):
@@ -102,30 +74,31 @@ def test_official_file_is_drawn_as_ours(folder, tmp_path):
 
 
 def test_salient_points_are_watched_from_outside(trained, folder, tmp_path):
-    network, postprocess, args = rebuild(trained / "checkpoint.pth")
-    tensor = EvalTransforms(short_side=args.eval_size)(Image.open(next(folder.glob("*.jpg"))).convert("RGB"))
-    with watch(network, SemanticsAligner, demo.see_aligner) as seen:
-        watched = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
-    layers = [layer for (layer,) in seen]
-    plain = demo.detect(network, postprocess, tensor, (64, 64), torch.device("cpu"))
-    assert len(layers) == args.dec_layers  # nothing was added after the hooks came off
-    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+    predictor = load(trained / "checkpoint.pth", device="cpu")
+    path = next(folder.glob("*.jpg"))
+    with explain.watch_salient_points(predictor.model) as layers:
+        watched = predictor.predict(path, threshold=0)
+    plain = predictor.predict(path, threshold=0)
+    settings = predictor.settings
+    assert len(layers) == settings["dec_layers"]  # nothing was added after the hooks came off
+    for name in ("boxes", "scores", "labels", "queries"):
+        torch.testing.assert_close(getattr(watched, name), getattr(plain, name), rtol=0, atol=0)
     for boxes, points in layers:
-        assert points.shape == (args.num_queries, args.nheads, 2)
+        assert points.shape == (settings["num_queries"], settings["nheads"], 2)
         reach = (points - boxes[:, None, :2]).abs() / boxes[:, None, 2:]
         assert reach.max() <= 0.5 + 1e-5  # inside the box
     flags = ["--resume", str(trained / "checkpoint.pth"), "--images", str(folder), "--output", str(tmp_path / "drawn")]
     assert demo.main([*flags, "--threshold", "0", "--salient_points", "--limit", "1"]) == 0
     (picture,) = (tmp_path / "drawn").glob("det_res_points_*.png")
     width, height = Image.open(picture).size
-    assert width > args.dec_layers * 300  # a column for each decoder layer
+    assert width > settings["dec_layers"] * 300  # a column for each decoder layer
     assert height > 2 * 300  # a row for each of the best detections
 
 
 def test_points_of_a_multiscale_network(multiscale, folder, tmp_path, monkeypatch):
     drawn = []
-    draw = demo.draw_sampling
-    monkeypatch.setattr(demo, "draw_sampling", lambda image, layers: drawn.append(layers) or draw(image, layers))
+    draw = explain.draw_sampling
+    monkeypatch.setattr(explain, "draw_sampling", lambda image, layers: drawn.append(layers) or draw(image, layers))
     flags = ["--resume", str(multiscale), "--images", str(folder), "--output", str(tmp_path), "--device", "cpu"]
     paths = sorted(folder.glob("*.jpg"))
     assert demo.main([*flags, "--threshold", "0", "--salient_points", "--sampling_points", "0.3,0.8"]) == 0
@@ -141,9 +114,8 @@ def test_points_of_a_multiscale_network(multiscale, folder, tmp_path, monkeypatc
 
     drawn.clear()
     assert demo.main([*flags, "--threshold", "0", "--sampling_points", "best", "--limit", "1"]) == 0
-    network, postprocess, args = rebuild(multiscale)
-    tensor = EvalTransforms(short_side=args.eval_size)(Image.open(paths[0]).convert("RGB"))
-    x0, y0, x1, y1 = demo.detect(network, postprocess, tensor, (8, 8), torch.device("cpu"))["boxes"][0].tolist()
+    found = load(multiscale, device="cpu").predict(paths[0], threshold=0)
+    x0, y0, x1, y1 = (found.boxes[0] * 8 / torch.tensor(2 * found.size)).tolist()  # in cells
     cell = [(int((x0 + x1) / 2) + 0.5) / 8, (int((y0 + y1) / 2) + 0.5) / 8]
     assert [layer.reference[0, 0].tolist() for layer in drawn[0]] == 2 * [cell]
 
@@ -163,14 +135,14 @@ def test_points_of_other_families(network, flag, kinds, folder, tmp_path, monkey
     save(detector, settings, tmp_path / "checkpoint.pth")
     drawn = []
     for name in ("draw_salient_points", "draw_sampling_points"):
-        draw = getattr(demo, name)
-        monkeypatch.setattr(demo, name, lambda image, draw=draw, **what: drawn.append(what) or draw(image, **what))
+        draw = getattr(explain, name)
+        monkeypatch.setattr(explain, name, lambda image, draw=draw, **what: drawn.append(what) or draw(image, **what))
     output = tmp_path / "drawn"
     flags = ["--resume", str(tmp_path / "checkpoint.pth"), "--images", str(folder), "--output", str(output)]
     assert demo.main([*flags, *flag, "--limit", "1", "--threshold", "0", "--device", "cpu"]) == 0
     path = min(folder.glob("*.jpg"))
     assert {p.name for p in output.glob("*.png")} == {f"det_res_{kind}_{path.stem}.png" for kind in kinds}
-    rows, columns = demo.MOST_QUERIES, settings["dec_layers"]
+    rows, columns = explain.MOST_QUERIES, settings["dec_layers"]
     assert len(drawn) == rows * columns
 
     image = Image.open(path).convert("RGB")
@@ -178,7 +150,7 @@ def test_points_of_other_families(network, flag, kinds, folder, tmp_path, monkey
     detector.eval()
     with torch.no_grad():
         outputs = detector(pad_images([EvalTransforms(short_side=64)(image)]))
-    (found,) = build_model(build_parser().parse_args(network))[2](outputs, size.flip(0)[None])
+    (found,) = from_flags(network)[2](outputs, size.flip(0)[None])
     query = found["queries"][0]
     last = drawn[columns - 1]
     if "pred_points" in outputs:

@@ -6,14 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from samdetr.util.visualize import (
-    class_colour,
-    contact_sheet,
-    draw_detections,
-    plot_training_curves,
-    side_by_side,
-)
-from samdetr.util.visualize_points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
+from samdetr.inference.points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
+from samdetr.util.curves import plot_training_curves
+from samdetr.util.drawing import class_colour, contact_sheet, draw_detections, side_by_side
 
 GREY = (128, 128, 128)
 NAMES = {1: "person", 2: "bicycle", 3: "traffic light"}
@@ -141,7 +136,7 @@ def test_sampling_sheet_enlarges_each_level_and_counts_what_is_outside(monkeypat
     """Two layers, one head, two levels of two points; the second layer's coarse points are out of the picture."""
     captions = []
     monkeypatch.setattr(
-        "samdetr.util.visualize_points.contact_sheet", lambda r, c: captions.extend(c) or contact_sheet(r, c)
+        "samdetr.inference.points.contact_sheet", lambda r, c: captions.extend(c) or contact_sheet(r, c)
     )
     first = [[[90.0, 50.0], [110.0, 50.0]], [[50.0, 50.0], [150.0, 60.0]]]
     second = [[[99.0, 50.0], [101.0, 50.0]], [[-1.0, 50.0], [100.0, 101.0]]]

@@ -23,11 +23,11 @@ from samdetr.training.resume import Resume, plan
 from samdetr.training.run import Parts, build_optimizer
 from samdetr.training.state import TrainingState
 from samdetr.training.update import Update
+from samdetr.util.curves import plot_training_curves
 from samdetr.util.distributed import barrier, get_rank, is_main
 from samdetr.util.files import read_json_lines, write_json
 from samdetr.util.logger import MetricAverager, log
 from samdetr.util.targets import TargetBatch
-from samdetr.util.visualize import plot_training_curves
 
 
 def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from samdetr.datasets.bad_images import BadImages
 from samdetr.datasets.build import build_dataset, collate, read_split
-from samdetr.datasets.categories import COCO, Categories
+from samdetr.datasets.categories import Categories, checkpoint_categories
 from samdetr.datasets.check.splits import Split
 from samdetr.datasets.check.start import check_loaded, start_lines
 from samdetr.datasets.coco import CocoDetection
@@ -221,7 +221,7 @@ def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folde
             checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
         return dataset
 
-    categories = _checkpoint_categories(checkpoint) if checkpoint else None
+    categories = checkpoint_categories(checkpoint) if checkpoint else None
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = load("val", categories)
@@ -237,14 +237,6 @@ def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folde
         )
     train_loader, val_loader = build_loaders(settings, train_set, val_set)
     return Data(categories or val_set.categories, train_loader, bad_images, val_loader)
-
-
-def _checkpoint_categories(checkpoint: dict[str, Any]) -> Categories | None:
-    """The classes of a checkpoint; official files have none, but those of COCO are known."""
-    num_classes = checkpoint["settings"].get("num_classes")
-    if "categories" in checkpoint:
-        return Categories.from_list(checkpoint["categories"], num_classes=num_classes)
-    return COCO if checkpoint["official"] and num_classes == COCO.num_classes else None
 
 
 def build_loaders(

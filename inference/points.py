@@ -1,4 +1,4 @@
-"""Pictures of where queries look.
+"""Drawing of points: salient points in reference boxes, and sampling points around a reference.
 
 Boxes are (left, top, right, bottom) and points (x, y), in pixels of the picture that is passed in.
 """
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from samdetr.util.visualize import INK, PAPER, Colour, class_colour, contact_sheet, line_width, outline, pixel_box
+from samdetr.util.drawing import INK, PAPER, Colour, class_colour, contact_sheet, line_width, outline, pixel_box
 
 
 def view_around(boxes: Tensor, *, size: tuple[int, int], share: float = 0.5) -> Tensor:

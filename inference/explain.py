@@ -1,0 +1,182 @@
+"""Pictures of where queries look: salient points, and sampling points of deformable attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from samdetr.inference.detections import Detections
+from samdetr.inference.points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
+from samdetr.inference.predictor import Predictor
+from samdetr.inference.watch import Sampling, cell_of, watch, watch_sampling
+from samdetr.models.ops import MSDeformAttn
+from samdetr.models.sap_detr.decoder import SAPDecoder
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.util.box_ops import cxcywh_to_xyxy
+from samdetr.util.drawing import contact_sheet
+
+MOST_QUERIES = 6  # rows of a picture
+
+# Salient points of decoder layers: reference boxes (Q, 4), cx, cy, w, h, and points (Q, P, 2), relative to the image.
+Layers = list[tuple[Tensor, Tensor]]
+
+
+def explain(
+    predictor: Predictor,
+    image: Any,
+    *,
+    threshold: float = 0.5,
+    salient_points: bool = False,
+    sampling_points: tuple[float, float] | str | None = None,
+) -> tuple[Detections, dict[str, Image.Image]]:
+    """Detect objects in one image, and draw where the queries of the best ones look.
+
+    Args:
+        image: a single one, as of `Predictor.predict`.
+        threshold: the least score of a detection.
+        salient_points: whether to draw the salient points of every decoder layer.
+        sampling_points: the place from which the encoder's deformable attention looks, x and y as fractions of width
+            and height, or "best", the centre of the best detection. None draws no sampling points.
+
+    Returns:
+        The detections, and pictures by kind: "points", "sampling" (of the encoder) and "sampling_queries" (of the
+        decoder, if it has deformable attention). There are none of detections if nothing was detected.
+
+    Raises:
+        ValueError: as of `predict`, and for points that the network does not have.
+    """
+    check_points(predictor, salient_points=salient_points, sampling_points=sampling_points)
+    with watch_salient_points(predictor.model) as layers:
+        found = predictor.predict(image, threshold=threshold)
+    pictures: dict[str, Image.Image] = {}
+    if salient_points and len(found):
+        pictures["points"] = draw_points(found, layers)
+    if sampling_points is None or (sampling_points == "best" and not len(found)):
+        return found, pictures
+    position = sampling_points
+    if isinstance(position, str):
+        position = tuple((found.boxes[0].view(2, 2).mean(0) / torch.tensor(found.size)).tolist())
+    # A second pass: which positions and queries to keep points of is known only now, and all would be too many.
+    best = found.queries[:MOST_QUERIES]
+    with (
+        watch_sampling(predictor.model.encoder, cell_of(position)) as encoder_layers,
+        watch_sampling(predictor.model.decoder, lambda *_: best) as decoder_layers,
+    ):
+        predictor.predict(found.source)
+    pictures["sampling"] = draw_sampling(found.image, encoder_layers)
+    if decoder_layers and len(best):
+        pictures["sampling_queries"] = draw_query_sampling(found, decoder_layers)
+    return found, pictures
+
+
+def check_points(
+    predictor: Predictor, *, salient_points: bool = False, sampling_points: tuple[float, float] | str | None = None
+) -> None:
+    """Require that the network has the points to draw. Raises ValueError."""
+    if salient_points and not any(_has(predictor.model, kind) for kind in SALIENT):
+        raise ValueError(
+            f"`salient_points`: the network of {predictor.source} has none, it is a {predictor.settings['model']}"
+        )
+    if sampling_points is not None and not _has(predictor.model.encoder, MSDeformAttn):
+        raise ValueError(
+            f"`sampling_points`: the encoder of {predictor.source} has no deformable attention; "
+            "pass a multi-scale SAM-DETR or a Deformable DETR"
+        )
+
+
+def parse_position(text: str) -> tuple[float, float] | str:
+    """ "X,Y", two numbers in [0, 1], as numbers; "best" as it is. Raises ValueError."""
+    if text == "best":
+        return text
+    try:
+        x, y = (float(number) for number in text.split(","))
+        if 0 <= x <= 1 and 0 <= y <= 1:
+            return x, y
+    except ValueError:
+        pass
+    raise ValueError(f"`sampling_points` {text} is neither X,Y, two numbers between 0 and 1 like 0.5,0.5, nor best")
+
+
+def _has(part: nn.Module, kind: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) for module in part.modules())
+
+
+@contextmanager
+def watch_salient_points(model: nn.Module) -> Iterator[Layers]:
+    """Collect the salient points of every decoder layer, of the first image of a batch, in the order of the layers."""
+    layers: Layers = []
+    aligned = watch(model, SemanticsAligner, lambda *call: layers.extend(_of_aligner(*call)))
+    with aligned, watch(model, SAPDecoder, lambda *call: layers.extend(_of_sap_decoder(*call))):
+        yield layers
+
+
+def _of_aligner(aligner: SemanticsAligner, arguments: dict[str, Any], aligned: Any) -> Layers:
+    """The points that a layer found in its reference boxes."""
+    return [(arguments["boxes"][0].cpu(), aligned.points[0].cpu())]
+
+
+def _of_sap_decoder(decoder: SAPDecoder, arguments: dict[str, Any], predictions: list[dict[str, Tensor]]) -> Layers:
+    """Every layer's point, with the box around it."""
+    return [(layer["pred_boxes"][0].cpu(), layer["pred_points"][0, :, None].cpu()) for layer in predictions]
+
+
+SALIENT = (SemanticsAligner, SAPDecoder)
+
+
+def _best_queries(found: Detections, *, columns: int) -> Iterator[tuple[int, int, list[str]]]:
+    """For each of the best detections: its row, its query, and a caption for each column, one a layer."""
+    for row, detection in zip(range(MOST_QUERIES), found):
+        title = f"{detection.name} {detection.score:.2f}, query {detection.query}"
+        yield row, detection.query, [f"{title}, layer {layer + 1}" for layer in range(columns)]
+
+
+def draw_points(found: Detections, layers: Layers) -> Image.Image:
+    """A row for each of the best detections, a column for each decoder layer."""
+    image = found.image
+    size = torch.tensor(image.size)
+    rows, captions = [], []
+    for _, query, titles in _best_queries(found, columns=len(layers)):
+        boxes = torch.stack([cxcywh_to_xyxy(box[query]) * size.repeat(2) for box, _ in layers])  # (layers, 4)
+        view = view_around(boxes, size=image.size)
+        rows.append(
+            [draw_salient_points(image, box=b, points=p[query] * size, view=view) for b, (_, p) in zip(boxes, layers)]
+        )
+        captions.append(titles)
+    return contact_sheet(rows, captions)
+
+
+def draw_query_sampling(found: Detections, layers: list[Sampling]) -> Image.Image:
+    """A row for each of the best detections, of which `layers` have the points; a column for each decoder layer."""
+    image = found.image
+    size = torch.tensor(image.size)
+    rows, captions = [], []
+    for row, _, titles in _best_queries(found, columns=len(layers)):
+        references = torch.stack([layer.reference[row, 0, :2] for layer in layers]) * size
+        places = torch.stack([layer.points[row].flatten(1, 2) for layer in layers]) * size  # (layers, heads, n, 2)
+        areas = torch.stack([layer.weights[row].flatten(1) for layer in layers]) * places.shape[2]
+        seen = torch.cat([places.flatten(0, 2).clamp(min=0).minimum(size), references, found.boxes[row].view(2, 2)])
+        view = view_around(seen.repeat(1, 2), size=image.size, share=0.1)
+        rows.append(
+            [
+                draw_sampling_points(image, reference=reference, points=points, areas=area, view=view)
+                for reference, points, area in zip(references, places, areas)
+            ]
+        )
+        captions.append(titles)
+    return contact_sheet(rows, captions)
+
+
+def draw_sampling(image: Image.Image, layers: list[Sampling]) -> Image.Image:
+    """A column for each encoder layer, of the one query that was watched."""
+    size = torch.tensor(image.size)
+    return sampling_sheet(
+        image,
+        references=torch.stack([layer.reference[0, 0, :2] for layer in layers]) * size,
+        points=torch.stack([layer.points[0] for layer in layers]) * size,
+        weights=torch.stack([layer.weights[0] for layer in layers]),
+    )

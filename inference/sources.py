@@ -1,0 +1,174 @@
+"""Everything that `Predictor.predict` takes as an image: files, folders, patterns, URLs, pictures, arrays, tensors."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from samdetr.datasets.images import fault_of, read_image, to_rgb
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+DRAWN = "det_res_"  # names of pictures that demo.py has drawn begin so; in a folder they are no input
+SECONDS = 30  # that a server may take to answer
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image that is read when it is needed.
+
+    Attributes:
+        name: file name, or "image_N" for what comes without one.
+        folder: where its file is; the current folder for what is no file.
+        read: the image in RGB, upright. Raises ValueError, naming the file or URL, if it cannot be read.
+    """
+
+    name: str
+    folder: Path
+    read: Callable[[], Image.Image]
+
+    def held(self) -> Source:
+        """The same with the image in memory. Raises ValueError if it cannot be read."""
+        image = self.read()
+        return replace(self, read=lambda: image)
+
+
+def find_images(images: Any) -> tuple[list[Source], bool]:
+    """The images that `images` stands for, and whether it is a single one. Files are not opened yet.
+
+    A folder stands for its image files in the order of their names, a pattern for the files that match it, a list for
+    all that its items stand for.
+
+    Raises:
+        ValueError: no such file, nothing found in a folder or by a pattern, or values that are no image.
+    """
+    if isinstance(images, (list, tuple)):
+        return [source for index, item in enumerate(images) for source in _find(item, index)[0]], False
+    return _find(images, 0)
+
+
+def _find(item: Any, index: int) -> tuple[list[Source], bool]:
+    if isinstance(item, Source):
+        return [item], True
+    if isinstance(item, str) and item.startswith(("http://", "https://")):
+        return [_from_url(item)], True
+    if isinstance(item, (str, os.PathLike)):
+        return _from_path(Path(item))
+    image = _to_picture(item)
+    return [Source(f"image_{index}", Path(), lambda: image)], True
+
+
+def _from_path(path: Path) -> tuple[list[Source], bool]:
+    if path.is_file():
+        return [_from_file(path)], True
+    if path.is_dir():
+        paths = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith((DRAWN, "."))]
+        if not paths:
+            raise ValueError(f"`images` {path} holds no image ({', '.join(sorted(SUFFIXES))})")
+    elif glob.has_magic(str(path)):
+        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+        if not paths:
+            raise ValueError(f"`images` {path}: no file matches this pattern")
+    else:
+        raise ValueError(f"`images` {path}: no such file or folder")
+    return [_from_file(path) for path in sorted(paths)], False
+
+
+def _from_file(path: Path) -> Source:
+    def read() -> Image.Image:
+        try:
+            return read_image(path)
+        except MemoryError:
+            raise
+        except Exception as error:  # PIL raises many kinds for a damaged file
+            raise ValueError(f"{path} cannot be read ({fault_of(path, error)[1]}); replace or remove it") from error
+
+    return Source(path.name, path.parent, read)
+
+
+def _from_url(url: str) -> Source:
+    try:
+        name = unquote(urlsplit(url).path).rstrip("/").rsplit("/", 1)[-1]
+    except ValueError as error:
+        raise ValueError(f"`images` {url} is no URL: {error}") from None
+    return Source(name or "image", Path(), cache(partial(_fetch, url)))
+
+
+def _fetch(url: str) -> Image.Image:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "samdetr"}), timeout=SECONDS) as answer:  # some refuse urllib
+            content = answer.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise ValueError(f"`images` {url} cannot be fetched: {error}") from None
+    try:
+        return read_image(io.BytesIO(content))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"`images` {url} is no image that can be read: {error}") from error
+
+
+def _to_picture(image: Any) -> Image.Image:
+    """A picture, an array (H, W, 3) or a tensor (3, H, W) as an upright picture in RGB. Raises ValueError."""
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(np.ascontiguousarray(_checked_array(image)))
+    if isinstance(image, Tensor):
+        return Image.fromarray(_checked_tensor(image).permute(1, 2, 0).contiguous().numpy())
+    raise ValueError(
+        f"`images` holds a {type(image).__name__}; pass a file, folder, pattern or URL, a PIL image, an array "
+        "(height, width, 3), a tensor (3, height, width), or a list of these"
+    )
+
+
+def _checked_array(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8:
+        raise ValueError(f"`images` holds an array of {image.dtype}; arrays are uint8, 0 to 255, in RGB")
+    _check_shape("an array", tuple(image.shape), colours=2, wanted="(height, width, 3)", remedy="transpose(1, 2, 0)")
+    return image
+
+
+def _checked_tensor(image: Tensor) -> Tensor:
+    image = image.detach().cpu()
+    _check_shape("a tensor", tuple(image.shape), colours=0, wanted="(3, height, width)", remedy="permute(2, 0, 1)")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise ValueError(f"`images` holds a tensor of {image.dtype}; tensors are uint8, or floating point from 0 to 1")
+    low, high = image.min().item(), image.max().item()
+    if not 0 <= low <= high <= 1:  # false for NaN, too
+        raise ValueError(
+            f"`images` holds a floating-point tensor from {low:g} to {high:g}; colours go from 0 to 1, not normalised "
+            "(for 0 to 255 pass uint8)"
+        )
+    return (image.float() * 255).round().to(torch.uint8)
+
+
+def _check_shape(what: str, shape: tuple[int, ...], *, colours: int, wanted: str, remedy: str) -> None:
+    """Require three colours at axis `colours` of three, and nowhere else where an image could have them."""
+    other = 2 - colours
+    if len(shape) == 3 and 0 not in shape and shape[colours] == 3 and shape[other] != 3:
+        return
+    if len(shape) == 3 and shape[colours] == shape[other] == 3:
+        hint = "is ambiguous, pass a PIL image"
+    elif len(shape) == 3 and shape[other] == 3:
+        hint = f"is not {wanted}, use {remedy}"
+    elif len(shape) == 4:
+        hint = f"is not {wanted}, pass a list of images for a batch"
+    else:
+        hint = f"is not {wanted}"
+    raise ValueError(f"`images` holds {what} whose shape {shape} {hint}")
