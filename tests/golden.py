@@ -81,7 +81,7 @@ def measure_inside(folder: Path) -> dict[str, Any]:
     widen_inputs()
     norms: list[float] = []
     record_gradients(norms)
-    draw = [sys.executable, "-m", "datasets.shapes", "--output", str(folder / "shapes")]
+    draw = [sys.executable, "-m", "samdetr.datasets.shapes", "--output", str(folder / "shapes")]
     subprocess.run([*draw, *shlex.split("--num_train 24 --num_val 7 --size 64")], cwd=REPOSITORY, check=True)
     rows = {}
     for number, (name, flags) in enumerate(ROWS.items()):
