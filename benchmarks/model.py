@@ -10,8 +10,7 @@ before there was a network.
 
 FLOPs are counted as fvcore does: a multiplication with its addition is one; those of convolutions and matrix products
 count, and five for each value that is normalised; what is element by element does not, nor do RoIAlign and grid_sample.
-The operator of deformable attention counts four corners and one weight for each channel of a point. On the fast path
-it is the tensor code that is counted, which samples by matrix products; the kernels that run on a CPU need fewer.
+The operator of deformable attention counts four corners and one weight for each channel of a point.
 Those published, 100 for R50, 210 for DC5 and 203 for three levels, are of the plain path and of COCO's images, to which
 800 x 1120 comes near.
 """
@@ -156,15 +155,15 @@ def count(config: str, *, path: str, size: tuple[int, int]) -> dict:
     def sampled(value: tuple, sizes: list, locations: tuple, weights: tuple, **_) -> int:
         return 2 * 5 * prod(weights) * value[-1]
 
-    def sampled_fused(value: tuple, sizes: list, reference: tuple, offsets: tuple, logits: tuple, *_, **__) -> int:
-        return 2 * 5 * prod(logits) * value[-1]
+    def attended(query: tuple, key: tuple, value: tuple, *_, **__) -> int:
+        return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
 
     aten, ours = torch.ops.aten, torch.ops.sam_detr
     formulas = {
         aten.native_layer_norm: normalised,
         aten.native_group_norm: normalised,
         ours.ms_deform_attn: sampled,
-        ours.ms_deform_attn_fused: sampled_fused,
+        ours.prior_attention: attended,
     }
     bench = Bench(config, path=path, device="cpu", size=size, batch=1)
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from samdetr.models.ops import kernels, ms_deform_attn, plain_path
-from samdetr.models.ops.plain import coordinate_dtype, plain_ms_deform_attn
+from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype, plain_ms_deform_attn
 
 # An image of 800 x 1066 pixels: strides 8, 16, 32, and 64 in Deformable DETR.
 THREE = [(100, 134), (50, 67), (25, 34)]

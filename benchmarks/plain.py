@@ -9,8 +9,7 @@
     spatial prior          one tensor with x and y distances of every head, query and cell
     deformable attention   grid_sample, differentiated by autograd
     dense encoder          PyTorch's attention module, which is asked for the weights
-    dropout                PyTorch's
-    backbone               convolution, then torchvision's frozen BatchNorm; contiguous memory, not channels_last
+    backbone               contiguous memory, not channels_last
     criterion              layer by layer; costs between all queries and all boxes of the batch; the GIoU of matched
                            pairs is the diagonal of a square matrix
 
@@ -29,14 +28,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from samdetr.models.backbone import Backbone
 from samdetr.models.criterion import SetCriterion, Targets, box_losses
-from samdetr.models.dropout import Dropout
 from samdetr.models.encoder import DenseEncoderLayer
 from samdetr.models.layers import FeatureLevel, FeedForward
 from samdetr.models.matcher import HungarianMatcher, Matches
 from samdetr.models.ops import MSDeformAttn
-from samdetr.models.ops.plain import plain_ms_deform_attn
+from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.sam_detr.decoder import CrossAttention, SAMDecoderLayer, SelfAttention
 from samdetr.models.semantics_aligner import AlignedQueries, SemanticsAligner
@@ -200,13 +197,6 @@ class PlainMSDeformAttn(MSDeformAttn):
         return self.output_proj(plain_ms_deform_attn(value, sizes, locations, self.weigh(query)))
 
 
-class PlainBackbone(Backbone):
-    """torchvision's own forward pass, norms and all."""
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return list(self.body(images).values())
-
-
 class PlainMatcher(HungarianMatcher):
     @torch.no_grad()
     def __call__(self, predictions: Sequence[dict[str, Any]], targets: Targets) -> list[Matches]:
@@ -269,8 +259,6 @@ PLAIN = {
     MSDeformAttn: PlainMSDeformAttn,
     FeedForward: PlainFeedForward,
     DenseEncoderLayer: PlainDenseEncoderLayer,
-    Dropout: nn.Dropout,
-    Backbone: PlainBackbone,
     SetCriterion: PlainCriterion,
 }
 

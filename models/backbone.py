@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
-
-from samdetr.models.ops import pointwise, winograd
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
@@ -69,18 +65,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """`images` (B, 3, H, W), normalised -> one map (B, C_l, H_l, W_l) for each level."""
-        if not isinstance(self.body["bn1"], FrozenBatchNorm2d):
-            return list(self.body(images).values())
-        x = folded(self.body["conv1"], self.body["bn1"], images, relu=True)
-        x = self.body["maxpool"](x)
-        maps = []
-        for name, stage in self.body.items():
-            if name.startswith("layer"):
-                for block in stage:
-                    x = _folded_block(block, x)
-                if name in self.body.return_layers:
-                    maps.append(x)
-        return maps
+        return list(self.body(images).values())
 
     def load_classifier_weights(self, state: dict[str, Tensor]) -> None:
         """Take over the weights of a torchvision ResNet classifier; its last layer and unused stages are left out.
@@ -98,36 +83,3 @@ class Backbone(nn.Module):
             )
         with torch.no_grad():
             self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
-
-
-def folded(
-    convolution: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor, *, relu: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    """relu(norm(convolution(x)) + residual) in as few passes over the map as can be: what is frozen is a factor of the
-    weights, and a bias. `residual` is given away: the result may lie in its memory.
-
-    The gradient of the weights passes through the factor; of the norm nothing is kept for it.
-    """
-    c = convolution
-    with torch.no_grad():
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias - norm.running_mean * scale
-    if pointwise.applies(x, c):
-        return pointwise.pointwise(x, c.weight, scale, shift, stride=c.stride[0], relu=relu, residual=residual)
-    if residual is None and winograd.applies(x, c):
-        return winograd.winograd(x, c.weight, scale, shift, dilation=c.dilation[0], relu=relu)
-    y = F.conv2d(x, c.weight * scale[:, None, None, None], shift, c.stride, c.padding, c.dilation, c.groups)
-    if residual is not None:
-        y += residual
-    return y.relu_() if relu else y
-
-
-def _folded_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
-    """A residual block of torchvision's, its norms folded."""
-    y = folded(block.conv1, block.bn1, x, relu=True)
-    last = block.conv2, block.bn2
-    if isinstance(block, Bottleneck):
-        y = folded(*last, y, relu=True)
-        last = block.conv3, block.bn3
-    residual = x if block.downsample is None else folded(*block.downsample, x)
-    return folded(*last, y, relu=True, residual=residual)

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.attention import attend, merge_heads, split_heads
-from samdetr.models.dropout import Dropout
+from samdetr.models.attention import merge_heads, split_heads
 from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
-from samdetr.models.ops import MSDeformAttn, kernels
-from samdetr.models.ops.plain import coordinate_dtype
+from samdetr.models.ops import MSDeformAttn, prior_attention
+from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
 
 
 class DenseEncoderLayer(nn.Module):
@@ -40,7 +39,7 @@ class DenseEncoderLayer(nn.Module):
             hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
         )
         self.norm2 = nn.LayerNorm(hidden_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.position_scale = MLP(hidden_dim, hidden_dim, hidden_dim) if scale_position else None
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor) -> Tensor:
@@ -52,15 +51,15 @@ class DenseEncoderLayer(nn.Module):
         return self.feed_forward.added_to(tokens, norm=self.norm2, dropout=self.dropout)
 
     def _attend(self, where: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+        """nn.MultiheadAttention's forward, by the operator: it stores no weights of all pairs, in training neither."""
         attention = self.self_attention
-        if not kernels.takes(where, tokens):
-            return attention(where, where, tokens, key_padding_mask=padding, need_weights=False)[0]
         weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, attention.embed_dim
         query, key = F.linear(where, weight[: 2 * width], bias[: 2 * width]).chunk(2, -1)
         parts = query, key, F.linear(tokens, weight[2 * width :], bias[2 * width :])
         query, key, value = (split_heads(part, attention.num_heads) for part in parts)
         dropout = attention.dropout if self.training else 0.0
-        return attention.out_proj(merge_heads(attend(query, key, value, padding=padding, dropout=dropout)))
+        attended = prior_attention(query, key, value, padding=padding, dropout=dropout)
+        return attention.out_proj(merge_heads(attended))
 
 
 class DenseEncoder(nn.Module):
@@ -118,7 +117,7 @@ class DeformableEncoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
         self.norm2 = nn.LayerNorm(hidden_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, tokens: Tensor, position: Tensor, padding: Tensor, reference: Tensor, shapes: list[tuple[int, int]]

@@ -6,14 +6,14 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from samdetr.models.dropout import Dropout, relu_dropout_
-from samdetr.models.ops.feed_forward import compiled_feed_forward, runs_compiled
-from samdetr.models.ops.plain import coordinate_dtype
+from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
 from samdetr.models.position_encoding import grid_points, sine_encoding
 
 
@@ -160,7 +160,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
         self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[activation]()
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,11 +170,34 @@ class FeedForward(nn.Module):
 
     def added_to(self, x: Tensor, *, norm: nn.LayerNorm, dropout: nn.Dropout) -> Tensor:
         """norm(x + dropout(self(x))), the end of every transformer layer: (B, L, C) in and out."""
-        drops = self.training and (dropout.p > 0 or self.dropout.p > 0)
-        parts = self.linear1, self.linear2, norm
-        if isinstance(self.activation, nn.ReLU) and not drops and runs_compiled(x, *parts):
-            return compiled_feed_forward(x, *parts)
         return norm(x + dropout(self(x)))
+
+
+def relu_dropout_(x: Tensor, probability: float, *, training: bool) -> Tensor:
+    """dropout(relu(x)) in place of x, which nothing else may need.
+
+    Backward needs the result alone: what was negative and what was dropped are both 0 in it. PyTorch's dropout would
+    keep a mask as well, of the widest map of the layer.
+    """
+    if not training or probability == 0 or torch.compiler.is_compiling():
+        return F.dropout(x.relu_(), probability, training)
+    return _ReluDropout_.apply(x, probability)
+
+
+class _ReluDropout_(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        ctx.mark_dirty(x)
+        F.dropout(x.relu_(), probability, inplace=True)
+        ctx.scale = 1 / (1 - probability) if probability < 1 else 0.0
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (result,) = ctx.saved_tensors
+        return result.sign().mul_(ctx.scale).mul_(gradient), None
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

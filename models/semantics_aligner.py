@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.layers import MLP
+from samdetr.models.ops import roi_sampling
+from samdetr.models.ops.roi_sampling.plain import bilinear_weights, sample
 from samdetr.models.position_encoding import sine_encoding
-from samdetr.models.sam_detr.roi_sampling import Regions, bilinear_weights, roi_align, roi_align_weights, sample
 
 ROI_SIZE = 7
 
@@ -99,22 +100,16 @@ class SemanticsAligner(nn.Module):
         if valid_ratio is None:
             valid_ratio = boxes.new_ones(boxes.shape[0], 2)
         centres, sizes = boxes[..., :2], boxes[..., 2:]
-        # RoIAlign has no gradient with respect to boxes, in the reference neither.
-        with torch.no_grad():
-            extent = valid_ratio[:, None] * valid_ratio.new_tensor([width, height])  # (B, 1, 2), of the image, in cells
-            low, high = (centres - sizes / 2) * extent, (centres + sizes / 2) * extent
-            columns = roi_align_weights(low[..., 0], high[..., 0], length=width, num_bins=ROI_SIZE)  # (B, Q, 7, W)
-            rows = roi_align_weights(low[..., 1], high[..., 1], length=height, num_bins=ROI_SIZE)  # (B, Q, 7, H)
-
+        extent = valid_ratio[:, None] * valid_ratio.new_tensor([width, height])  # (B, 1, 2), of the image, in cells
+        corners = torch.cat([centres - sizes / 2, centres + sizes / 2], -1) * extent.repeat(1, 1, 2)  # (B, Q, 4)
         cells = features.permute(0, 2, 3, 1)  # (B, H, W, C)
         scales = None
         if self.resample == "points":
-            in_box = self.search_range == "box"
-            regions = Regions(cells, rows, columns, points=self.num_points if in_box else 0)
-            offsets, scales = self._find_points(regions.pooled(self._narrow))  # (B, Q, P, 2) in [-1, 1]
-            if in_box:
+            bins = roi_sampling(self._narrow(cells), corners, bins=ROI_SIZE)  # (B, Q, 7, 7, C / 4)
+            offsets, scales = self._find_points(bins)  # (B, Q, P, 2) in [-1, 1]
+            if self.search_range == "box":
                 points = centres[:, :, None] + offsets * sizes[:, :, None] / 2
-                content = regions.at(offsets)
+                content = roi_sampling(cells, corners, offsets, bins=ROI_SIZE)
             else:
                 points = (offsets + 1) / 2
                 in_map = points * extent[:, :, None] - 0.5
@@ -123,10 +118,8 @@ class SemanticsAligner(nn.Module):
                 content = sample(cells, rows, columns)
         else:
             points = centres[:, :, None]  # (B, Q, 1, 2)
-            if self.resample == "average":
-                content = sample(cells, rows.mean(2, keepdim=True), columns.mean(2, keepdim=True))
-            else:
-                content = roi_align(cells, rows, columns).amax((2, 3))[:, :, None]  # (B, Q, 1, C)
+            bins = roi_sampling(cells, corners, bins=ROI_SIZE).flatten(2, 3)  # (B, Q, 49, C)
+            content = (bins.mean(2) if self.resample == "average" else bins.amax(2))[:, :, None]  # (B, Q, 1, C)
 
         # Without gradient, as in the reference: the point head learns through the sampled content (and the prior) only.
         position = sine_encoding(points.detach(), num_channels=content.shape[-1]).to(content.dtype)

@@ -1,4 +1,4 @@
-"""`attend` by the compiled kernel and by plain tensor code, against PyTorch's attention and against each other."""
+"""prior_attention by its kernel and by plain PyTorch, against attention with a dense prior."""
 
 import math
 from contextlib import nullcontext
@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samdetr.models.attention import attend, merge_heads, split_heads
-from samdetr.models.ops import kernels, plain_path
-from samdetr.models.spatial_prior import SeparablePrior
+from samdetr.models.attention import merge_heads, split_heads
+from samdetr.models.ops import kernels, plain_path, prior_attention
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -51,7 +50,7 @@ def random_inputs(
     return inputs, padding.flatten(1)
 
 
-def pytorchs(x: dict[str, Tensor], padding: Tensor | None) -> Tensor:
+def by_dense_prior(x: dict[str, Tensor], padding: Tensor | None) -> Tensor:
     batch, heads, queries = x["query"].shape[:3]
     mask = torch.zeros(batch, heads, queries, x["key"].shape[2], dtype=x["query"].dtype)
     if padding is not None:
@@ -72,18 +71,18 @@ def with_gradients(function, inputs: dict[str, Tensor], **arguments) -> list[Ten
 
 
 def ours(x: dict[str, Tensor], *, padding: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    prior = SeparablePrior(x["rows"], x["columns"]) if "rows" in x else None
-    return attend(x["query"], x["key"], x["value"], padding=padding, prior=prior, dropout=dropout)
+    prior = (x["rows"], x["columns"]) if "rows" in x else None
+    return prior_attention(x["query"], x["key"], x["value"], padding=padding, prior=prior, dropout=dropout)
 
 
 @pytest.mark.parametrize("shared_key", [False, True])
 @pytest.mark.parametrize("prior_heads", [0, 1, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_equals_pytorchs(shared_key, prior_heads, padded, path):
+def test_attention_equals_a_dense_prior(shared_key, prior_heads, padded, path):
     """Values narrower than keys; gradients too."""
     inputs, padding = random_inputs(key_heads=1 if shared_key else 4, prior_heads=prior_heads)
     padding = padding if padded else None
-    wanted = with_gradients(pytorchs, inputs, padding=padding)
+    wanted = with_gradients(by_dense_prior, inputs, padding=padding)
     torch.testing.assert_close(with_gradients(ours, inputs, padding=padding), wanted, rtol=0, atol=1e-12)
 
 
@@ -105,7 +104,7 @@ def test_kernel_of_any_size(size, shared, kernel, monkeypatch):
         inputs, padding = random_inputs(**SIZES[size], **shared_by, dtype=dtype)
         result = with_gradients(ours, inputs, padding=padding)
         in_float64 = {name: value.double() for name, value in inputs.items()}
-        for one, other in zip(result, with_gradients(pytorchs, in_float64, padding=padding), strict=True):
+        for one, other in zip(result, with_gradients(by_dense_prior, in_float64, padding=padding), strict=True):
             scale = max(1.0, other.abs().max().item())
             torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance * scale)
         threads = torch.get_num_threads()
@@ -124,23 +123,23 @@ def test_kernel_runs_where_it_should(kernel, monkeypatch):
     monkeypatch.setattr(kernels, "call", lambda name, *rest: calls.append(name) or call(name, *rest))
     inputs, padding = random_inputs(dtype=torch.float32)
     with_gradients(ours, inputs, padding=padding)
-    assert calls == ["attention_forward", "attention_backward"]
+    assert calls == ["prior_attention_forward", "prior_attention_backward"]
     with plain_path():
         ours(inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours(inputs)
     ours({name: value.bfloat16() for name, value in inputs.items()})
-    torch.compile(ours, backend="eager", fullgraph=True)(inputs)
-    torch._dynamo.reset()
+    ours({name: value.to("meta") for name, value in inputs.items()})
     empty, _ = random_inputs(queries=0)
-    assert ours(empty).shape == (2, 4, 0, 6)
+    assert with_gradients(ours, empty)[0].shape == (2, 4, 0, 6)
     assert len(calls) == 2
+    torch.compile(ours, backend="aot_eager", fullgraph=True)(inputs)
+    torch._dynamo.reset()
+    assert len(calls) == 3
 
 
 def test_gradients_of_some_inputs(kernel):
     """As where a layer is frozen, or the prior is fixed."""
     inputs, padding = random_inputs()
-    wanted = dict(zip(inputs, with_gradients(pytorchs, inputs, padding=padding)[1:]))
+    wanted = dict(zip(inputs, with_gradients(by_dense_prior, inputs, padding=padding)[1:]))
     for name in inputs:
         x = {key: value.clone().requires_grad_(key == name) for key, value in inputs.items()}
         output = ours(x, padding=padding)
@@ -155,10 +154,11 @@ def test_large_and_non_finite_logits(path):
     inputs["key"] *= torch.linspace(0, 60, 600, dtype=torch.float64)[:, None]
     inputs["rows"][0, 0, 1], inputs["columns"][0, 0, 1] = -1e4, -1e4
     inputs["rows"][0, 0, 1, 17] = inputs["columns"][0, 0, 1, 3] = 0
-    result, wanted = ours(inputs), pytorchs(inputs, None)
+    result, wanted = ours(inputs), by_dense_prior(inputs, None)
     torch.testing.assert_close(result, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(result[0, 0, 1], inputs["value"][0, 0, 17 * 20 + 3], rtol=0, atol=1e-12)
-    assert ours(inputs, padding=torch.ones(1, 600, dtype=torch.bool)).isnan().all()
+    nothing = with_gradients(ours, inputs, padding=torch.ones(1, 600, dtype=torch.bool))
+    assert not any(x.any() for x in nothing)
     inputs["query"][0, 0, 2, 0] = math.nan
     result = ours(inputs)
     assert result[0, 0].isnan().all(1).tolist() == [False, False, True, False]
@@ -218,11 +218,11 @@ def test_dropout_of_all_and_of_nearly_nothing(path):
 def test_attention_dropout_drops_weights(path):
     """A weight is 0 or doubled, and rows no longer sum to 1: values of 1 show the sum."""
     query, key, value = torch.zeros(1, 2, 500, 4), torch.zeros(1, 2, 8, 4), torch.ones(1, 2, 8, 1)
-    sums = attend(query, key, value, dropout=0.5).flatten()  # eight weights of 1/8 each
+    sums = prior_attention(query, key, value, dropout=0.5).flatten()  # eight weights of 1/8 each
     assert set((4 * sums).tolist()) <= set(range(9))
     assert sums.mean().item() == pytest.approx(1, abs=0.05)  # six standard errors
     assert sums.std() > 0.2
-    assert (attend(query, key, value) == 1).all()
+    assert (prior_attention(query, key, value) == 1).all()
 
 
 def test_kernel_keeps_little_for_backward(kernel):
@@ -232,9 +232,9 @@ def test_kernel_keeps_little_for_backward(kernel):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         x = {name: value.clone().requires_grad_() for name, value in inputs.items()}
         output = ours(x, padding=padding, dropout=0.1)
-    own = {value.untyped_storage().data_ptr() for value in (*x.values(), output)}
-    others = sum(tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in own)
-    assert others == output[..., 0].numel() + padding.numel() + 1  # the sums, the mask, the seed
+    given = {value.untyped_storage().data_ptr() for value in (*x.values(), padding, output)}
+    others = sum(tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in given)
+    assert others == output[..., 0].numel() + 1  # the sums, the seed
 
 
 def test_heads_split_and_merge():
@@ -245,31 +245,74 @@ def test_heads_split_and_merge():
     assert torch.equal(merge_heads(heads), x)
 
 
-def test_what_does_not_fit_is_left_to_pytorch(kernel, monkeypatch):
-    """Other types, and shapes that PyTorch expands or refuses: the kernel would read where nothing is."""
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"rows": (2, 4, 5, 2)}, "prior: 2 rows and 4 columns, but 12 keys"),
+        ({"rows": (1, 4, 5, 3)}, r"prior's rows: expected \(2, 4, 5, 3\) or \(2, 1, 5, 3\), got \(1, 4, 5, 3\)"),
+        ({"rows": (2, 1, 5, 3)}, r"prior's columns: expected \(2, 1, 5, 4\), got \(2, 4, 5, 4\)"),
+        ({"key": (2, 4, 12, 8)}, r"key: expected \(2, 4, 12, 16\) or \(2, 1, 12, 16\), got \(2, 4, 12, 8\)"),
+        ({"value": (2, 1, 12, 6)}, r"value: expected \(2, 4, 12, 6\), got \(2, 1, 12, 6\)"),
+        ({"padding": (2, 11)}, r"padding: expected \(2, 12\), got \(2, 11\)"),
+        ({"query": (2, 5, 16)}, r"query and key: expected 4 axes each, got \(2, 5, 16\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(others, message, path):
     inputs, padding = random_inputs(height=3, width=4)
-    expanded = [
-        ({"rows": inputs["rows"][:1]}, padding),
-        ({"rows": inputs["rows"][:, :1]}, padding),
-        ({"columns": inputs["columns"][:, :, :1]}, padding),
-        ({"key": inputs["key"][:1]}, padding),
-        ({"value": inputs["value"][:1]}, padding),
-        ({"value": inputs["value"][:, :1]}, padding),
-        ({}, padding[:1]),
-    ]
-    refused = [
-        ({"rows": inputs["rows"][..., :2]}, padding),
-        ({"key": inputs["key"][..., :8]}, padding),
-        ({"key": inputs["key"][:, :, :7]}, None),
-        ({"value": inputs["value"][:, :, :7]}, padding),
-        ({"key": inputs["key"].float()}, padding),
-        ({}, padding[:, :11]),
-    ]
-    monkeypatch.setattr(kernels, "call", None)
-    for others, hidden in expanded:
-        x = {name: value.expand_as(inputs[name]) for name, value in (inputs | others).items()}
-        wanted = pytorchs(x, hidden.expand_as(padding))
-        torch.testing.assert_close(ours(inputs | others, padding=hidden), wanted, rtol=0, atol=1e-12)
-    for others, hidden in refused:
-        with pytest.raises(RuntimeError):
-            ours(inputs | others, padding=hidden)
+    inputs |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in others.items() if name != "padding"}
+    padding = torch.zeros(others.get("padding", padding.shape), dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        ours(inputs, padding=padding)
+
+
+@pytest.mark.parametrize("prior_heads", [0, 1, 4])
+def test_opcheck(prior_heads, kernel):
+    """Schema, autograd, fake tensors, and tracing with dynamic shapes; no queries as well as some."""
+    for queries in (0, 5):
+        inputs, padding = random_inputs(queries=queries, key_heads=1, prior_heads=prior_heads)
+        x = {name: value.requires_grad_() for name, value in inputs.items()}
+        prior = x.get("rows"), x.get("columns")
+        arguments = (x["query"], x["key"], x["value"], padding, *prior, None, 0.0)
+        result = torch.library.opcheck(torch.ops.sam_detr.prior_attention.default, arguments)
+        assert set(result.values()) == {"SUCCESS"}, result
+        detached = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+        results = torch.ops.sam_detr.prior_attention(*detached)
+        backward = (torch.randn_like(results[0]), *detached, *results)
+        torch.library.opcheck(torch.ops.sam_detr.prior_attention_backward.default, backward)
+
+
+def test_numerical_gradients(path):
+    inputs, padding = random_inputs(batch=1, heads=2, queries=2, depth=3, value_width=2, key_heads=1, prior_heads=2)
+    leaves = [value.clone().requires_grad_() for value in inputs.values()]
+    torch.autograd.gradcheck(lambda *x: ours(dict(zip(inputs, x)), padding=padding), leaves)
+
+
+def test_only_first_derivatives(kernel):
+    inputs, _ = random_inputs()
+    query = inputs["query"].requires_grad_()
+    (first,) = torch.autograd.grad(ours(inputs).sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="prior_attention has first derivatives only"):
+        first.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_under_vmap(path):
+    inputs, padding = random_inputs()
+    one = lambda x, hidden: ours({name: value[None] for name, value in x.items()}, padding=hidden[None])[0]  # noqa: E731
+    torch.testing.assert_close(torch.vmap(one)(inputs, padding), ours(inputs, padding=padding))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_prior_is_as_exact_in_16_bits_as_the_logits(dtype):
+    """A Gaussian around cells of a map of 100 x 134, as wide as a cell and as the map, and content that says little."""
+    inputs, _ = random_inputs(batch=1, heads=2, queries=8, height=100, width=134, depth=64, key_heads=1, prior_heads=2)
+    inputs["query"], inputs["key"] = inputs["query"] / 4, inputs["key"] / 4
+    scale = torch.tensor([0.05, 0.5, 2.0, 20.0], dtype=torch.float64).repeat(2)
+    for name, size in (("rows", 100), ("columns", 134)):
+        distance = torch.arange(size) + 0.5 - size * torch.rand(1, 2, 8, 1, dtype=torch.float64)
+        inputs[name] = -(scale[:, None] * distance).square() / 8
+    narrow = {name: value.to(dtype) if name in ("query", "key", "value") else value for name, value in inputs.items()}
+    result = ours(narrow | {name: narrow[name].float() for name in ("rows", "columns")}).double()
+    wanted = by_dense_prior({name: value.double() for name, value in narrow.items()}, None)
+    rounding = torch.finfo(dtype).eps
+    assert (result - wanted).abs().max() < 4 * rounding * wanted.abs().max()

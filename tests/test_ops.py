@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from samdetr.models.ops import MSDeformAttn, build, doctor, kernels, ms_deform_attn, plain_path
 from samdetr.models.ops import test as checks
-from samdetr.models.ops.plain import plain_backward, plain_ms_deform_attn
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPES = [(7, 5), (4, 3), (1, 2)]
@@ -96,17 +98,6 @@ def test_paths_agree(dtype, channels):
         assert checks.error(actual, expected) < checks.TOLERANCE[dtype]
 
 
-def test_plain_backward_is_what_autograd_gives():
-    inputs = checks.example(SHAPES, channels=6, device="cpu", dtype=torch.float64)
-    sizes = [size for shape in SHAPES for size in shape]
-    leaves = [tensor.requires_grad_() for tensor in inputs]
-    output = plain_ms_deform_attn(leaves[0], sizes, *leaves[1:])
-    grad = torch.randn_like(output)
-    by_autograd = torch.autograd.grad(output, leaves, grad)
-    for actual, expected in zip(plain_backward(grad, leaves[0].detach(), sizes, *leaves[1:]), by_autograd):
-        torch.testing.assert_close(actual.detach(), expected)
-
-
 def test_any_layout_of_the_inputs(path):
     value, locations, weights = checks.example(SHAPES, channels=8, device="cpu", dtype=torch.float32)
     expected = checks.with_gradients(lambda v, *rest: ms_deform_attn(v, SHAPES, *rest), (value, locations, weights))
@@ -158,8 +149,9 @@ def test_a_failed_check_is_counted(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype, path):
+def test_opcheck(dtype):
     """Schema, autograd, fake tensors, and tracing with dynamic shapes; no queries as well as some."""
+    compiled_or_skip()
     for queries in (0, 5):
         value, locations, weights = checks.example(SHAPES, channels=6, device="cpu", dtype=dtype, queries=queries)
         sizes = [size for shape in SHAPES for size in shape]
@@ -181,7 +173,8 @@ def test_compiles_without_a_graph_break(path):
     torch.testing.assert_close(*gradients)
 
 
-def test_only_first_derivatives(path):
+def test_only_first_derivatives():
+    compiled_or_skip()
     value, locations, weights = checks.example(SHAPES, channels=4, device="cpu", dtype=torch.float64)
     output = ms_deform_attn(value, SHAPES, locations.requires_grad_(), weights)
     (first,) = torch.autograd.grad(output.sum(), locations, create_graph=True)
@@ -385,7 +378,7 @@ def fresh(monkeypatch, tmp_path):
 
 
 def forget() -> None:
-    for function in (kernels.load_cpu, kernels.load_cuda, kernels.why_not, kernels.available):
+    for function in (kernels.load_cpu, kernels.load_cuda, kernels.why_not, kernels.available, kernels.correct):
         function.cache_clear()
 
 
@@ -483,6 +476,101 @@ def test_many_processes_build_once(works, fresh, monkeypatch):
         with pytest.raises(build.BuildError):
             build.build(recipe)  # a later run tries again
     assert (fresh / "calls.txt").read_text() == "x\n" * (1 if works else 2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "without its checksum"])
+def test_a_damaged_library_is_built_again(damage, fresh, monkeypatch):
+    """To load a file that lost its end, as by a power failure, would end the process."""
+    monkeypatch.delenv("CXX", raising=False)
+    compiled_or_skip()
+    library, expected = build.cpu_recipe().library, run_once()
+    content = library.read_bytes()
+    library.unlink()  # it is loaded: its content must stay as it is
+    if damage == "without its checksum":
+        library.write_bytes(content)
+        build.checksum_file(library).unlink()
+    else:
+        library.write_bytes(content[: len(content) // 2] if damage == "cut" else content[:-1] + b"x")
+    monkeypatch.setenv("PATH", "/nowhere")
+    forget()
+    assert "no C++ compiler" in kernels.why_not("cpu")
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(fresh / "cache"))
+    forget()
+    assert kernels.why_not("cpu") is None
+    assert library.read_bytes()[:4] == content[:4]
+    assert build.is_whole(library)
+    assert torch.equal(run_once(), expected)
+
+
+def test_a_kernel_that_is_wrong_steps_aside(fresh, monkeypatch):
+    """It is compared with the plain path once, for each device and dtype; one warning has the numbers."""
+    compiled_or_skip()
+    with plain_path():
+        expected = run_once()
+    right = kernels.OPERATORS["ms_deform_attn"]
+    monkeypatch.setitem(
+        kernels.OPERATORS, "ms_deform_attn", replace(right, compiled=lambda *rest: 1.01 * right.compiled(*rest))
+    )
+    with pytest.warns(UserWarning, match=r"of ms_deform_attn on cpu differ .* by 1.0e-02 in torch.float32, more than"):
+        results = [run_once() for _ in range(3)]
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_kernel_that_fails_steps_aside(fresh, monkeypatch):
+    compiled_or_skip()
+
+    def broken(*arguments):
+        raise RuntimeError("no kernel image")
+
+    right = kernels.OPERATORS["ms_deform_attn"]
+    monkeypatch.setitem(kernels.OPERATORS, "ms_deform_attn", replace(right, compiled=broken))
+    with pytest.warns(UserWarning, match="of ms_deform_attn fail on cpu.*: no kernel image") as caught:
+        assert all(torch.equal(run_once(), run_once()) for _ in range(2))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("mode", ["inference", "no grad", "autocast", "fake", "compile"])
+def test_the_first_call_may_be_inside_anything(mode, fresh, monkeypatch):
+    """Where no gradients are, or no numbers at all."""
+    monkeypatch.delenv("CXX", raising=False)
+    compiled_or_skip()
+    value, locations, weights = checks.example(SHAPES, channels=8, device="cpu", dtype=torch.float32)
+    contexts = {"inference": torch.inference_mode, "no grad": torch.no_grad, "fake": FakeTensorMode}
+    context = contexts.get(mode, nullcontext)() if mode != "autocast" else torch.autocast("cpu", torch.bfloat16)
+    function = lambda *x: ms_deform_attn(x[0], SHAPES, *x[1:])  # noqa: E731
+    with warnings.catch_warnings(), context:
+        warnings.simplefilter("error", UserWarning)
+        if mode == "fake":
+            value, locations, weights = (context.from_tensor(x) for x in (value, locations, weights))
+        elif mode == "compile":
+            function = torch.compile(function, backend="aot_eager", fullgraph=True)
+        assert function(value, locations, weights).shape == (2, 5, 16)
+    torch._dynamo.reset()
+    assert kernels.correct.cache_info().currsize == 1
+
+
+def test_at_the_official_initialisation_both_paths_have_the_same_locations():
+    """Its points lie whole cells from the references, at kinks of the interpolation, where the smallest difference of
+    a location shows in the gradient."""
+    compiled_or_skip()
+    torch.manual_seed(0)
+    module = MSDeformAttn(hidden_dim=64, num_levels=3, num_heads=8, num_points=4).double()
+    shapes = [(25, 34), (13, 17), (7, 9)]
+    length = sum(height * width for height, width in shapes)
+    grids = [torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(1) for h, w in shapes]
+    reference = torch.cat(grids).double()[None, :, None].expand(2, -1, 3, -1)
+    tokens, position = torch.randn(2, length, 64).double(), torch.randn(2, length, 64).double()
+    results = []
+    for path in (nullcontext(), plain_path()):
+        leaves = [x.clone().requires_grad_() for x in (tokens + position, reference, tokens)]
+        with path:
+            output = module(*leaves, shapes)
+            gradients = torch.autograd.grad(output.square().sum(), [*leaves, *module.parameters()])
+        results.append([output, *gradients])
+    for ours, wanted in zip(*results, strict=True):
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-9 * scale)
 
 
 def test_a_library_that_does_not_load(fresh, monkeypatch):

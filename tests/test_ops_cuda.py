@@ -15,9 +15,10 @@ from torch import Tensor
 
 from samdetr.models.ops import build, kernels, plain_path
 from samdetr.models.ops import test as checks
-from samdetr.models.ops.plain import plain_backward, plain_ms_deform_attn
+from samdetr.models.ops.ms_deform_attn import binding
+from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn
 
-SOURCE = build.CSRC / "ms_deform_attn_cuda.cu"
+SOURCE = build.FOLDER / "ms_deform_attn" / "cuda.cu"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
     header = Path(__file__).with_name("cuda_emulation.h")
     command = [*compiler, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-include", str(header)]
     result = subprocess.run([*command, "-x", "c++", str(SOURCE), "-o", str(library)], capture_output=True, text=True)
-    if result.returncode and "ms_deform_attn_cuda.cu" not in result.stderr:
+    if result.returncode and "cuda.cu" not in result.stderr:
         pytest.skip(f"the emulation needs C++20, coroutines and 16-bit floats: {result.stderr[-300:]}")
     assert not result.returncode, result.stderr[-3000:]
     return ctypes.CDLL(str(library))
@@ -54,11 +55,16 @@ def backward(library: ctypes.CDLL, shapes, grad: Tensor, inputs: tuple[Tensor, .
     return gradients
 
 
+def plain_backward(grad: Tensor, value: Tensor, sizes: list[int], *rest: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in (value, *rest)]
+    return torch.autograd.grad(plain_ms_deform_attn(leaves[0], sizes, *leaves[1:]), leaves, grad)
+
+
 def call(function, extra: list, shapes, value: Tensor, locations: Tensor, *tensors: Tensor) -> None:
     sizes = kernels.integers([size for shape in shapes for size in shape])
-    settings = (kernels.CUDA_TYPES[value.dtype], 0, None, *extra)
+    settings = (binding.CUDA_TYPES[value.dtype], 0, None, *extra)
     pointers = [kernels.pointer(tensor) for tensor in tensors]
-    assert function(*settings, sizes, kernels.dimensions(value, locations), *pointers) == 0
+    assert function(*settings, sizes, binding.dimensions(value, locations), *pointers) == 0
 
 
 # Channels for every choice of lanes: 16 bytes by 4, 8, 16 and 32 lanes, several rounds of these, and one at a time.
@@ -110,7 +116,7 @@ def test_emulated_edges(emulated):
         assert not forward(emulated, shapes, value, nowhere, weights).any()
         for gradient in backward(emulated, shapes, expected, (value, nowhere, weights), ordered=True):
             assert not gradient.any()
-    many = [(1, 1)] * (kernels.MAX_CUDA_LEVELS + 1)
+    many = [(1, 1)] * (binding.MAX_CUDA_LEVELS + 1)
     with pytest.raises(AssertionError):
         forward(emulated, many, torch.zeros(1, 33, 1, 1), torch.zeros(1, 1, 1, 33, 1, 2), torch.zeros(1, 1, 1, 33, 1))
     for dimensions in ([1, 2**31, 1, 1, 1, 1, 1], [2**16, 1, 2**8, 1, 1, 2**8, 1]):  # cells, rows past 32 bits
@@ -146,7 +152,7 @@ def test_nvcc_compiles_the_source(tmp_path):
     result = subprocess.run(
         [*nvcc, *flags, "-c", str(SOURCE), "-o", str(output), "-Xptxas", "-v"], capture_output=True, text=True
     )
-    if result.returncode and "ms_deform_attn_cuda.cu" not in result.stderr:
+    if result.returncode and "cuda.cu" not in result.stderr:
         pytest.skip(f"nvcc does not work here: {result.stderr[-300:]}")
     assert result.returncode == 0, result.stderr[-3000:]
     assert output.stat().st_size > 0
@@ -172,6 +178,6 @@ def test_checks_of_the_package(name, compiled):
 def test_the_types_are_numbered_alike():
     text = SOURCE.read_text(encoding="utf-8")
     names = {torch.float32: "float", torch.float64: "double", torch.float16: "Half", torch.bfloat16: "BFloat"}
-    for dtype, number in kernels.CUDA_TYPES.items():
+    for dtype, number in binding.CUDA_TYPES.items():
         assert f"case {number}: choose<{names[dtype]}>" in text
-    assert f"kMaxLevels = {kernels.MAX_CUDA_LEVELS};" in text
+    assert f"kMaxLevels = {binding.MAX_CUDA_LEVELS};" in text

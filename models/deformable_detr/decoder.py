@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from samdetr.models.deformable_detr.proposals import ProposedQueries
 from samdetr.models.deformable_detr.queries import LearnedQueries
-from samdetr.models.dropout import Dropout
 from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
 from samdetr.models.ops import MSDeformAttn
 
@@ -68,7 +67,7 @@ class DeformableDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
         self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory, boxes: Tensor, level: int

@@ -1,4 +1,4 @@
-"""Compiles the kernels in csrc/ into a cache folder of the user: `python -m models.ops.build [cpu] [cuda]`.
+"""Compiles the kernels into a cache folder of the user: `python -m models.ops.build [cpu] [cuda]`.
 
 The kernels are C functions on plain pointers. No header of PyTorch or Python enters, so a build takes seconds (CUDA:
 about half a minute), works with every compiler and CUDA toolkit that supports the GPU, and cannot disagree with
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-CSRC = Path(__file__).with_name("csrc")
+FOLDER = Path(__file__).parent  # a folder of sources for each operator
 DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0"
 VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
@@ -96,7 +96,7 @@ def cpu_recipe() -> Recipe:
     if sys.platform != "darwin":  # Apple's clang has no OpenMP: the kernel is then built without threads
         flags.append("-fopenmp")
     target = f"{platform.machine()}-{capability.lower().replace(' ', '')}"
-    sources, headers = (tuple(sorted(CSRC.glob(pattern))) for pattern in ("*_cpu.cpp", "*.h"))
+    sources, headers = (tuple(sorted(FOLDER.rglob(pattern))) for pattern in ("cpu.cpp", "*.h"))
     return Recipe("cpu_kernels", sources, headers, find_cxx, tuple(flags), target, os.environ.get("CXX", ""))
 
 
@@ -114,8 +114,8 @@ def cuda_recipe(architecture: str) -> Recipe:
     # The runtime is linked in: it shares the device's primary context with PyTorch's, whichever version that is.
     flags = ["-O3", "-std=c++17", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
     flags += [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"]
-    source = CSRC / "ms_deform_attn_cuda.cu"
-    return Recipe(source.stem, (source,), (), find_nvcc, tuple(flags), f"sm_{number}")
+    source = FOLDER / "ms_deform_attn" / "cuda.cu"
+    return Recipe("ms_deform_attn_cuda", (source,), (), find_nvcc, tuple(flags), f"sm_{number}")
 
 
 @contextlib.contextmanager
@@ -131,8 +131,22 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def checksum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def checksum_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def is_whole(library: Path) -> bool:
+    """Whether the library is there as it was built: to load a part of one ends the process (SIGBUS)."""
+    saved = checksum_file(library)
+    return library.exists() and saved.exists() and saved.read_text() == checksum(library)
+
+
 def build(recipe: Recipe, *, timeout: float = 900) -> Path:
-    """The recipe's library, compiled unless it is there already.
+    """The recipe's library, compiled unless it is there already, and whole.
 
     A process that waited for another's failed attempt takes over its reason instead of trying again.
     Raises:
@@ -140,14 +154,14 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
     """
     try:
         library = recipe.library
-        if library.exists():
+        if is_whole(library):
             return library
         compiler = recipe.find_compiler()
         library.parent.mkdir(parents=True, exist_ok=True)
         asked = time.time()
         with locked(library.with_suffix(".lock")):
             failure = library.with_suffix(".failed")
-            if library.exists():
+            if is_whole(library):
                 return library
             if failure.exists() and failure.stat().st_mtime >= asked:
                 raise BuildError(failure.read_text())
@@ -158,6 +172,7 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
                 except BuildError as error:
                     failure.write_text(str(error))
                     raise
+                checksum_file(library).write_text(checksum(output))
                 output.replace(library)  # in one step: others see no file or a whole one
             failure.unlink(missing_ok=True)
         return library

@@ -1,25 +1,24 @@
-"""The compiled kernels as functions on tensors: loads (and on first use builds) the libraries, passes pointers.
-
-forward() and backward() expect what registration.py has made sure of: contiguous tensors of one device, locations and
-weights in coordinate_dtype(value).
-"""
+"""Which kernels run where, and how they are called: loads their libraries, and builds them on first use."""
 
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from samdetr.models.ops import build
-from samdetr.models.ops.plain import coordinate_dtype
 
-MAX_CUDA_LEVELS = 32  # they travel as a kernel argument; as in the CUDA source
-CUDA_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 CPU_NAMES = {torch.float32: "float32", torch.float64: "float64"}
+# Largest difference from the plain path that rounding explains, in units of the largest value compared.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 @functools.cache
@@ -49,7 +48,7 @@ def open_library(recipe: build.Recipe) -> ctypes.CDLL:
 
 @functools.cache
 def why_not(device_type: str, index: int | None = None) -> str | None:
-    """None if the compiled kernel runs on this device, else the reason. Builds the library where it is missing."""
+    """None if the library of this device can be used, else the reason. Builds it where it is missing."""
     if os.environ.get("MS_DEFORM_ATTN") == "plain":
         return "MS_DEFORM_ATTN=plain is set"
     if device_type not in ("cpu", "cuda"):
@@ -68,17 +67,18 @@ def why_not(device_type: str, index: int | None = None) -> str | None:
 
 @functools.cache
 def available(device_type: str, index: int | None = None) -> bool:
-    """why_not() is None; otherwise the first call warns, on the first process of a run only."""
+    """why_not() is None; otherwise the first call warns, except where the plain path was asked for."""
     reason = why_not(device_type, index)
-    expected = device_type in ("cpu", "cuda") and os.environ.get("MS_DEFORM_ATTN") != "plain"
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    if reason and expected and first:
-        warnings.warn(
-            f"compiled kernels are missing, plain PyTorch on {device_type} is several times slower: {reason}\n"
-            "(`python -m models.ops.doctor` tells more; MS_DEFORM_ATTN=plain silences this)",
-            stacklevel=2,
-        )
+    if reason and device_type in ("cpu", "cuda") and os.environ.get("MS_DEFORM_ATTN") != "plain":
+        _warn(f"compiled kernels are missing, plain PyTorch on {device_type} is several times slower: {reason}")
     return reason is None
+
+
+def _warn(message: str) -> None:
+    """On the first process of a run only."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        hint = "`python -m samdetr.models.ops.doctor` says more; MS_DEFORM_ATTN=plain silences this"
+        warnings.warn(f"{message}\n({hint})", stacklevel=3)
 
 
 _plain_wanted = False
@@ -95,39 +95,97 @@ def plain_path() -> Iterator[None]:
         _plain_wanted = before
 
 
-def wanted(device_type: str, index: int | None = None) -> bool:
-    """Whether compiled kernels run on this device, and are not turned off by plain_path."""
-    return not _plain_wanted and available(device_type, index)
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """The kernels of one operator.
+
+    Attributes:
+        name: of the operator.
+        compiled, plain: the operator by its kernels, and in plain PyTorch; both take the same arguments.
+        examples: small arguments for a dtype, on the CPU; what the kernels are checked with.
+        dtypes: of the tensors that the kernels take, by type of device.
+    """
+
+    name: str
+    compiled: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    examples: Callable[[torch.dtype], list[tuple]]
+    dtypes: dict[str, tuple[torch.dtype, ...]]
+
+    def take(self, *tensors: Tensor | None) -> bool:
+        """Whether they run on tensors like these, which must be of one device and dtype."""
+        kinds = {(x.device, x.dtype) for x in tensors if x is not None}
+        if len(kinds) > 1:
+            return False
+        ((device, dtype),) = kinds
+        return _run(self.name, device.type, device.index, dtype)
+
+    def difference(self, device: torch.device, dtype: torch.dtype) -> float:
+        """The largest one of outputs and gradients, in units of the largest value; the plain path has float64."""
+        largest = 0.0
+        for example in self.examples(dtype):
+            on_device = [x.to(device) if isinstance(x, Tensor) else x for x in example]
+            wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in example]
+            for actual, expected in zip(_with_gradients(self.compiled, on_device), _with_gradients(self.plain, wide)):
+                error = ((actual.cpu().double() - expected).abs().max() / expected.abs().max()).item()
+                largest = max(largest, error if math.isfinite(error) else math.inf)
+        return largest
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the CPU's kernels take tensors like these: of one floating type of full precision, and real ones, without
-    autocast."""
-    dtypes = {x.dtype for x in tensors}
-    return (
-        len(dtypes) == 1
-        and dtypes <= CPU_NAMES.keys()
-        and all(x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)  # fake ones are neither
-        and not _followed()
-        and not torch.is_autocast_enabled("cpu")
-        and wanted("cpu")
-    )
+OPERATORS: dict[str, Kernels] = {}
 
 
-def _followed() -> bool:
-    """Whether something follows each operation of PyTorch's, and would see nothing of a kernel: torch.compile, export,
-    torch.jit.trace; torch.func and forward-mode differentiation; and modes, as of make_fx and FlopCounterMode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+def register(name: str, **fields: Any) -> Kernels:
+    """The kernels of an operator, which OPERATORS knows by its name from now on."""
+    return OPERATORS.setdefault(name, Kernels(name=name, **fields))
+
+
+def _with_gradients(function: Callable[..., Tensor], arguments: list) -> list[Tensor]:
+    """The output, and the gradients of what has some."""
+    leaves = [x.requires_grad_() for x in arguments if isinstance(x, Tensor) and x.is_floating_point()]
+    output = function(*arguments)
+    weights = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output)
+    gradients = torch.autograd.grad(output, leaves, weights, allow_unused=True)
+    return [output.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+@torch.compiler.assume_constant_result
+def _run(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> bool:
+    if _plain_wanted or dtype not in OPERATORS[name].dtypes.get(device_type, ()):
+        return False
+    return available(device_type, index) and correct(name, device_type, index, dtype)
+
+
+@functools.cache
+def correct(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> bool:
+    """Whether the kernels of an operator agree with its plain path on an example, which takes milliseconds; where they
+    do not, the first call warns."""
+    device = torch.device(device_type, index)
+    # In a thread of its own: gradients, autocast and tracing are turned on and off for a thread.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            difference = thread.submit(OPERATORS[name].difference, device, dtype).result()
+        except RuntimeError as error:
+            _warn(f"the kernels of {name} fail on {device}, so plain PyTorch is used: {error}")
+            return False
+    if difference > TOLERANCE[dtype]:
+        numbers = f"{difference:.1e} in {dtype}, more than {TOLERANCE[dtype]:.0e}"
+        _warn(f"the kernels of {name} on {device} differ from plain PyTorch by {numbers}: plain PyTorch is used")
+        return False
+    return True
+
+
+def first_derivatives_only(backward: Any, name: str) -> None:
+    """Registers that the backward pass of an operator has no derivative."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise NotImplementedError(f"{name} has first derivatives only; plain_path() may have more")
+
+    backward.register_autograd(refuse)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
-    """A function of the CPU's library, of this type of numbers."""
+    """A function of the CPU's library, for numbers of this type."""
     getattr(load_cpu(), f"{name}_{CPU_NAMES[dtype]}")(*arguments)
 
 
@@ -138,56 +196,3 @@ def integers(values: list[int]) -> ctypes.Array:
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
     """The null pointer for None."""
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-
-
-def dimensions(value: Tensor, locations: Tensor) -> ctypes.Array:
-    """B, L, N, C, levels, Q, points, as the C functions take them; offsets have the shape of locations."""
-    _, queries, _, levels, points, _ = locations.shape
-    return integers([*value.shape, levels, queries, points])
-
-
-def forward(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    batch, _, heads, channels = value.shape
-    if value.is_cuda:
-        output = value.new_empty(batch, locations.shape[1], heads * channels)
-        cuda_call("forward", value, sizes, locations, value, locations, weights, output)
-        return output
-    wide = value.to(coordinate_dtype(value))  # 16 bits: widening the map once costs less than at every cell read
-    output = wide.new_empty(batch, locations.shape[1], heads * channels)
-    tensors = (wide, locations, weights, output)
-    sizes_of = (integers(sizes), dimensions(value, locations))
-    call("ms_deform_attn_forward", wide.dtype, *sizes_of, torch.get_num_threads(), *map(pointer, tensors))
-    return output.to(value.dtype)
-
-
-def backward(
-    grad_output: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_value = torch.zeros_like(value, dtype=coordinate_dtype(value))  # summed at full width, rounded once
-    gradients = (grad_value, torch.empty_like(locations), torch.empty_like(weights))
-    if value.is_cuda:
-        ordered = torch.are_deterministic_algorithms_enabled()
-        tensors = (grad_output, value, locations, weights, *gradients)
-        cuda_call("backward", value, sizes, locations, *tensors, ordered=ordered)
-    else:
-        tensors = (grad_output.to(grad_value.dtype), value.to(grad_value.dtype), locations, weights, *gradients)
-        sizes_of = (integers(sizes), dimensions(value, locations))
-        threads = torch.get_num_threads()
-        call("ms_deform_attn_backward", grad_value.dtype, *sizes_of, threads, *map(pointer, tensors))
-    return grad_value.to(value.dtype), *gradients[1:]
-
-
-def cuda_call(name: str, value: Tensor, sizes: list[int], locations: Tensor, *tensors: Tensor, ordered: bool = False):
-    """On the current stream of the tensors' device, without waiting. Raises RuntimeError if the launch fails."""
-    if value.numel() == 0 or (name == "forward" and tensors[-1].numel() == 0):
-        return  # nothing to launch
-    device = value.device
-    library = load_cuda(device.index)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    settings = (ctypes.c_int(CUDA_TYPES[value.dtype]), ctypes.c_int(device.index), stream)
-    extra = (ctypes.c_int(ordered),) if name == "backward" else ()
-    arguments = (*settings, *extra, integers(sizes), dimensions(value, locations), *map(pointer, tensors))
-    with torch.cuda.device(device):  # the library makes it current, this puts back what was
-        status = getattr(library, name)(*arguments)
-    if status:
-        raise RuntimeError(f"deformable attention, {name} on {device}: {library.error_text(status).decode()}")

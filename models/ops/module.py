@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.ops.functional import check_level_shapes, ms_deform_attn
-from samdetr.models.ops.fused import ms_deform_attn_fused, usable
-from samdetr.models.ops.plain import coordinate_dtype
+from samdetr.models.ops.ms_deform_attn import check_level_shapes, ms_deform_attn
+from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
 
 
 class MSDeformAttn(nn.Module):
@@ -82,14 +81,6 @@ class MSDeformAttn(nn.Module):
         if padding is not None and (padding.shape != value.shape[:2] or padding.dtype != torch.bool):
             expected = f"{tuple(value.shape[:2])} of torch.bool"
             raise ValueError(f"padding: expected {expected}, got {tuple(padding.shape)} of {padding.dtype}")
-        projections = (self.sampling_offsets.weight, self.attention_weights.weight)
-        sizes = [size for shape in level_shapes for size in shape]
-        if usable(sizes, value, query, *projections):
-            offsets = self._by_point(self.sampling_offsets(query))
-            logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
-            value = value.unflatten(-1, (self.num_heads, -1))
-            attended = ms_deform_attn_fused(value, sizes, reference.to(value), offsets, logits, padding)
-            return self.output_proj(attended)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0)
         value = value.unflatten(-1, (self.num_heads, -1))
@@ -101,7 +92,7 @@ class MSDeformAttn(nn.Module):
         self._check_reference(query, reference, level_shapes)
         offsets = self.sampling_offsets(query)
         dtype = coordinate_dtype(offsets)  # with 16 bits, points would miss their cells
-        offsets = self._by_point(offsets.to(dtype))
+        offsets = offsets.to(dtype).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         reference = reference.to(dtype)[:, :, None, :, None]  # (B, Q, 1, levels, 1, 2 or 4)
         if reference.shape[-1] == 2:
             sizes = torch.tensor([(width, height) for height, width in level_shapes], dtype=dtype)
@@ -114,9 +105,6 @@ class MSDeformAttn(nn.Module):
         weights = self.attention_weights(query)
         weights = weights.to(coordinate_dtype(weights)).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         return weights.unflatten(-1, (self.num_levels, self.num_points))
-
-    def _by_point(self, offsets: Tensor) -> Tensor:
-        return offsets.unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
 
     def _check_reference(self, query: Tensor, reference: Tensor, level_shapes: Sequence[tuple[int, int]]) -> None:
         batch, queries, _ = query.shape

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.attention import attend, merge_heads, split_heads
-from samdetr.models.dropout import Dropout
+from samdetr.models.attention import merge_heads, split_heads
 from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
+from samdetr.models.ops import prior_attention
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
@@ -37,7 +37,8 @@ class SelfAttention(nn.Module):
         query = split_heads(self.query_content(queries) + self.query_position(position), self.num_heads)
         key = split_heads(self.key_content(queries) + self.key_position(position), self.num_heads)
         value = split_heads(self.value(queries), self.num_heads)
-        return self.output(merge_heads(attend(query, key, value, dropout=self.dropout if self.training else 0.0)))
+        attended = prior_attention(query, key, value, dropout=self.dropout if self.training else 0.0)
+        return self.output(merge_heads(attended))
 
 
 class CrossAttention(nn.Module):
@@ -76,9 +77,8 @@ class CrossAttention(nn.Module):
         else:
             query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
         dropout = self.dropout if self.training else 0.0
-        return self.output(
-            merge_heads(attend(query, key, value, padding=level.token_padding, prior=prior, dropout=dropout))
-        )
+        attended = prior_attention(query, key, value, padding=level.token_padding, prior=prior, dropout=dropout)
+        return self.output(merge_heads(attended))
 
 
 class SAMDecoderLayer(nn.Module):
@@ -108,7 +108,7 @@ class SAMDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel) -> Tensor:
         """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image -> (B, Q, C)."""

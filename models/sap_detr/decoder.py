@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.attention import attend, merge_heads, split_heads
-from samdetr.models.dropout import Dropout
+from samdetr.models.attention import merge_heads, split_heads
 from samdetr.models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
+from samdetr.models.ops import prior_attention
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.sap_detr.points import (
     PUBLISHED_QUERIES,
@@ -68,7 +68,8 @@ class SelfAttention(nn.Module):
         query = self.query_content(queries) + self.query_point(at.point) + self.query_box(at.box)
         key = self.key_content(queries) + self.key_point(at.point) + self.key_box(at.box)
         query, key, value = (split_heads(x, self.num_heads) for x in (query, key, self.value(queries)))
-        return self.output(merge_heads(attend(query, key, value, dropout=self.dropout if self.training else 0.0)))
+        attended = prior_attention(query, key, value, dropout=self.dropout if self.training else 0.0)
+        return self.output(merge_heads(attended))
 
 
 class ContentPositions(nn.Module):
@@ -110,7 +111,7 @@ class CrossAttention(nn.Module):
             return torch.cat([split_heads(part, self.num_heads) for part in parts], -1)
 
         query = heads(query, self.query_point(at.point_sine), self.query_box(at.box_sine))
-        attended = attend(
+        attended = prior_attention(
             query,
             heads(key, position, position),
             heads(self.value(level.tokens)),
@@ -150,7 +151,7 @@ class SAPDecoderLayer(nn.Module):
             hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
         )
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel) -> Tensor:
         """`queries` (B, Q, C) -> (B, Q, C)."""

@@ -14,10 +14,22 @@
 #include <cstdint>
 #include <vector>
 
-#include "export.h"
-#include "problem.h"
+#include "../export.h"
 
 namespace {
+
+struct Problem {
+  const int64_t* sizes;  // height, width of each level
+  int64_t batch, length, heads, channels, levels, queries, points;
+  int threads;
+};
+
+Problem problem(const int64_t* sizes, const int64_t* dimensions, int threads) {
+  const int64_t* d = dimensions;  // B, L, N, C, levels, Q, points
+  const int64_t cells = d[0] * d[2] * d[3] * d[4] * d[5] * d[6];  // a quarter of the numbers that are read
+  const int64_t worth = cells / 32768 + 1;  // for less, waking a thread takes longer than its share of the work
+  return {sizes, d[0], d[1], d[2], d[3], d[4], d[5], d[6], int(worth < threads ? worth : threads)};
+}
 
 // The four cells around a point, top left first, and their shares of it. A cell outside the map has row -1.
 template <typename T>
@@ -28,11 +40,18 @@ struct Sample {
   bool inside;    // all four cells exist
 };
 
+// location * size - 0.5, rounded as by PyTorch's grid_sample on a CPU. At the published initialisation all points lie at
+// cells' centres, where rounding decides between two gradients.
+template <typename T>
+inline T in_cells(T location, int64_t size) {
+  return std::fma((2 * location - 1) + 1, T(size) / 2, T(-0.5));
+}
+
 // False where the point touches no cell, also where its location is infinite or not a number.
 template <typename T>
 inline bool locate(T x, T y, int64_t height, int64_t width, Sample<T>& sample) {
-  x = x * T(width) - T(0.5);
-  y = y * T(height) - T(0.5);
+  x = in_cells(x, width);
+  y = in_cells(y, height);
   if (!(x > T(-1) && y > T(-1) && x < T(width) && y < T(height))) return false;
   const T left = std::floor(x), top = std::floor(y);
   const int64_t column = int64_t(left), line = int64_t(top);

@@ -19,11 +19,11 @@
 #include <limits>
 #include <memory>
 
+#include "../export.h"
+#include "../vectors.h"
 #include "dropping.h"
 #include "exponential.h"
-#include "export.h"
 #include "gemm.h"
-#include "vectors.h"
 
 namespace {
 
@@ -226,9 +226,9 @@ void forward(const Problem<T>& p, T* output, T* log_sums) {
       }
       for (int64_t q = 0; q < number; ++q) {
         T* o = output + ((b * p.queries + first + q) * p.heads + n) * p.width;
-        const T share = 1 / sums[q];  // infinite where all keys are masked: the result is no number, as that of softmax
+        const T share = sums[q] == 0 ? T(0) : 1 / sums[q];  // all keys are masked: the output is 0, as PyTorch's
         for (int64_t e = 0; e < p.width; ++e) o[e] = sampled[q * p.width + e] * share;
-        log_sums[(b * p.heads + n) * p.queries + first + q] = most[q] + std::log(sums[q]);
+        log_sums[(b * p.heads + n) * p.queries + first + q] = sums[q] == 0 ? infinity : most[q] + std::log(sums[q]);
       }
     }
   }
@@ -443,13 +443,13 @@ Problem<T> problem(const int64_t* d, int threads, const T* query, const T* key, 
 // dimensions: B, N, Q, L, D, E, heads of the key, H, W (0 without a prior), heads of the prior, and the strides along
 // batch, heads and rows of query, key and value.
 #define EXPORT_FOR(T, NAME)                                                                                           \
-  EXPORT void attention_forward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,        \
+  EXPORT void prior_attention_forward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,        \
                                        const T* key, const T* value, const T* rows, const T* columns, const T* mask,  \
                                        const int64_t* seed, T* output, T* log_sums) {                                 \
     forward<T>(problem<T>(dimensions, threads, query, key, value, rows, columns, mask, seed, dropout), output,        \
                log_sums);                                                                                             \
   }                                                                                                                   \
-  EXPORT void attention_backward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,       \
+  EXPORT void prior_attention_backward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,       \
                                         const T* key, const T* value, const T* rows, const T* columns, const T* mask, \
                                         const int64_t* seed, const T* output, const T* log_sums, const T* of_output,  \
                                         T* of_query, T* of_key, T* of_value, T* of_rows, T* of_columns) {             \

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vectors.h"
+#include "../vectors.h"
 
 namespace exponential {
 

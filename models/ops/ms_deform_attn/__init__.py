@@ -1,11 +1,12 @@
-"""ms_deform_attn: the operator behind a check of its arguments."""
+"""Multi-scale deformable attention, without its projections."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from samdetr.models.ops import registration  # noqa: F401  (registers torch.ops.sam_detr)
+from samdetr.models.ops.ms_deform_attn.binding import KERNELS, MAX_CUDA_LEVELS
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,7 +20,7 @@ def ms_deform_attn(
 
     Args:
         value: (B, L, heads, channels), the levels' cells in rows, one level after the other. Sums are in float32
-            (float64 for float64) whatever its type.
+            (float64 for float64) whatever its type; under autocast it takes the autocast dtype.
         level_shapes: height and width of each level, as Python ints: nothing here waits for a GPU.
         locations: (B, Q, heads, levels, points, 2), x, y with 0 and 1 at the borders of the level's map. Outside it,
             the map continues with zeros. float32 is kept also where value has 16 bits.
@@ -31,7 +32,16 @@ def ms_deform_attn(
     """
     check(value, level_shapes, locations, weights)
     sizes = [size for shape in level_shapes for size in shape]
-    return torch.ops.sam_detr.ms_deform_attn(value, sizes, locations, weights)
+    device_type = value.device.type
+    autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+    if autocast and value.dtype != torch.float64:
+        value = value.to(torch.get_autocast_dtype(device_type))
+    if KERNELS.take(value) and len(level_shapes) <= MAX_CUDA_LEVELS:
+        return KERNELS.compiled(value, sizes, locations, weights)
+    if not torch.is_grad_enabled():
+        return KERNELS.plain(value, sizes, locations, weights)
+    # Samples are a dozen times as large as the value: sampled again in backward instead of kept.
+    return checkpoint(KERNELS.plain, value, sizes, locations, weights, use_reentrant=False, preserve_rng_state=False)
 
 
 def check(value: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:

@@ -1,11 +1,12 @@
 // RoIAlign, and bilinear sampling between its bins, on the CPU: forward and backward, float32 and float64.
 //
-// The weight of cell (y, x) in bin (p, q) is rows[p, y] * columns[q, x], and each bin has few rows and columns of
-// weight: only these are visited. The bins of a box are never stored where points inside it are sampled.
+// RoIAlign's weights separate: the weight of cell (y, x) in bin (p, q) is rows[p, y] * columns[q, x]. Few rows and
+// columns of each bin have weight, and only these are visited. Sampled bins are never stored.
 //
-// Layouts: cells (B, H, W, C), each image contiguous, the images perhaps apart; all else contiguous. rows (B, Q, bins,
-// H); columns (B, Q, bins, W); pooled (B, Q, bins, bins, C), y before x; positions (B, Q, P, xy), in bins with 0 at the
-// centre of the first, beyond the bins lie zeros; content (B, Q, P, C).
+// Layouts: cells (B, H, W, C), each image contiguous, the images perhaps apart; all else contiguous. boxes (B, Q, 4),
+// left, top, right, bottom in cells; rows (B, Q, bins, H); columns (B, Q, bins, W); pooled (B, Q, bins, bins, C), y
+// before x; positions (B, Q, P, xy), in bins with 0 at the centre of the first, zeros beyond the bins; content
+// (B, Q, P, C).
 //
 // No sum is shared between threads and no order depends on how many there are, so results are the same to the bit:
 // what belongs to a query is split by queries, the gradient of the cells by rows of the map.
@@ -17,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include "export.h"
-#include "vectors.h"
+#include "../export.h"
+#include "../vectors.h"
 
 namespace {
 
@@ -334,25 +335,27 @@ void sample_backward_positions(const Problem& p, const T* grad_content, const T*
   }
 }
 
-// One axis of RoIAlign for `count` boxes from low to high, in cells with 0 at the edge of the first: (count, bins,
-// length). A bin takes ceil(its length) samples, one more than a box as long as the map needs at most. By one thread:
-// to wake others takes longer.
+// The weights of every cell along one axis in every bin of every box: (B, Q, bins, length). A bin takes ceil(its
+// length) samples, one more than a box as long as the map needs at most. `boxes` points to the first box's lower edge
+// along this axis. Single-threaded: waking other threads takes longer.
 template <typename T>
-void weigh(int64_t count, int64_t length, int64_t bins, const T* low, const T* high, T* weights) {
+std::vector<T> weights_of(const Problem& p, const T* boxes, int64_t length) {
+  const int64_t bins = p.bins;
+  std::vector<T> weights(p.batch * p.queries * bins * length);
   const int64_t most = length / bins + 1;
-  for (int64_t i = 0; i < count; ++i) {
-    T* bin = weights + i * bins * length;
-    if (!std::isfinite(low[i]) || !std::isfinite(high[i])) {
+  for (int64_t i = 0; i < p.batch * p.queries; ++i) {
+    const T low = boxes[4 * i], high = boxes[4 * i + 2];
+    T* bin = weights.data() + i * bins * length;
+    if (!std::isfinite(low) || !std::isfinite(high)) {
       std::fill(bin, bin + bins * length, T(NAN));
       continue;
     }
-    std::fill(bin, bin + bins * length, T(0));
-    const T bin_length = (high[i] - low[i]) / T(bins);
+    const T bin_length = (high - low) / T(bins);
     const T samples = std::ceil(bin_length), divisor = std::max(samples, T(1));
     const T last = T(length - 1);
     for (int64_t p = 0; p < bins; ++p, bin += length) {
       for (int64_t s = 0; s < most && T(s) < samples; ++s) {
-        const T position = low[i] - T(0.5) + (T(p) + (T(s) + T(0.5)) / divisor) * bin_length;
+        const T position = low - T(0.5) + (T(p) + (T(s) + T(0.5)) / divisor) * bin_length;
         if (!(position >= T(-1) && position <= T(length))) continue;
         const T inside = std::min(std::max(position, T(0)), last);
         const int64_t cell = int64_t(inside);
@@ -362,36 +365,45 @@ void weigh(int64_t count, int64_t length, int64_t bins, const T* low, const T* h
       }
     }
   }
+  return weights;
 }
 
+// Without positions, all bins of the boxes; else samples between them.
+template <typename T>
+void forward(const Problem& p, const T* cells, const T* boxes, const T* positions, T* out) {
+  const std::vector<T> rows = weights_of(p, boxes + 1, p.height), columns = weights_of(p, boxes, p.width);
+  if (positions) {
+    sample(p, cells, rows.data(), columns.data(), positions, out);
+  } else {
+    pool(p, cells, rows.data(), columns.data(), out);
+  }
+}
+
+// Gradients that are null are not wanted.
+template <typename T>
+void backward(const Problem& p, const T* given, const T* cells, const T* boxes, const T* positions, T* of_cells,
+              T* of_positions) {
+  const std::vector<T> rows = weights_of(p, boxes + 1, p.height), columns = weights_of(p, boxes, p.width);
+  if (of_cells && positions) sample_backward_cells(p, given, rows.data(), columns.data(), positions, of_cells);
+  if (of_cells && !positions) pool_backward(p, given, rows.data(), columns.data(), of_cells);
+  if (of_positions) {
+    sample_backward_positions(p, given, cells, rows.data(), columns.data(), positions, of_positions);
+  }
+}
+
+// dimensions: B, H, W, C, from image to image, Q, bins, P.
 Problem problem(const int64_t* d, int threads) { return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7], threads}; }
 
 }  // namespace
 
-#define EXPORT_FOR(T, NAME)                                                                                           \
-  EXPORT void roi_weigh_##NAME(const int64_t* d, int, const T* low, const T* high, T* weights) {                      \
-    weigh<T>(d[0], d[1], d[2], low, high, weights);                                                                   \
-  }                                                                                                                   \
-  EXPORT void roi_pool_##NAME(const int64_t* d, int threads, const T* cells, const T* rows, const T* columns,         \
-                              T* pooled) {                                                                            \
-    pool<T>(problem(d, threads), cells, rows, columns, pooled);                                                       \
-  }                                                                                                                   \
-  EXPORT void roi_pool_backward_##NAME(const int64_t* d, int threads, const T* grad_pooled, const T* rows,            \
-                                       const T* columns, T* grad_cells) {                                             \
-    pool_backward<T>(problem(d, threads), grad_pooled, rows, columns, grad_cells);                                    \
-  }                                                                                                                   \
-  EXPORT void roi_sample_##NAME(const int64_t* d, int threads, const T* cells, const T* rows, const T* columns,       \
-                                const T* positions, T* content) {                                                     \
-    sample<T>(problem(d, threads), cells, rows, columns, positions, content);                                         \
-  }                                                                                                                   \
-  EXPORT void roi_sample_backward_cells_##NAME(const int64_t* d, int threads, const T* grad_content, const T* rows,   \
-                                               const T* columns, const T* positions, T* grad_cells) {                 \
-    sample_backward_cells<T>(problem(d, threads), grad_content, rows, columns, positions, grad_cells);                \
-  }                                                                                                                   \
-  EXPORT void roi_sample_backward_positions_##NAME(const int64_t* d, int threads, const T* grad_content,              \
-                                                   const T* cells, const T* rows, const T* columns,                   \
-                                                   const T* positions, T* grad_positions) {                           \
-    sample_backward_positions<T>(problem(d, threads), grad_content, cells, rows, columns, positions, grad_positions); \
+#define EXPORT_FOR(T, NAME)                                                                                          \
+  EXPORT void roi_sampling_forward_##NAME(const int64_t* dimensions, int threads, const T* cells, const T* boxes,    \
+                                          const T* positions, T* out) {                                              \
+    forward<T>(problem(dimensions, threads), cells, boxes, positions, out);                                          \
+  }                                                                                                                  \
+  EXPORT void roi_sampling_backward_##NAME(const int64_t* dimensions, int threads, const T* given, const T* cells,   \
+                                           const T* boxes, const T* positions, T* of_cells, T* of_positions) {       \
+    backward<T>(problem(dimensions, threads), given, cells, boxes, positions, of_cells, of_positions);               \
   }
 
 EXPORT_FOR(float, float32)

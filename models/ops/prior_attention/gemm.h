@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vectors.h"
+#include "../vectors.h"
 
 namespace gemm {
 
