@@ -248,8 +248,10 @@ def test_aligner_in_a_repository_of_others(installed, foreign):
 # ---- What the aligner brings along
 
 
+@pytest.mark.xfail(strict=True, reason="models/ops imports all kernels at once, models/layers.py every other layer")
 def test_the_aligner_needs_few_of_our_lines(copy):
-    """To put it into another code base one reads these files, and no others."""
+    """To put it into another code base one reads these files and no others; samdetr/__init__.py, which only finds
+    them, does not count."""
     code = """
         import sys
         import samdetr.models.semantics_aligner

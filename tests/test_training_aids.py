@@ -48,7 +48,8 @@ def test_pictures_are_drawn_with_averages(averaged, shapes, tmp_path, monkeypatc
     from samdetr import demo
 
     taken = []
-    monkeypatch.setattr(demo, "load_weights", lambda network, state, *, source: taken.append(state))
+    take = "samdetr.inference.predictor.load_weights"
+    monkeypatch.setattr(take, lambda network, state, *, source: taken.append(state))
     flags = ["--images", str(shapes / "val2017"), "--limit", "1", "--output", str(tmp_path), "--device", "cpu"]
     for more in ([], ["--raw_weights"]):
         assert demo.main(["--resume", str(averaged / "checkpoint.pth"), *flags, *more]) == 0
