@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from samdetr.cli import import_plugin
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.transforms import EvalTransforms
 from samdetr.inference.detections import check_threshold, save_picture
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "height (0.5,0.5: the middle), or from the centre of the best detection; and the decoder's, if it has one",
     )
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
+    parser.add_argument("--plugin", default="", metavar="MODULE", help="module or .py file that registers the family")
     args = parser.parse_args(argv)
     return run_command(
         "demo.py", lambda: run(args), describe=lambda text: as_flags(text.replace("`source`", "--resume"))
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
     check_threshold(args.threshold)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`limit` {args.limit} must be at least 1")
+    if args.plugin:
+        import_plugin(args.plugin)
     position = parse_position(args.sampling_points) if args.sampling_points else None
     sources = find_images(args.images)[0][: args.limit]
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
