@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
-from argparse import Namespace
 from http.client import HTTPException
 from typing import Any
 
@@ -43,7 +43,7 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
             "pass a checkpoint of this project or an official one"
         )
     saved = checkpoint.get("settings", {})
-    if isinstance(checkpoint.get("args"), Namespace):
+    if isinstance(checkpoint.get("args"), argparse.Namespace):
         saved = vars(checkpoint["args"])
     official = next((family for family in FAMILIES.values() if family.is_official(state)), None)
     model = official.name if official else saved.get("model", "sam_detr")  # early checkpoints predate --model
