@@ -1,4 +1,4 @@
-"""Compiles the kernels into a cache folder of the user: `python -m models.ops.build [cpu] [cuda]`.
+"""Compiles the kernels into a cache folder of the user: `python -m samdetr.models.ops.build [cpu] [cuda]`.
 
 The kernels are C functions on plain pointers. No header of PyTorch or Python enters, so a build takes seconds (CUDA:
 about half a minute), works with every compiler and CUDA toolkit that supports the GPU, and cannot disagree with

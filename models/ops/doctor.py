@@ -1,4 +1,4 @@
-"""`python -m models.ops.doctor`: whether the compiled kernels run on this machine's devices, and why not."""
+"""`python -m samdetr.models.ops.doctor`: whether the compiled kernels run on this machine's devices, and why not."""
 
 import os
 import shlex
