@@ -25,7 +25,9 @@ if __name__ == "__main__":  # started by its path: find the package from any fol
 import torch
 from torch import Tensor
 
-from samdetr.models.ops import kernels, ms_deform_attn, plain_path
+from samdetr.models.ops import kernels
+from samdetr.models.ops.kernels import plain_path
+from samdetr.models.ops.ms_deform_attn import ms_deform_attn
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype, plain_ms_deform_attn
 
 # An image of 800 x 1066 pixels: strides 8, 16, 32, and 64 in Deformable DETR.

@@ -32,7 +32,7 @@ from samdetr.models.criterion import SetCriterion, Targets, box_losses
 from samdetr.models.encoder import DenseEncoderLayer
 from samdetr.models.layers import FeatureLevel, FeedForward
 from samdetr.models.matcher import HungarianMatcher, Matches
-from samdetr.models.ops import MSDeformAttn
+from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.sam_detr.decoder import CrossAttention, SAMDecoderLayer, SelfAttention

@@ -14,7 +14,7 @@ from samdetr.inference.detections import Detections
 from samdetr.inference.points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
 from samdetr.inference.predictor import Predictor
 from samdetr.inference.watch import Sampling, cell_of, watch, watch_sampling
-from samdetr.models.ops import MSDeformAttn
+from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.sap_detr.decoder import SAPDecoder
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.util.box_ops import cxcywh_to_xyxy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.layers import valid_ratio
-from samdetr.models.ops import MSDeformAttn
+from samdetr.models.ops.module import MSDeformAttn
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

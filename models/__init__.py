@@ -1,11 +1,11 @@
-"""The published networks. `samdetr.models.build.build_model` makes one."""
+"""The published networks. `build_model` makes one; `register` adds a family of yours."""
 
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("build_model", "register"):  # looked up late: a part of a network needs no table of all families
-        from samdetr.models import build
+    if name not in ("build_model", "register"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from samdetr.models import build  # late: a part of a network needs no table of all families
 
-        return getattr(build, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(build, name)

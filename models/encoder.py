@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
-from samdetr.models.ops import MSDeformAttn, prior_attention
+from samdetr.models.layers import FeatureLevel, FeedForward, copies, join_levels, valid_ratio, xavier_matrices
+from samdetr.models.mlp import MLP
+from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
+from samdetr.models.ops.prior_attention import prior_attention
 
 
 class DenseEncoderLayer(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,19 +136,6 @@ class InputProjection(nn.Module):
                 position = position + self.level_embedding[index]
             levels.append(FeatureLevel(features, level_padding, position.permute(0, 3, 1, 2)))
         return levels
-
-
-class MLP(nn.Module):
-    """Linear layers of the given widths, ReLU between them: MLP(256, 256, 4) has two layers."""
-
-    def __init__(self, *widths: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return self.layers[-1](x)
 
 
 class FeedForward(nn.Module):

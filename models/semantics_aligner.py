@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.layers import MLP
-from samdetr.models.ops import roi_sampling
+from samdetr.models.mlp import MLP
+from samdetr.models.ops.roi_sampling import roi_sampling
 from samdetr.models.ops.roi_sampling.plain import bilinear_weights, sample
 from samdetr.models.position_encoding import sine_encoding
 

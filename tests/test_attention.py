@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.ops import kernels, plain_path, prior_attention
+from samdetr.models.ops import kernels
+from samdetr.models.ops.kernels import plain_path
+from samdetr.models.ops.prior_attention import prior_attention
 
 
 @pytest.fixture(params=["compiled", "plain"])

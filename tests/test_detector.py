@@ -15,7 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
 from samdetr.models.layers import InputProjection
-from samdetr.models.ops import MSDeformAttn, plain_path
+from samdetr.models.ops.kernels import plain_path
+from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from samdetr.models.sam_detr.official_weights import from_official
 from samdetr.models.semantics_aligner import SemanticsAligner

@@ -5,7 +5,7 @@ import torch
 from helpers import MULTISCALE, build_tiny
 
 from samdetr.inference.watch import cell_of, watch, watch_sampling
-from samdetr.models.ops import MSDeformAttn
+from samdetr.models.ops.module import MSDeformAttn
 from samdetr.util.padded_images import pad_images
 
 

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from samdetr.models.ops import MSDeformAttn, build, doctor, kernels, ms_deform_attn, plain_path
+from samdetr.models.ops import build, doctor, kernels
 from samdetr.models.ops import test as checks
+from samdetr.models.ops.kernels import plain_path
+from samdetr.models.ops.module import MSDeformAttn
+from samdetr.models.ops.ms_deform_attn import ms_deform_attn
 
 REPOSITORY = Path(__file__).parents[1]
 SHAPES = [(7, 5), (4, 3), (1, 2)]

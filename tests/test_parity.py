@@ -23,7 +23,8 @@ from helpers import from_flags
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures, weight
 
-from samdetr.models.ops import kernels, plain_path
+from samdetr.models.ops import kernels
+from samdetr.models.ops.kernels import plain_path
 from samdetr.models.sam_detr.official_weights import convert_official, from_official, is_official, to_official
 
 ms_deform_attn = importlib.import_module("samdetr.models.ops.ms_deform_attn")

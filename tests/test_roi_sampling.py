@@ -7,7 +7,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.ops import roi_align
 
-from samdetr.models.ops import kernels, plain_path, roi_sampling
+from samdetr.models.ops import kernels
+from samdetr.models.ops.kernels import plain_path
+from samdetr.models.ops.roi_sampling import roi_sampling
 from samdetr.models.semantics_aligner import SemanticsAligner
 
 pytestmark = pytest.mark.skipif(bool(kernels.why_not("cpu")), reason="no compiled kernels here")

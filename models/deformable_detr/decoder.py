@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from samdetr.models.deformable_detr.proposals import ProposedQueries
 from samdetr.models.deformable_detr.queries import LearnedQueries
-from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
-from samdetr.models.ops import MSDeformAttn
+from samdetr.models.layers import FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
+from samdetr.models.mlp import MLP
+from samdetr.models.ops.module import MSDeformAttn
 
 
 @dataclass

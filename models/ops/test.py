@@ -14,7 +14,9 @@ if __name__ == "__main__":  # started by its path: find the package from any fol
 import torch
 from torch import Tensor
 
-from samdetr.models.ops import kernels, ms_deform_attn, plain_path
+from samdetr.models.ops import kernels
+from samdetr.models.ops.kernels import plain_path
+from samdetr.models.ops.ms_deform_attn import ms_deform_attn
 
 Shapes = list[tuple[int, int]]
 EVEN: Shapes = [(8, 12), (4, 6), (2, 3)]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.layers import MLP, FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
-from samdetr.models.ops import prior_attention
+from samdetr.models.layers import FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
+from samdetr.models.mlp import MLP
+from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.layers import MLP, FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
-from samdetr.models.ops import prior_attention
+from samdetr.models.layers import FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
+from samdetr.models.mlp import MLP
+from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.sap_detr.points import (
     PUBLISHED_QUERIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.layers import MLP
+from samdetr.models.mlp import MLP
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 

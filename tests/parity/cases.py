@@ -17,7 +17,7 @@ from helpers import from_flags
 from parity import extract
 from torch import Tensor
 
-from samdetr.models.ops import plain_path
+from samdetr.models.ops.kernels import plain_path
 from samdetr.util.padded_images import pad_images
 
 FULL = Path(__file__).parents[2].parent / "shared" / "parity"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from samdetr.models.ops.roi_sampling.binding import KERNELS
-
 
 def roi_sampling(cells: Tensor, boxes: Tensor, points: Tensor | None = None, *, bins: int = 7) -> Tensor:
     """RoIAlign (He et al., ICCV 2017, section 3) of boxes, or of points inside them.
@@ -34,5 +32,8 @@ def roi_sampling(cells: Tensor, boxes: Tensor, points: Tensor | None = None, *, 
         raise ValueError(f"points: expected {(batch, number)} of (P, 2) each, got {tuple(points.shape)}")
     boxes = boxes.detach()
     positions = None if points is None else (points + 1) * (bins / 2) - 0.5  # in bins, 0 at the centre of the first
+    # Imported here, so that the aligner in another project needs little of this one.
+    from samdetr.models.ops.roi_sampling.binding import KERNELS
+
     run = KERNELS.compiled if KERNELS.take(cells, boxes, positions) else KERNELS.plain
     return run(cells, boxes, positions, bins)

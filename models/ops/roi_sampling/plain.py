@@ -12,9 +12,8 @@ from torch import Tensor
 # Numbers that roi_align holds between its two products: 16 MiB of float32, which caches hold. With 64 MiB the first
 # product on C3 took twice as long on a CPU.
 AT_ONCE = 2**22
-# A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image), to
-# pool the boxes first and to weigh their bins takes less memory and a training step less time; on smaller maps it takes
-# more.
+# A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image),
+# pooling the boxes first takes less memory and time; on smaller maps it takes more.
 POOL_FIRST = 2**15
 
 
