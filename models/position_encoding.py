@@ -13,9 +13,7 @@ from torch import Tensor
 def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 10000.0) -> Tensor:
     """Encode points (..., 2), given as x, y in [0, 1] -> (..., num_channels)."""
     if num_channels % 4:
-        raise ValueError(
-            f"A sine position encoding needs a width that 4 divides, not {num_channels}; change `hidden_dim`"
-        )
+        raise ValueError(f"a sine position encoding needs a width that 4 divides, not `hidden_dim` {num_channels}")
     # The periods are float32 whatever the points are: as published, and what the reference figures were made with.
     pair = torch.arange(num_channels // 4, dtype=torch.float32, device=points.device)
     period = temperature ** (4 * pair / num_channels)

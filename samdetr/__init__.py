@@ -1,7 +1,6 @@
 """SAM-DETR: the import name of everything here, and its public face.
 
-    from samdetr import load
-    load("checkpoint.pth").predict("photo.jpg").save("drawn.jpg")
+    samdetr.load("checkpoint.pth").predict("photo.jpg").save("drawn.jpg")
 
 In a checkout the folders beside this one belong to the package, too: `samdetr.models` is models/.
 """

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers that roi_align holds between its two products: 16 MiB of float32, which caches hold. With 64 MiB the first
-# product on C3 took twice as long on a CPU.
+# Numbers between the two products of roi_align: 16 MiB of float32. With 64 MiB the first took twice as long on a CPU.
 AT_ONCE = 2**22
 # A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image),
 # pooling the boxes first takes less memory and time; on smaller maps it takes more.
