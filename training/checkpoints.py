@@ -75,8 +75,8 @@ class CheckpointFolder:
         except OSError as error:
             lost = "" if self.path.is_dir() else "the folder is gone; "
             raise ValueError(
-                f"cannot write to `output_dir` {self.path}: {lost}{error.strerror or error}; the last good checkpoint is "
-                "intact: repair the disk, then pass `resume` auto"
+                f"cannot write to `output_dir` {self.path}: {lost}{error.strerror or error}; the last good checkpoint "
+                "is intact: repair the disk, then pass `resume` auto"
             ) from None
 
     def clean(self) -> None:

@@ -119,7 +119,7 @@ class Repeated:
         return all(map(math.isfinite, (*self.terms.values(), self.norm)))
 
     def first_fault(self) -> str:
-        """Where it began. An infinity may be intended, such as that of positions which propose nothing; a NaN is not."""
+        """Where it began. An infinity may be intended, such as that of positions that propose nothing; a NaN is not."""
         found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
         return next((f"first {what}: {where}" for what, where in found.items() if where), "the norm overflows")
 

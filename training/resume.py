@@ -143,10 +143,10 @@ def plan(
     epoch, step, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler")
     if step is None or order["position"] + order["batch"] > sampler.length:  # the epoch is complete
         # Except for its log line, if the same run was interrupted while it evaluated.
-        unlogged = from_main(lambda: bool(folder) and source.same_run and not folder.has_logged(epoch))
-        return (
-            Resume(source, epoch, sampler.steps) if unlogged and step is not None else Resume(source, epoch + 1, None)
-        )
+        unlogged = from_main(lambda: folder is not None and source.same_run and not folder.has_logged(epoch))
+        if unlogged and step is not None:
+            return Resume(source, epoch, sampler.steps)
+        return Resume(source, epoch + 1, None)
     for name, here in (("seed", sampler.seed), ("batch", sampler.batch)):
         if order[name] != here:
             what = "`seed`" if name == "seed" else "images per step (processes x `batch_size` x `accumulate`)"
