@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samdetr.datasets.coco_eval import CocoEvaluator
+from samdetr.models.criterion import SetCriterion
 from samdetr.util.logger import MetricAverager, progress
 from samdetr.util.prefetch import on_device
 from samdetr.util.sections import section
@@ -51,7 +53,7 @@ def ignore(*_: Any) -> None:
 def train_one_epoch(
     *,
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SetCriterion,
     loader: Loader,
     update: Update,
     device: torch.device,
@@ -114,7 +116,7 @@ def train_one_epoch(
 def evaluate(
     *,
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SetCriterion,
     postprocess: Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]],
     loader: Loader,
     evaluator: CocoEvaluator,
@@ -194,7 +196,7 @@ def _widen(value: Any) -> Any:
 
 
 def compute_losses(
-    criterion: nn.Module,
+    criterion: SetCriterion,
     outputs: dict[str, Any],
     targets: Targets,
     *,
@@ -208,7 +210,7 @@ def compute_losses(
     """
     terms = criterion(outputs, targets, num_boxes)
     weighted = criterion.weighted(terms)
-    loss = sum(weighted.values())
+    loss = reduce(torch.add, weighted.values())
     metrics = {"loss": loss, **weighted, **{f"{name}_unscaled": value for name, value in terms.items()}}
     metrics = {name: value.detach() for name, value in metrics.items()}
     if parts > 1:

@@ -27,6 +27,7 @@ from samdetr.training.run import build, check_settings, write_evaluation
 from samdetr.util.command_line import run_command
 from samdetr.util.device import choose_device, set_arithmetic
 from samdetr.util.distributed import init_distributed, shutdown
+from samdetr.util.logger import describe_by
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         commands.append(parse(argv))
+        describe_by(commands[0].with_flags)
         return run(commands[0])
 
     try:

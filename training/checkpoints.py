@@ -92,7 +92,7 @@ class CheckpointFolder:
 
         `read` raises ValueError for a damaged file. Warns of damaged ones that are newer.
         """
-        damaged = []
+        damaged: list[ValueError] = []
         # checkpoint.pth first: a run that resumed from an earlier file has left files of higher numbers.
         for path in [self.path / NEWEST, *self._named()]:
             if not path.is_file():
@@ -102,11 +102,11 @@ class CheckpointFolder:
             except ValueError as error:
                 damaged.append(error)
                 continue
-            for error in damaged:
-                log(f"warning: {error}; resuming from {path} instead")
+            for reason in damaged:
+                log(f"warning: {reason}; resuming from {path} instead")
             return path, content
-        for error in damaged:
-            log(f"warning: {error}; there is no other checkpoint")
+        for reason in damaged:
+            log(f"warning: {reason}; there is no other checkpoint")
         return None
 
     def forget_log(self, epoch: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -30,7 +30,7 @@ from samdetr.util.logger import MetricAverager, log
 from samdetr.util.targets import TargetBatch
 
 
-def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
+def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
     """Train to the last epoch.
 
     Args:
@@ -40,10 +40,10 @@ def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
         Stopped: the run ended early, after a checkpoint.
         ValueError: a checkpoint that cannot be resumed, or too many bad steps in a row.
     """
-    settings, loader = parts.settings, parts.data.train_loader
-    assert loader is not None
-    resume = plan(parts.source, settings, given, sampler=loader.sampler, folder=parts.folder)
-    update = build_update(parts, resume)
+    settings, data = parts.settings, parts.data.train
+    assert data is not None
+    resume = plan(parts.source, settings, given, sampler=data.sampler, folder=parts.folder)
+    update = build_update(parts, resume, steps=data.sampler.steps)
     hours = settings.run.max_hours
     clock = WallClock(hours=hours) if hours else None
     saved_settings = parts.saved_settings(settings.replace(start_epoch=resume.epoch))
@@ -56,16 +56,16 @@ def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
         ema=update.average,
         extras={"bad_steps": update.guard, **({"clock": clock} if clock else {})},
         seed=settings.run.seed,
-        batch=loader.sampler.batch,
+        batch=data.sampler.batch,
         facts={"settings": saved_settings, "categories": parts.data.categories.to_list()},
         epoch=resume.epoch,
     )
     same_random_numbers = resume.restore(state)
     earlier = resume.trim_log(parts.folder)
     if resume.epoch >= settings.optimisation.epochs:
-        log(f"nothing to do up to --epochs {settings.optimisation.epochs}; --start_epoch 0 starts over")
+        log(f"nothing to do up to `epochs` {settings.optimisation.epochs}; `start_epoch` 0 starts over")
     if clock and clock.is_up:
-        log(f"--max_hours {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
+        log(f"`max_hours` {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
         return
     requests = [signals.request, *([clock.request] if clock else [])]
     trainer = Trainer(parts, state=state, update=update, signals=signals, requests=requests, earlier=earlier)
@@ -78,11 +78,9 @@ def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
         raise ValueError(text) from None
 
 
-def build_update(parts: Parts, resume: Resume) -> Update:
-    """What makes steps, at the position where training starts. Raises ValueError."""
+def build_update(parts: Parts, resume: Resume, *, steps: int) -> Update:
+    """What makes steps, at the position where training starts; an epoch has `steps`. Raises ValueError."""
     settings, network, device = parts.settings.optimisation, parts.network, parts.device
-    assert parts.data.train_loader is not None
-    steps = parts.data.train_loader.sampler.steps
     optimizer = build_optimizer(network, parts.settings, device)
     scheduler = build_scheduler(
         optimizer,
@@ -138,10 +136,9 @@ class Trainer:
         requests: Sequence[Callable[[], Request]],
         earlier: Sequence[dict[str, Any]] = (),
     ) -> None:
-        assert parts.data.train_loader is not None
-        assert parts.data.bad_images is not None
+        assert parts.data.train is not None
         self.parts, self.state, self.update, self.signals = parts, state, update, signals
-        self.folder, self.loader, self.bad_images = parts.folder, parts.data.train_loader, parts.data.bad_images
+        self.folder, self.data = parts.folder, parts.data.train
         self.epochs = parts.settings.optimisation.epochs
         self.requests = [*requests, self._save_if_late]
         self.history = [ap for ap in map(average_precision, earlier) if ap is not None]
@@ -152,7 +149,7 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Of an epoch."""
-        return self.loader.sampler.steps
+        return self.data.sampler.steps
 
     def run(self, *, same_random_numbers: bool = False) -> None:
         """Train.
@@ -196,15 +193,15 @@ class Trainer:
 
     def _train_one_epoch(self) -> dict[str, float]:
         parts, state = self.parts, self.state
-        self.loader.sampler.set_epoch(state.epoch, state.iteration)
-        self.loader.dataset.set_epoch(state.epoch)
+        self.data.sampler.set_epoch(state.epoch, state.iteration)
+        self.data.images.set_epoch(state.epoch)
         self._arrived = 0
         parts.watchdog.begin_round()
         with self.update.watch():
             metrics = train_one_epoch(
                 model=parts.model,
                 criterion=parts.criterion,
-                loader=self.loader,
+                loader=self.data.loader,
                 update=self.update,
                 device=parts.device,
                 epoch=state.epoch,
@@ -233,7 +230,7 @@ class Trainer:
         self.parts.watchdog.on_batch(targets)
         if targets is not None:
             self._arrived += 1
-            self.bad_images.note(targets.unreadable, last=self._arrived == len(self.loader))
+            self.data.bad_images.note(targets.unreadable, last=self._arrived == len(self.data.loader))
 
     def _lost_patience(self) -> bool:
         patience = self.parts.settings.run.patience
@@ -242,7 +239,7 @@ class Trainer:
         best = max(self.history)
         since = len(self.history) - 1 - self.history.index(best)
         if since >= patience:
-            log(f"stopped by --patience {patience}: no AP of the last {since} evaluations is above {best:.4f}")
+            log(f"stopped by `patience` {patience}: no AP of the last {since} evaluations is above {best:.4f}")
         return since >= patience
 
     def save(self) -> None:
@@ -281,7 +278,7 @@ class Trainer:
         if request < Request.FINISH:
             return
         barrier()  # once one process ends, the launcher may end the others: the checkpoint must be written before
-        log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; --resume auto resumes there")
+        log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; `resume` auto resumes there")
         raise Stopped(PREEMPTED if request == Request.PREEMPT else 0)
 
     def _save_if_late(self) -> Request:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samdetr.engine import compute_losses, predict
+from samdetr.models.criterion import SetCriterion
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.guard import BadSteps, StepRecord
 from samdetr.training.run import AMP, build_network, build_optimizer, place
@@ -36,7 +37,7 @@ def keep(
     error: BadSteps,
     *,
     state: TrainingState,
-    criterion: nn.Module,
+    criterion: SetCriterion,
     device: torch.device,
     amp: torch.dtype | None,
     folder: CheckpointFolder | None,
@@ -66,6 +67,7 @@ def keep(
 
 def pack(step: StepRecord, state: TrainingState) -> dict[str, Any]:
     """The file's content, a plain dict on the CPU. The state must be that from before the step."""
+    assert step.parts is not None
     network = state.model
     gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
     content = {
@@ -136,7 +138,12 @@ class Repeated:
 
 
 def repeat(
-    content: dict[str, Any], *, network: nn.Module, criterion: nn.Module, device: torch.device, amp: torch.dtype | None
+    content: dict[str, Any],
+    *,
+    network: nn.Module,
+    criterion: SetCriterion,
+    device: torch.device,
+    amp: torch.dtype | None,
 ) -> Repeated:
     """Forward, losses and backward of a packed step. The network must already have its weights; it keeps the gradients,
     without the loss scale."""
@@ -220,7 +227,7 @@ class _Watch:
                 self.infinite = name
 
     def see_gradient(self, name: str, weight: Tensor) -> None:
-        if self.gradient is None and not torch.isfinite(weight.grad).all():
+        if self.gradient is None and weight.grad is not None and not torch.isfinite(weight.grad).all():
             self.gradient = name
 
 

@@ -83,7 +83,7 @@ class Resume:
         if state.ema and not checkpoint.get("ema"):
             log("the average of the weights starts from these: this file has none")
         elif not state.ema and checkpoint.get("ema"):
-            log("the average of the weights in this file is left out; --ema continues it")
+            log("the average of the weights in this file is left out; `ema` continues it")
         return self.step is not None and state.restore_place(checkpoint, iteration=self.step)
 
     def trim_log(self, folder: CheckpointFolder | None) -> list[dict[str, Any]]:
@@ -140,7 +140,7 @@ def plan(
     checkpoint = source.checkpoint
     if not checkpoint or "epoch" not in checkpoint or "start_epoch" in given:
         return Resume(source, settings.run.start_epoch, None)
-    epoch, step, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler")
+    epoch, step, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler", {})
     if step is None or order["position"] + order["batch"] > sampler.length:  # the epoch is complete
         # Except for its log line, if the same run was interrupted while it evaluated.
         unlogged = from_main(lambda: folder is not None and source.same_run and not folder.has_logged(epoch))

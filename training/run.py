@@ -42,16 +42,22 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a run reads, as batches.
+class TrainData:
+    """The training images, as batches in the order of `sampler`."""
 
-    Args:
-        train_loader, bad_images: None if the run only evaluates.
-    """
+    images: CocoDetection
+    sampler: TrainSampler
+    loader: DataLoader
+    bad_images: BadImages
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads. `train` is None if it only evaluates."""
 
     categories: Categories
-    train_loader: DataLoader | None
-    bad_images: BadImages | None
+    train: TrainData | None
+    val_images: CocoDetection
     val_loader: DataLoader
 
 
@@ -89,14 +95,14 @@ class Parts:
 
     def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
         """Metrics of the network as it is, and what holds the detections."""
-        loader = self.data.val_loader
-        evaluator = CocoEvaluator(loader.dataset.ground_truth, self.data.categories)
+        assert self.data.val_images.ground_truth is not None
+        evaluator = CocoEvaluator(self.data.val_images.ground_truth, self.data.categories)
         self.watchdog.begin_round()
         metrics = evaluate(
             model=self.model,
             criterion=self.criterion,
             postprocess=self.postprocess,
-            loader=loader,
+            loader=self.data.val_loader,
             evaluator=evaluator,
             device=self.device,
             amp=self.amp,
@@ -236,7 +242,11 @@ def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folde
             every=settings.run.print_every,
         )
     train_loader, val_loader = build_loaders(settings, train_set, val_set)
-    return Data(categories or val_set.categories, train_loader, bad_images, val_loader)
+    train = None
+    if train_set and train_loader and bad_images:
+        assert isinstance(train_loader.sampler, TrainSampler)
+        train = TrainData(train_set, train_loader.sampler, train_loader, bad_images)
+    return Data(categories or val_set.categories, train, val_set, val_loader)
 
 
 def build_loaders(
@@ -280,7 +290,7 @@ def _load_checkpoint(network: Detector, source: Source, *, raw: bool) -> None:
     assert source.checkpoint is not None
     weights = chosen_weights(source.checkpoint, raw=raw)
     if weights is not source.checkpoint["model"]:
-        log("these are averaged weights (--ema); --raw_weights takes those that were trained")
+        log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
     load_weights(network, weights, source=source.path)
 
 
@@ -288,7 +298,7 @@ def _load_backbone(network: Detector, settings: RunSettings) -> None:
     with main_process_first():
         load_backbone_weights(network, settings.run.backbone_weights)
     if settings.run.backbone_weights == "none" and settings.trunk.backbone_norm == "frozen":
-        log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
+        log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
 
 
 def _distributed(network: Detector, settings: RunSettings) -> nn.Module:

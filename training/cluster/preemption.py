@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import distributed
@@ -100,6 +101,7 @@ class Signals:
         self._reader.close()
 
     def _leave(self) -> None:
+        assert self.received is not None
         self.announce(f"{self.received.name}: nothing to save; exit status {PREEMPTED}")
         end_now(PREEMPTED)
 
@@ -139,12 +141,13 @@ class Votes:
     """
 
     def __init__(self) -> None:
-        self._group = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
+        self._group: Any = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
         self._cast: tuple[torch.Tensor, distributed.Work] | None = None
 
     def cast(self, request: Request) -> None:
         ballot = torch.tensor(int(request))
         work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
         self._cast = ballot, work
 
     def result(self) -> Request:

@@ -27,7 +27,7 @@ class WallClock:
         """To finish, once the time is used up."""
         if not self.is_up:
             return Request.CONTINUE
-        log(f"--max_hours {self.hours} are used up")
+        log(f"`max_hours` {self.hours} are used up")
         return Request.FINISH
 
     def state_dict(self) -> dict[str, float]:
