@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
-from samdetr.util.logger import MetricAverager, progress
+from samdetr.util.logger import MetricAverager, MovingMean, progress
 from samdetr.util.prefetch import on_device
 from samdetr.util.sections import section
 from samdetr.util.targets import TargetBatch
@@ -92,6 +92,7 @@ def train_one_epoch(
     total = start + len(loader) // accumulate
     groups = _groups(on_device(loader, device), accumulate, on_batch)
     steps = progress(groups, description=f"epoch {epoch}", start=start, total=total, every=print_every)
+    shown = MovingMean()
     for iteration, group in enumerate(steps, start):
         parts = [(images, targets.unpack()) for images, targets in group]
         together = [target for _, targets in parts for target in targets]
@@ -106,7 +107,7 @@ def train_one_epoch(
                     step.backward(loss, terms)
         for metrics in step.metrics:
             averager.update(metrics)
-        steps.set(loss=terms["loss"], lr=step.lr)
+        steps.set(loss=shown.update(terms["loss"]), lr=step.lr)
         after_step()
     update.check()
     return _averages(averager, total)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from samdetr.engine import compute_losses, predict
 from samdetr.models.criterion import SetCriterion
-from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.training.checkpoints import REPLAY, CheckpointFolder
 from samdetr.training.guard import BadSteps, StepRecord
 from samdetr.training.run import AMP, build_network, build_optimizer, place
 from samdetr.training.settings import RunSettings
@@ -30,7 +30,7 @@ from samdetr.util.distributed import all_gather_object, barrier, get_rank
 from samdetr.util.logger import log
 from samdetr.util.padded_images import PaddedImages
 
-NAME, VERSION = "replay.pth", 1
+VERSION = 1
 
 
 def keep(
@@ -57,7 +57,7 @@ def keep(
     text += ". Try a smaller `lr`, and look at these images and their boxes"
     if folder is None:
         return f"{text}; with `output_dir` the step would be saved, to be repeated"
-    path = folder.path / NAME
+    path = folder.path / REPLAY
     if get_rank() == rank:
         with folder.writing():
             save_file(content, path)
@@ -93,7 +93,7 @@ def read(source: str) -> dict[str, Any]:
     """The content of a file that `keep` wrote. Raises ValueError."""
     content = read_file(source, name="replay")
     if content.get("replay") != VERSION:
-        raise ValueError(f"`replay` {source} holds no step; pass the {NAME} that a run left when it stopped")
+        raise ValueError(f"`replay` {source} holds no step; pass the {REPLAY} that a run left when it stopped")
     return content
 
 

@@ -70,6 +70,23 @@ class MetricAverager:
         return {name: value / count for name, (value, count) in totals.items()}
 
 
+class MovingMean:
+    """Mean of the last values, weights falling exponentially, on their device; non-finite values are left out."""
+
+    def __init__(self, *, decay: float = 0.95) -> None:
+        self.decay = decay
+        self._sum: Tensor | float = 0.0
+        self._weight: Tensor | float = 0.0
+
+    def update(self, value: Tensor) -> Tensor:
+        """Add a scalar. Returns the mean, NaN if no value was finite."""
+        value = value.detach()
+        finite = torch.isfinite(value)
+        self._sum = self.decay * self._sum + torch.where(finite, value, 0)
+        self._weight = self.decay * self._weight + finite
+        return self._sum / self._weight
+
+
 class progress(Generic[T]):
     """Iterate and show the progress: a bar on a terminal, else a plain line every `every` iterations and at the end.
 
