@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from samdetr.datasets.coco_eval import CocoEvaluator
-from samdetr.util.logger import MetricAverager, progress
+from samdetr.models.criterion import SetCriterion
+from samdetr.util.logger import MetricAverager, MovingMean, progress
 from samdetr.util.prefetch import on_device
 from samdetr.util.sections import section
 from samdetr.util.targets import TargetBatch
@@ -51,7 +53,7 @@ def ignore(*_: Any) -> None:
 def train_one_epoch(
     *,
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SetCriterion,
     loader: Loader,
     update: Update,
     device: torch.device,
@@ -90,6 +92,7 @@ def train_one_epoch(
     total = start + len(loader) // accumulate
     groups = _groups(on_device(loader, device), accumulate, on_batch)
     steps = progress(groups, description=f"epoch {epoch}", start=start, total=total, every=print_every)
+    shown = MovingMean()
     for iteration, group in enumerate(steps, start):
         parts = [(images, targets.unpack()) for images, targets in group]
         together = [target for _, targets in parts for target in targets]
@@ -104,7 +107,7 @@ def train_one_epoch(
                     step.backward(loss, terms)
         for metrics in step.metrics:
             averager.update(metrics)
-        steps.set(loss=terms["loss"], lr=step.lr)
+        steps.set(loss=shown.update(terms["loss"]), lr=step.lr)
         after_step()
     update.check()
     return _averages(averager, total)
@@ -114,7 +117,7 @@ def train_one_epoch(
 def evaluate(
     *,
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: SetCriterion,
     postprocess: Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]],
     loader: Loader,
     evaluator: CocoEvaluator,
@@ -194,7 +197,7 @@ def _widen(value: Any) -> Any:
 
 
 def compute_losses(
-    criterion: nn.Module,
+    criterion: SetCriterion,
     outputs: dict[str, Any],
     targets: Targets,
     *,
@@ -208,7 +211,7 @@ def compute_losses(
     """
     terms = criterion(outputs, targets, num_boxes)
     weighted = criterion.weighted(terms)
-    loss = sum(weighted.values())
+    loss = reduce(torch.add, weighted.values())
     metrics = {"loss": loss, **weighted, **{f"{name}_unscaled": value for name, value in terms.items()}}
     metrics = {name: value.detach() for name, value in metrics.items()}
     if parts > 1:

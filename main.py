@@ -6,27 +6,36 @@ python main.py --coco_path data/coco --resume output/run/checkpoint.pth --eval
 python main.py --replay output/run/replay.pth
 
 Exit status: 0, or 1 for a --replay that is not finite, 2 after one line about wrong input, 75 if the run asks to be
-started again.
+started again, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while the imports run
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
 from samdetr.cli import CommandLine, parse, with_flags
 from samdetr.training import replay
-from samdetr.training.cluster.preemption import PREEMPTED, Signals, Stopped, end_now
+from samdetr.training.cluster.folder_lock import FolderLock
+from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Signals, Stopped, end_now
 from samdetr.training.cluster.watchdog import Watchdog
+from samdetr.training.console import notes, start_block
 from samdetr.training.loop import train
 from samdetr.training.run import build, check_settings, write_evaluation
 from samdetr.util.command_line import run_command
 from samdetr.util.device import choose_device, set_arithmetic
-from samdetr.util.distributed import init_distributed, shutdown
+from samdetr.util.distributed import init_distributed, is_main, shutdown
+from samdetr.util.logger import describe_by, log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         commands.append(parse(argv))
+        describe_by(commands[0].with_flags)
         return run(commands[0])
 
     try:
@@ -60,15 +70,20 @@ def run(command: CommandLine) -> int:
     torch.manual_seed(settings.run.seed + ranks.rank)
     try:
         with Watchdog(timeout=settings.run.timeout, describe=command.with_flags) as watchdog:
-            if settings.run.eval:
-                write_evaluation(build(settings, command.given, watchdog=watchdog))
-                return 0
-            signals = Signals(announce=lambda message: watchdog.report(message, status=PREEMPTED))
-            # Without an output folder, nothing can be saved: keep the default behaviour of signals.
-            with signals if settings.run.output_dir else nullcontext():
+            saves = bool(settings.run.output_dir) and not settings.run.eval
+            with (
+                Signals(watchdog.report, saves=saves) as signals,
+                FolderLock(Path(settings.run.output_dir)) if saves and is_main() else nullcontext(),
+            ):
+                for line in notes(settings, command.given):
+                    log(line)
                 with signals.nothing_to_save():
                     parts = build(settings, command.given, watchdog=watchdog)
-                train(parts, command.given, signals)
+                if settings.run.eval:
+                    log(start_block(parts, None))
+                    write_evaluation(parts)
+                else:
+                    train(parts, command.given, signals)
     except Stopped as stopped:
         return stopped.status
     return 0
@@ -76,6 +91,6 @@ def run(command: CommandLine) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if status == PREEMPTED:  # at once: the launcher ends the other processes as soon as one has ended
+    if status in (PREEMPTED, INTERRUPTED):  # at once: the launcher ends the other processes as soon as one has ended
         end_now(status)
     sys.exit(status)

@@ -74,13 +74,15 @@ def act(what: str, arguments: tuple) -> None:
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGKILL)
         time.sleep(1)  # until the data loader has seen it
-    elif what == "SIGTERM to all":  # this process and its workers, from another one
-        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+    elif what.endswith(" to all"):  # this process and its workers, from another one
+        name = what.removesuffix(" to all").removeprefix("SIG")
+        subprocess.run(["kill", f"-{name}", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
         time.sleep(0.2)
     else:
         for name in what.split(", "):
             os.kill(os.getpid(), getattr(signal, name))
-            time.sleep(0.2)  # until the thread that waits for signals has seen it, and no longer takes two for one
+            # Until the thread that waits for signals has seen it, and no longer takes two for one.
+            time.sleep(1.2 if what == "SIGINT, SIGINT" else 0.2)
 
 
 def arm(fault: dict) -> None:

@@ -38,7 +38,7 @@ NETWORK = (
 )
 RUN = (
     "--train_sizes 64 --eval_size 64 --no_crop --num_workers 1 --device cpu --epochs 3 --lr_drop 2 --lr 1e-3 "
-    "--save_every_iterations 2 --timeout 20 --ema 0.9 --max_bad_steps 1 --resume auto"
+    "--save_every_iterations 2 --keep -1 --timeout 20 --ema 0.9 --max_bad_steps 1 --resume auto"
 )
 STEPS = 12  # 3 epochs of 4
 SIGKILL, PREEMPTED = -9, 75

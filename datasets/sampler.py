@@ -8,21 +8,16 @@ import torch
 from torch.utils.data import Sampler
 
 
-class DistributedEvalSampler(Sampler[int]):
-    """Indices `rank`, `rank + world_size`, ... below `length`: together the processes see each image exactly once.
+def evaluation_batches(*, length: int, batch_size: int, processes: int, rank: int, world_size: int) -> list[list[int]]:
+    """The batches of process `rank`, when `world_size` processes share the batches that `processes` make.
 
-    PyTorch's DistributedSampler repeats images until all processes have equally many, which would count some twice.
-    Here the last processes may have one image fewer, or none, so evaluation must not communicate in each batch.
+    Padding depends on the batch, and figures depend on padding a little, so one process can repeat the figures of
+    several. The last processes may have one batch fewer, or none: an evaluation must not communicate in each batch.
     """
-
-    def __init__(self, *, length: int, rank: int, world_size: int) -> None:
-        self.indices = range(rank, length, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
+    orders = [range(first, length, processes) for first in range(processes)]
+    starts = range(0, len(orders[0]), batch_size)
+    batches = [list(order[start : start + batch_size]) for start in starts for order in orders]
+    return [batch for batch in batches if batch][rank::world_size]
 
 
 class TrainSampler(Sampler[int]):

@@ -30,7 +30,8 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
 
     Returns:
         A dict with at least `model` (weights), `settings` (those that shape the network and its input, as far as the
-        file or its weights hold them) and `official`.
+        file or its weights hold them), `run_settings` (all of the run that made the file, if it is ours) and
+        `official`.
 
     Raises:
         ValueError: no checkpoint, or one that is damaged or holds code.
@@ -57,7 +58,14 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
     kept = [n for kind in (Trunk, family.config) for n, declared in flags(kind) if declared.carried]
     settings = {n: saved[n] for n in (*kept, *INPUT_SETTINGS) if n in saved}
     settings |= family.from_weights(state) | {"model": model}
-    return {**checkpoint, "model": state, "settings": settings, "official": official is not None}
+    run_settings = saved if "schema_version" in checkpoint else {}
+    return {
+        **checkpoint,
+        "model": state,
+        "settings": settings,
+        "run_settings": run_settings,
+        "official": official is not None,
+    }
 
 
 def network_settings(saved: dict[str, Any]) -> tuple[Trunk, FamilyConfig]:

@@ -15,4 +15,4 @@ source scripts/nodes.sh
 
 exec ${DRY_RUN:+echo} "${launch[@]}" main.py --model deformable_detr \
   --batch_size "$batch" --with_box_refine --epochs 50 --lr_drop 40 \
-  --coco_path "${COCO_PATH:-data/coco}" --output_dir output/deformable_r50_refine "$@"
+  --coco_path "${COCO_PATH:-data/coco}" --keep -1 --output_dir output/deformable_r50_refine "$@"

@@ -17,4 +17,4 @@ source scripts/nodes.sh
 
 exec ${DRY_RUN:+echo} "${launch[@]}" main.py \
   --batch_size "$batch" --smca --epochs 50 --lr_drop 40 \
-  --coco_path "${COCO_PATH:-data/coco}" --output_dir output/r50_smca_e50_4gpu "$@"
+  --coco_path "${COCO_PATH:-data/coco}" --keep -1 --output_dir output/r50_smca_e50_4gpu "$@"

@@ -18,4 +18,4 @@ source scripts/nodes.sh
 exec ${DRY_RUN:+echo} "${launch[@]}" main.py -m sap_detr --backbone resnet101 \
   --num_queries 306 --num_select 300 --meshgrid_refpoints_xy --newconvinit --sdg --bbox_embed_diff_each_layer \
   --batch_size "$batch" --epochs 50 --lr_drop 40 --warmup_iters 1000 \
-  --coco_path "${COCO_PATH:-data/coco}" --output_dir output/sap_r101 "$@"
+  --coco_path "${COCO_PATH:-data/coco}" --keep -1 --output_dir output/sap_r101 "$@"

@@ -16,7 +16,7 @@ from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.ground_truth import GroundTruth
-from samdetr.datasets.sampler import DistributedEvalSampler
+from samdetr.datasets.sampler import evaluation_batches
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
@@ -233,11 +233,25 @@ def test_only_updated_images_count():
     assert ours.summarize() == pytest.approx(expected, abs=1e-12)
 
 
-def test_sampler_gives_each_image_to_one_process():
+def batches(length: int, *, processes: int, rank: int, world_size: int, batch_size: int = 2) -> list[list[int]]:
+    return evaluation_batches(
+        length=length, batch_size=batch_size, processes=processes, rank=rank, world_size=world_size
+    )
+
+
+def test_each_image_is_evaluated_by_one_process():
     for length, world in [(13, 2), (7, 3), (1, 2), (6, 3)]:
-        parts = [DistributedEvalSampler(length=length, rank=r, world_size=world) for r in range(world)]
-        assert sorted(i for part in parts for i in part) == list(range(length))
-        assert [len(list(part)) for part in parts] == [len(part) for part in parts]
+        parts = [batches(length, processes=world, rank=r, world_size=world) for r in range(world)]
+        assert sorted(i for part in parts for batch in part for i in batch) == list(range(length))
+    assert batches(9, processes=2, rank=0, world_size=2) == [[0, 2], [4, 6], [8]]
+    assert batches(9, processes=2, rank=1, world_size=2) == [[1, 3], [5, 7]]
+
+
+def test_other_processes_repeat_the_batches_of_a_run():
+    of_two = [[0, 2], [1, 3], [4, 6], [5, 7], [8]]
+    assert batches(9, processes=2, rank=0, world_size=1) == of_two
+    of_three = [batches(9, processes=2, rank=r, world_size=3) for r in range(3)]
+    assert sorted(batch for part in of_three for batch in part) == sorted(of_two)
 
 
 def evaluate_one_share(rank, folder):
@@ -247,7 +261,7 @@ def evaluate_one_share(rank, folder):
     predictions = as_predictions(content, random_results(content))
     ours = evaluator(content)
     ids = [image["id"] for image in content["images"]]
-    share = [ids[i] for i in DistributedEvalSampler(length=len(ids), rank=rank, world_size=2)]
+    share = [ids[i] for batch in batches(len(ids), processes=2, rank=rank, world_size=2) for i in batch]
     for image_id in [*share, ids[0]]:  # the first image in both processes
         ours.update({image_id: predictions[image_id]})
     figures = ours.summarize()

@@ -10,7 +10,7 @@ import torch
 
 from samdetr.util import logger
 from samdetr.util.files import append_json_line, whole_file, write_json
-from samdetr.util.logger import MetricAverager, log, progress
+from samdetr.util.logger import MetricAverager, MovingMean, log, progress
 
 
 def test_averages_count_each_metric_by_its_own_steps():
@@ -42,6 +42,18 @@ def test_nothing_is_read_from_the_device_before_it_is_needed(capsys):
     for step in steps:
         steps.set(loss=unreadable if step % 2 == 0 else torch.tensor(0.25))
     assert capsys.readouterr().out.count("loss 0.25") == 2
+
+
+def test_moving_mean_by_hand():
+    """Weights 1, 1/2, 1/4 from the last value back; non-finite values are left out."""
+    mean = MovingMean(decay=0.5)
+    assert mean.update(torch.tensor(math.nan)).isnan()
+    assert mean.update(torch.tensor(4.0)).item() == 4
+    assert mean.update(torch.tensor(1.0)).item() == pytest.approx((1 + 4 / 2) / (1 + 1 / 2))
+    assert mean.update(torch.tensor(math.inf)).item() == pytest.approx((1 / 2 + 4 / 4) / (1 / 2 + 1 / 4))
+    assert mean.update(torch.tensor(2.0, dtype=torch.float64)).item() == pytest.approx(
+        (2 + 1 / 4 + 4 / 8) / (1 + 1 / 4 + 1 / 8)
+    )
 
 
 @pytest.fixture

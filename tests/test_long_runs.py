@@ -16,7 +16,7 @@ from benchmarks import soak
 from samdetr.util.checkpoint import checksum
 
 SMALLER = [*TINY, "--backbone_level", "3"]  # a third of the time goes into its checkpoints otherwise
-FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --resume auto --ema 0.9")
+FLAGS = shlex.split("--epochs 2 --lr_drop 1 --lr 1e-3 --save_every_iterations 3 --keep -1 --resume auto --ema 0.9")
 MAY_DIFFER = {"settings", "versions", "checksum"}  # settings tell what a run was resumed from
 
 
@@ -39,9 +39,12 @@ class TinyForks(soak.Forks):
     def out(self, rank: int = 0) -> str:
         return (self.printed / f"{rank}.out").read_text()
 
+    def err(self, rank: int = 0) -> str:
+        return (self.printed / f"{rank}.err").read_text()
+
     def errors(self, rank: int = 0) -> list[str]:
         """Lines of ours on stderr."""
-        return re.findall(r"^main\.py: .*$", (self.printed / f"{rank}.err").read_text(), re.MULTILINE)
+        return re.findall(r"^main\.py: .*$", self.err(rank), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -170,27 +173,38 @@ def test_another_number_of_processes(before, after, forks, tmp_path, tmp_path_fa
 
 @pytest.mark.parametrize(
     ("name", "faults", "epoch", "step"),
-    [("SIGTERM", [("step", 6)], 1, 2), ("SIGUSR1", [("rename", 1)], 0, 3), ("SIGTERM", [("evaluation", 2)], 0, 4)],
-    ids=["in a step", "in a save", "in evaluation"],
+    [
+        ("SIGTERM", [("step", 6)], 1, 2),
+        ("SIGUSR1", [("rename", 1)], 0, 3),
+        ("SIGTERM", [("evaluation", 2)], 0, 4),
+        ("SIGINT", [("step", 6)], 1, 2),
+        ("SIGINT", [("evaluation", 2)], 0, 4),
+    ],
+    ids=["in a step", "in a save", "in evaluation", "Ctrl-C in a step", "Ctrl-C in evaluation"],
 )
 def test_signal_to_make_room(name, faults, epoch, step, forks, alone, tmp_path):
     output = tmp_path / "output"
-    assert forks.run(output, faults=[(*faults[0], name)]) == [75]
+    assert forks.run(output, faults=[(*faults[0], name)]) == [130 if name == "SIGINT" else 75]
+    assert "Traceback" not in forks.out() + forks.err()
+    assert forks.out().count("--resume auto resumes") == (name == "SIGINT" or faults != [("evaluation", 2)])
     saved = torch.load(output / "checkpoint.pth")
     assert (saved["epoch"], saved["iteration"]) == (epoch, step)
     assert forks.run(output) == [0]
     assert (output / "log.txt").read_bytes() == (alone / "log.txt").read_bytes()
 
 
-def test_second_signal_ends_at_once(forks, tmp_path):
-    assert forks.run(tmp_path / "output", faults=[("step", 2, "SIGTERM, SIGTERM")]) == [128 + 15]
-    assert not (tmp_path / "output").exists()
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 128 + 15), ("SIGINT", 128 + 2)])
+def test_second_signal_ends_at_once(name, status, forks, tmp_path):
+    assert forks.run(tmp_path / "output", faults=[("step", 2, f"{name}, {name}")]) == [status]
+    assert os.listdir(tmp_path / "output") == []
 
 
-def test_signal_to_workers_too(forks, alone, tmp_path):
-    """As clusters send it; the workers go on bringing the data of the last step, and end with the run."""
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_signal_to_workers_too(name, status, forks, alone, tmp_path):
+    """As clusters and terminals send it; the workers still bring the data of the last step, and end with the run."""
     output = tmp_path / "output"
-    assert forks.run(output, "--num_workers", "2", faults=[("step", 5, "SIGTERM to all")]) == [75]
+    assert forks.run(output, "--num_workers", "2", faults=[("step", 5, f"{name} to all")]) == [status]
+    assert "Traceback" not in forks.out() + forks.err()
     assert torch.load(output / "checkpoint.pth")["iteration"] == 1
     assert forks.run(output, "--num_workers", "1") == [0]
     assert (output / "log.txt").read_bytes() == (alone / "log.txt").read_bytes()
@@ -201,11 +215,15 @@ def test_killed_worker(forks, tmp_path):
     assert re.search(r"error: DataLoader worker \(pid.* killed.*--num_workers", forks.errors()[0])
 
 
-@pytest.mark.parametrize("fault", [("step", 6), ("evaluation", 2)], ids=["in a step", "in evaluation"])
-def test_signal_to_one_of_two_processes(fault, forks, pair, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("SIGUSR1", ("step", 6)), ("SIGUSR1", ("evaluation", 2)), ("SIGINT", ("step", 6)), ("SIGINT", ("evaluation", 2))],
+)
+def test_signal_to_one_of_two_processes(name, fault, forks, pair, tmp_path):
     """They agree on the step; slurm's signals do not arrive everywhere at once."""
-    output = tmp_path / "output"
-    assert forks.run(output, faults=[(*fault, "SIGUSR1", 1)], ranks=2) == [75, 75]
+    output, status = tmp_path / "output", 130 if name == "SIGINT" else 75
+    assert forks.run(output, faults=[(*fault, name, 1)], ranks=2) == [status, status]
+    assert "Traceback" not in "".join(forks.out(rank) + forks.err(rank) for rank in (0, 1))
     assert forks.run(output, ranks=2) == [0, 0]
     assert (output / "log.txt").read_bytes() == (pair / "log.txt").read_bytes()
     assert checksum(torch.load(output / "checkpoint.pth")["model"]) == checksum(

@@ -71,7 +71,7 @@ def flags_of(name: str, coco_path: str = "data/coco") -> list[str]:
     _, batch, epochs, drop, switches, *_ = RECIPES[name]
     return shlex.split(
         f"--batch_size {batch} {' '.join(switches)} --epochs {epochs} --lr_drop {drop} "
-        f"--coco_path {coco_path} --output_dir output/{name}"
+        f"--coco_path {coco_path} --keep -1 --output_dir output/{name}"
     )
 
 
@@ -164,7 +164,7 @@ def test_slurm_wrapper_runs_the_same_flags(name, tmp_path):
 def deformable_flags(name: str, *, batch: int) -> list[str]:
     return (
         f"main.py --model deformable_detr --batch_size {batch} {DEFORMABLE[name][0]} --epochs 50 --lr_drop 40 "
-        f"--coco_path data/coco --output_dir output/{name}"
+        f"--coco_path data/coco --keep -1 --output_dir output/{name}"
     ).split()
 
 
@@ -276,6 +276,7 @@ def test_preempted_job_goes_back_into_the_queue(status, state, requeued, tmp_pat
         ("--lr 1", ["--lr", "1", "--resume", "auto"]),
         ("--resume x.pth --lr 1", ["--lr", "1", "--resume", "auto:x.pth"]),
         ("--resume=auto:x.pth", ["--resume", "auto:x.pth"]),
+        ("--overwrite --lr 1", ["--lr", "1", "--resume", "auto"]),
         ("--eval --resume x.pth", ["--eval", "--resume", "x.pth"]),
     ],
 )

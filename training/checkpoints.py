@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from samdetr.util.files import append_json_line, flush_folder, read_json_lines, 
 from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+REPLAY = "replay.pth"
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
+_ANY = re.compile(r"checkpoint\w*\.pth")
+_OTHERS = {"log.txt", "curves.png", "settings.json", "bad_images.txt", REPLAY}
 # Temporary files of util.files.whole_file, which a run leaves if it is killed while it writes.
 _LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|replay\.pth|settings\.json|log\.txt|curves\.png)")
 
@@ -42,6 +46,23 @@ class CheckpointFolder:
     def __init__(self, path: str | os.PathLike, *, keep: int | None = None) -> None:
         self.path, self.keep = Path(path), keep
         self._made = False
+
+    def holds_run(self) -> list[str]:
+        """Names of checkpoints and log of a run that has written into the folder."""
+        names = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        return [name for name in names if name == "log.txt" or _ANY.fullmatch(name)]
+
+    def set_aside(self) -> Path:
+        """Move the files of the run in the folder into a new subfolder, named by the time. Returns the subfolder."""
+        with self.writing() as folder:
+            aside = folder / f"replaced-{time.strftime('%Y%m%d-%H%M%S')}"
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}+")
+            aside.mkdir()
+            for path in list(folder.iterdir()):
+                if path.is_file() and (path.name in _OTHERS or _ANY.fullmatch(path.name)):
+                    path.rename(aside / path.name)
+        return aside
 
     def save(self, content: dict[str, Any], *, epoch: int, iteration: int | None) -> Path:
         """Write a checkpoint, give it the second name `checkpoint.pth`, and remove those that are not kept.
@@ -75,8 +96,8 @@ class CheckpointFolder:
         except OSError as error:
             lost = "" if self.path.is_dir() else "the folder is gone; "
             raise ValueError(
-                f"cannot write to `output_dir` {self.path}: {lost}{error.strerror or error}; the last good checkpoint is "
-                "intact: repair the disk, then pass `resume` auto"
+                f"cannot write to `output_dir` {self.path}: {lost}{error.strerror or error}; the last good checkpoint "
+                "is intact: repair the disk, then pass `resume` auto"
             ) from None
 
     def clean(self) -> None:
@@ -92,7 +113,7 @@ class CheckpointFolder:
 
         `read` raises ValueError for a damaged file. Warns of damaged ones that are newer.
         """
-        damaged = []
+        damaged: list[ValueError] = []
         # checkpoint.pth first: a run that resumed from an earlier file has left files of higher numbers.
         for path in [self.path / NEWEST, *self._named()]:
             if not path.is_file():
@@ -102,11 +123,11 @@ class CheckpointFolder:
             except ValueError as error:
                 damaged.append(error)
                 continue
-            for error in damaged:
-                log(f"warning: {error}; resuming from {path} instead")
+            for reason in damaged:
+                log(f"warning: {reason}; resuming from {path} instead")
             return path, content
-        for error in damaged:
-            log(f"warning: {error}; there is no other checkpoint")
+        for reason in damaged:
+            log(f"warning: {reason}; there is no other checkpoint")
         return None
 
     def forget_log(self, epoch: int) -> None:

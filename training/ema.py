@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept on their device: `--ema`."""
+"""An exponential moving average of the weights, on their device: `--ema`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 class WeightAverage:
     """average += (1 - d) (weights - average) after each step, d = min(decay, (1 + n) / (10 + n)) after n such steps.
 
-    The smaller d of the start lets the average follow while the weights are still far from where they will be: with
-    0.9998 from the first step on, a tenth of the random start would be in it after 11,500 steps. After 45,000 the decay
-    is the one given.
+    The smaller d of the start lets the average follow while the weights still change a lot: with 0.9998 from the first
+    step, a tenth of the random start would remain after 11,500 steps. From step 45,000 on, d is the given decay.
 
-    Only weights that training changes are averaged. All else, buffers too, is the network's own.
+    Only weights that training changes are averaged. Everything else, buffers too, is that of the network.
 
     Args:
-        network: whose weights to follow; a weight that several modules share is averaged once.
+        network: whose weights to follow. A weight that several modules share is averaged once.
         decay: in [0, 1).
     """
 
@@ -32,21 +31,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, skip: Tensor | None = None) -> None:
-        """Follow the weights after a step. Where `skip`, a scalar on the device, is 1 instead of 0, nothing changes:
-        the host need not know."""
+        """Follow the weights after a step. If `skip`, a scalar on the device, is 1 instead of 0, nothing changes."""
         taken = torch.ones_like(self.updates) if skip is None else 1 - skip.to(self.updates.dtype)
         share = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * taken
         self.updates += taken
-        average, weights = list(self._average.values()), list(self._weights.values())
-        change = torch._foreach_sub(weights, average)
+        average, weights = list(self._average.values()), self._followed()
+        change = list(torch._foreach_sub(weights, average))  # type: ignore[arg-type]  # the stub lacks tensors
         torch._foreach_mul_(change, share)
         torch._foreach_add_(average, change)
 
     @contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """The network computes with the averages meanwhile, and with its own weights again afterwards."""
-        weights = list(self._weights.values())
+        """Let the network compute with the averages while the body runs."""
+        weights = self._followed()
         own = [weight.detach().clone() for weight in weights]
         torch._foreach_copy_(weights, list(self._average.values()))
         try:
@@ -54,8 +52,11 @@ class WeightAverage:
         finally:
             torch._foreach_copy_(weights, own)
 
+    def _followed(self) -> list[Tensor]:
+        return list(self._weights.values())
+
     def weights(self) -> dict[str, Tensor]:
-        """All that the network's state_dict has, under its names, averages where there are some."""
+        """The network's state_dict with averages in place of the weights that are averaged."""
         same = {id(weight): self._average[name] for name, weight in self._weights.items()}
         state = self.network.state_dict(keep_vars=True)
         return {name: same.get(id(value), value).detach() for name, value in state.items()}
@@ -65,7 +66,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; the decay stays that of this run."""
+        """Resume from `state_dict()`; the decay stays that of this run."""
         for name, average in self._average.items():
             average.copy_(state["model"][name])
         self.updates.fill_(state["updates"])

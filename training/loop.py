@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from samdetr.engine import train_one_epoch
 from samdetr.training import replay
-from samdetr.training.cluster.preemption import PREEMPTED, Request, Signals, Stopped, Votes
+from samdetr.training.about import about
+from samdetr.training.checkpoints import BEST
+from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Request, Signals, Stopped, Votes
 from samdetr.training.cluster.wall_clock import WallClock
+from samdetr.training.console import epoch_line, start_block
 from samdetr.training.ema import WeightAverage
 from samdetr.training.guard import BadSteps
 from samdetr.training.optim import build_scheduler
@@ -30,7 +33,7 @@ from samdetr.util.logger import MetricAverager, log
 from samdetr.util.targets import TargetBatch
 
 
-def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
+def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
     """Train to the last epoch.
 
     Args:
@@ -40,10 +43,10 @@ def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
         Stopped: the run ended early, after a checkpoint.
         ValueError: a checkpoint that cannot be resumed, or too many bad steps in a row.
     """
-    settings, loader = parts.settings, parts.data.train_loader
-    assert loader is not None
-    resume = plan(parts.source, settings, given, sampler=loader.sampler, folder=parts.folder)
-    update = build_update(parts, resume)
+    settings, data = parts.settings, parts.data.train
+    assert data is not None
+    resume = plan(parts.source, settings, given, sampler=data.sampler, folder=parts.folder)
+    update = build_update(parts, resume, steps=data.sampler.steps)
     hours = settings.run.max_hours
     clock = WallClock(hours=hours) if hours else None
     saved_settings = parts.saved_settings(settings.replace(start_epoch=resume.epoch))
@@ -56,16 +59,17 @@ def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
         ema=update.average,
         extras={"bad_steps": update.guard, **({"clock": clock} if clock else {})},
         seed=settings.run.seed,
-        batch=loader.sampler.batch,
+        batch=data.sampler.batch,
         facts={"settings": saved_settings, "categories": parts.data.categories.to_list()},
         epoch=resume.epoch,
     )
+    log(start_block(parts, resume))
     same_random_numbers = resume.restore(state)
     earlier = resume.trim_log(parts.folder)
     if resume.epoch >= settings.optimisation.epochs:
-        log(f"nothing to do up to --epochs {settings.optimisation.epochs}; --start_epoch 0 starts over")
+        log(f"nothing to do up to `epochs` {settings.optimisation.epochs}; `start_epoch` 0 starts over")
     if clock and clock.is_up:
-        log(f"--max_hours {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
+        log(f"`max_hours` {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
         return
     requests = [signals.request, *([clock.request] if clock else [])]
     trainer = Trainer(parts, state=state, update=update, signals=signals, requests=requests, earlier=earlier)
@@ -78,11 +82,9 @@ def train(parts: Parts, given: dict[str, Any], signals: Signals) -> None:
         raise ValueError(text) from None
 
 
-def build_update(parts: Parts, resume: Resume) -> Update:
-    """What makes steps, at the position where training starts. Raises ValueError."""
+def build_update(parts: Parts, resume: Resume, *, steps: int) -> Update:
+    """What makes steps, at the position where training starts; an epoch has `steps`. Raises ValueError."""
     settings, network, device = parts.settings.optimisation, parts.network, parts.device
-    assert parts.data.train_loader is not None
-    steps = parts.data.train_loader.sampler.steps
     optimizer = build_optimizer(network, parts.settings, device)
     scheduler = build_scheduler(
         optimizer,
@@ -106,9 +108,14 @@ def build_update(parts: Parts, resume: Resume) -> Update:
     )
 
 
-def average_precision(line: dict[str, Any]) -> float | None:
-    """The AP in a line of the log, that of averaged weights if any; None if there was no evaluation."""
-    metrics = line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
+def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
+    """The 12 metrics in a line of the log, those of averaged weights if any; None if there was no evaluation."""
+    return line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
+
+
+def average_precision(line: Mapping[str, Any]) -> float | None:
+    """The AP of `coco_metrics`."""
+    metrics = coco_metrics(line)
     return metrics[0] if metrics else None
 
 
@@ -138,21 +145,24 @@ class Trainer:
         requests: Sequence[Callable[[], Request]],
         earlier: Sequence[dict[str, Any]] = (),
     ) -> None:
-        assert parts.data.train_loader is not None
-        assert parts.data.bad_images is not None
+        assert parts.data.train is not None
         self.parts, self.state, self.update, self.signals = parts, state, update, signals
-        self.folder, self.loader, self.bad_images = parts.folder, parts.data.train_loader, parts.data.bad_images
+        self.folder, self.data = parts.folder, parts.data.train
         self.epochs = parts.settings.optimisation.epochs
         self.requests = [*requests, self._save_if_late]
-        self.history = [ap for ap in map(average_precision, earlier) if ap is not None]
+        self.history = [(line["epoch"], ap) for line in earlier if (ap := average_precision(line)) is not None]
         self.votes = Votes()
         self.saved_at = time.monotonic()
+        self.about = (
+            about(device=parts.device, data=Path(parts.settings.data.coco_path)) if self.folder and is_main() else {}
+        )
         self._arrived = 0  # batches of this epoch
+        self._tables = ""  # of the last evaluation
 
     @property
     def steps(self) -> int:
         """Of an epoch."""
-        return self.loader.sampler.steps
+        return self.data.sampler.steps
 
     def run(self, *, same_random_numbers: bool = False) -> None:
         """Train.
@@ -164,7 +174,8 @@ class Trainer:
             Stopped: a request ended the run early, after a checkpoint.
         """
         state = self.state
-        start = self.saved_at = time.monotonic()
+        first, start = state.epoch, time.monotonic()
+        self.saved_at = start
         for epoch in range(state.epoch, self.epochs):
             if self._lost_patience():
                 break
@@ -175,36 +186,39 @@ class Trainer:
                 # number of processes cannot be exact; mix in the iteration, so that no draws are repeated.
                 torch.manual_seed(state.seed + get_rank() + 1_000_003 * epoch + 7_919 * state.iteration)
             same_random_numbers = False
-            line = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
+            line: dict[str, Any] = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
             self._act(self.votes.result())
             if (epoch + 1) % self.parts.settings.run.eval_every_epoch == 0 or epoch + 1 == self.epochs:
                 # This epoch's checkpoint is already saved; if we are killed here, the resumed run evaluates first.
-                with self.signals.nothing_to_save() if self.folder else nullcontext():
+                with self.signals.nothing_to_save():
                     line |= {f"test_{name}": value for name, value in self._evaluate().items()}
                 ap = average_precision(line)
                 assert ap is not None
-                if self.folder and is_main() and ap > max(self.history, default=-math.inf):
+                if self.folder and is_main() and ap > max((ap for _, ap in self.history), default=-math.inf):
                     # Before writing the log line, so that a crash in between repeats this step.
                     self.folder.keep_best()
-                self.history.append(ap)
+                self.history.append((epoch, ap))
             if self.folder and is_main():
                 n_parameters = sum(weight.numel() for weight in self.update.weights)
                 with self.folder.writing() as folder:
                     self.folder.append_log({**line, "epoch": epoch, "n_parameters": n_parameters})
                     plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
-        log(f"training took {timedelta(seconds=round(time.monotonic() - start))}")
+            seconds = (time.monotonic() - start) / (epoch + 1 - first) * (self.epochs - epoch - 1)
+            best, where = self._best(), self.folder.path / BEST if self.folder else None
+            log(epoch_line(line, metrics=coco_metrics(line), best=best, where=where, epoch=epoch, seconds_left=seconds))
+        log(f"{self._tables}training took {timedelta(seconds=round(time.monotonic() - start))}")
 
     def _train_one_epoch(self) -> dict[str, float]:
         parts, state = self.parts, self.state
-        self.loader.sampler.set_epoch(state.epoch, state.iteration)
-        self.loader.dataset.set_epoch(state.epoch)
+        self.data.sampler.set_epoch(state.epoch, state.iteration)
+        self.data.images.set_epoch(state.epoch)
         self._arrived = 0
         parts.watchdog.begin_round()
         with self.update.watch():
             metrics = train_one_epoch(
                 model=parts.model,
                 criterion=parts.criterion,
-                loader=self.loader,
+                loader=self.data.loader,
                 update=self.update,
                 device=parts.device,
                 epoch=state.epoch,
@@ -222,27 +236,36 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """Metrics of the network, and of the averaged weights if any."""
-        metrics = self.parts.evaluate()[0]
+        metrics, evaluator = self.parts.evaluate()
+        self._tables = f"{evaluator.table()}\n"
         if self.update.average:
-            log("and with averaged weights:")
             with self.update.average.in_place():
-                metrics |= {f"ema_{name}": value for name, value in self.parts.evaluate()[0].items()}
+                averaged, evaluator = self.parts.evaluate()
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+            self._tables += f"and with averaged weights:\n{evaluator.table()}\n"
+        if self.parts.settings.run.verbose:
+            log(self._tables.rstrip())
+            self._tables = ""
         return metrics
+
+    def _best(self) -> tuple[int, float] | None:
+        """Epoch and AP of the best evaluation so far, the first of equal ones."""
+        return max(self.history, key=lambda one: one[1]) if self.history else None
 
     def _on_batch(self, targets: TargetBatch | None) -> None:
         self.parts.watchdog.on_batch(targets)
         if targets is not None:
             self._arrived += 1
-            self.bad_images.note(targets.unreadable, last=self._arrived == len(self.loader))
+            self.data.bad_images.note(targets.unreadable, last=self._arrived == len(self.data.loader))
 
     def _lost_patience(self) -> bool:
         patience = self.parts.settings.run.patience
-        if not patience or not self.history:
+        best = self._best()
+        if not patience or not best:
             return False
-        best = max(self.history)
         since = len(self.history) - 1 - self.history.index(best)
         if since >= patience:
-            log(f"stopped by --patience {patience}: no AP of the last {since} evaluations is above {best:.4f}")
+            log(f"stopped by `patience` {patience}: no AP of the last {since} evaluations is above {best[1]:.4f}")
         return since >= patience
 
     def save(self) -> None:
@@ -253,7 +276,7 @@ class Trainer:
         content = state.capture()
         if is_main():
             with self.folder.writing() as folder:
-                write_json(folder / "settings.json", state.facts["settings"])
+                write_json(folder / "settings.json", {**state.facts["settings"], "about": self.about})
             every = self.parts.settings.run.save_every_epoch
             whole = state.iteration == self.steps and (state.epoch + 1) % every == 0
             self.folder.save(content, epoch=state.epoch, iteration=None if whole else state.iteration)
@@ -281,8 +304,8 @@ class Trainer:
         if request < Request.FINISH:
             return
         barrier()  # once one process ends, the launcher may end the others: the checkpoint must be written before
-        log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; --resume auto resumes there")
-        raise Stopped(PREEMPTED if request == Request.PREEMPT else 0)
+        log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; `resume` auto resumes there")
+        raise Stopped({Request.PREEMPT: PREEMPTED, Request.INTERRUPT: INTERRUPTED}.get(request, 0))
 
     def _save_if_late(self) -> Request:
         minutes = self.parts.settings.run.save_every_minutes

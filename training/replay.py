@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samdetr.engine import compute_losses, predict
-from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.models.criterion import SetCriterion
+from samdetr.training.checkpoints import REPLAY, CheckpointFolder
 from samdetr.training.guard import BadSteps, StepRecord
 from samdetr.training.run import AMP, build_network, build_optimizer, place
 from samdetr.training.settings import RunSettings
@@ -29,14 +30,14 @@ from samdetr.util.distributed import all_gather_object, barrier, get_rank
 from samdetr.util.logger import log
 from samdetr.util.padded_images import PaddedImages
 
-NAME, VERSION = "replay.pth", 1
+VERSION = 1
 
 
 def keep(
     error: BadSteps,
     *,
     state: TrainingState,
-    criterion: nn.Module,
+    criterion: SetCriterion,
     device: torch.device,
     amp: torch.dtype | None,
     folder: CheckpointFolder | None,
@@ -56,7 +57,7 @@ def keep(
     text += ". Try a smaller `lr`, and look at these images and their boxes"
     if folder is None:
         return f"{text}; with `output_dir` the step would be saved, to be repeated"
-    path = folder.path / NAME
+    path = folder.path / REPLAY
     if get_rank() == rank:
         with folder.writing():
             save_file(content, path)
@@ -66,6 +67,7 @@ def keep(
 
 def pack(step: StepRecord, state: TrainingState) -> dict[str, Any]:
     """The file's content, a plain dict on the CPU. The state must be that from before the step."""
+    assert step.parts is not None
     network = state.model
     gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
     content = {
@@ -91,7 +93,7 @@ def read(source: str) -> dict[str, Any]:
     """The content of a file that `keep` wrote. Raises ValueError."""
     content = read_file(source, name="replay")
     if content.get("replay") != VERSION:
-        raise ValueError(f"`replay` {source} holds no step; pass the {NAME} that a run left when it stopped")
+        raise ValueError(f"`replay` {source} holds no step; pass the {REPLAY} that a run left when it stopped")
     return content
 
 
@@ -119,7 +121,7 @@ class Repeated:
         return all(map(math.isfinite, (*self.terms.values(), self.norm)))
 
     def first_fault(self) -> str:
-        """Where it began. An infinity may be intended, such as that of positions which propose nothing; a NaN is not."""
+        """Where it began. An infinity may be intended, such as that of positions that propose nothing; a NaN is not."""
         found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
         return next((f"first {what}: {where}" for what, where in found.items() if where), "the norm overflows")
 
@@ -136,7 +138,12 @@ class Repeated:
 
 
 def repeat(
-    content: dict[str, Any], *, network: nn.Module, criterion: nn.Module, device: torch.device, amp: torch.dtype | None
+    content: dict[str, Any],
+    *,
+    network: nn.Module,
+    criterion: SetCriterion,
+    device: torch.device,
+    amp: torch.dtype | None,
 ) -> Repeated:
     """Forward, losses and backward of a packed step. The network must already have its weights; it keeps the gradients,
     without the loss scale."""
@@ -220,7 +227,7 @@ class _Watch:
                 self.infinite = name
 
     def see_gradient(self, name: str, weight: Tensor) -> None:
-        if self.gradient is None and not torch.isfinite(weight.grad).all():
+        if self.gradient is None and weight.grad is not None and not torch.isfinite(weight.grad).all():
             self.gradient = name
 
 

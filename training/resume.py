@@ -2,13 +2,14 @@
 
 1. `find_checkpoint`: the file that `resume` means. With "auto" the main process looks for it, and all take the same.
 2. `Source.applied`: what the file decides: the settings of the network and its input, the order of the images.
-3. The weights, into the network, before DistributedDataParallel wraps it and the optimiser refers to its parameters
+3. `claim_folder`: another run's files in the output folder are refused or set aside, before anything is written.
+4. The weights, into the network, before DistributedDataParallel wraps it and the optimiser refers to its parameters
    (training.run).
-4. `plan`: the epoch, and how many of its steps are done. This depends on the number of images.
-5. The learning rates, which follow from settings and position alone (training.optim.build_scheduler).
-6. `Resume.restore`: optimiser, kept gradients, loss scale, averages, counters, last the sums for the log and the random
+5. `plan`: the epoch, and how many of its steps are done. This depends on the number of images.
+6. The learning rates, which follow from settings and position alone (training.optim.build_scheduler).
+7. `Resume.restore`: optimiser, kept gradients, loss scale, averages, counters, last the sums for the log and the random
    numbers, because everything above may draw some.
-7. `Resume.trim_log`: lines of epochs that come again leave the log.
+8. `Resume.trim_log`: lines of epochs that come again leave the log.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from samdetr.models.checkpoints import read_checkpoint
 from samdetr.training.checkpoints import NEWEST, CheckpointFolder
 from samdetr.training.settings import RunSettings
 from samdetr.training.state import TrainingState
-from samdetr.util.distributed import from_main, is_main
+from samdetr.util.distributed import from_main, get_world_size, is_main
 from samdetr.util.logger import log
+
+# Settings that an evaluation takes from the run that made the file, so that it repeats the figures of that run.
+AS_TRAINED = ("batch_size", "pad_to_multiple", "amp")
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Source:
         path: file or URL; "" if there is none.
         checkpoint: its content, of `read_checkpoint`.
         same_run: whether training continues the run whose log and checkpoints are in the output folder.
+        in_folder: whether the file is in the output folder, and training starts where it ends.
     """
 
     path: str
     checkpoint: dict[str, Any] | None
     same_run: bool
+    in_folder: bool = False
 
     def applied(self, settings: RunSettings, given: Mapping[str, Any]) -> RunSettings:
         """The settings with what the checkpoint decides. `given`: values of the flags that the user typed.
@@ -51,7 +57,18 @@ class Source:
             settings = settings.with_checkpoint(self.checkpoint["settings"], given)
             if "sampler" in self.checkpoint and "seed" not in given:
                 settings = settings.replace(seed=self.checkpoint["sampler"]["seed"])
+            if settings.run.eval:
+                saved = self.checkpoint["run_settings"]
+                settings = settings.replace(
+                    **{name: saved[name] for name in AS_TRAINED if name in saved and name not in given}
+                )
         return settings.replace(resume=self.path)
+
+    def evaluating_processes(self, given: Mapping[str, Any]) -> int:
+        """The number of processes whose batches an evaluation repeats."""
+        if not self.checkpoint or "batch_size" in given:
+            return get_world_size()
+        return self.checkpoint["run_settings"].get("world_size", get_world_size())
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,7 @@ class Resume:
         if state.ema and not checkpoint.get("ema"):
             log("the average of the weights starts from these: this file has none")
         elif not state.ema and checkpoint.get("ema"):
-            log("the average of the weights in this file is left out; --ema continues it")
+            log("the average of the weights in this file is left out; `ema` continues it")
         return self.step is not None and state.restore_place(checkpoint, iteration=self.step)
 
     def trim_log(self, folder: CheckpointFolder | None) -> list[dict[str, Any]]:
@@ -117,11 +134,33 @@ def find_checkpoint(settings: RunSettings, given: Mapping[str, Any], folder: Che
     checkpoint = None
     if path:
         checkpoint = found[1] if found else read_checkpoint(path)
-    same_run = auto
-    if checkpoint:
-        in_folder = folder is not None and Path(path).parent.resolve() == folder.path.resolve()
-        same_run = in_folder and "iteration" in checkpoint
-    return Source(path, checkpoint, same_run=same_run and "start_epoch" not in given)
+    in_folder = bool(path) and folder is not None and Path(path).parent.resolve() == folder.path.resolve()
+    in_folder = in_folder and "start_epoch" not in given
+    if checkpoint:  # early files lack the iteration
+        return Source(path, checkpoint, same_run=in_folder and "iteration" in checkpoint, in_folder=in_folder)
+    return Source(path, None, same_run=auto and "start_epoch" not in given)
+
+
+def claim_folder(source: Source, folder: CheckpointFolder, *, overwrite: bool) -> None:
+    """Before training writes into the folder: protect another run's files in it.
+
+    Raises:
+        ValueError: there are some, and neither does training continue that run nor is `overwrite` given.
+    """
+
+    def claim() -> None:
+        names = folder.holds_run()
+        if not names or source.same_run or source.in_folder:
+            return
+        if not overwrite:
+            raise ValueError(
+                f"`output_dir` {folder.path} holds a run ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+                "pass `resume` auto to continue it, `overwrite` to start anew (its files move to a subfolder), or "
+                "another folder"
+            )
+        log(f"the files of the run in {folder.path} are now in {folder.set_aside()}")
+
+    from_main(claim)
 
 
 def plan(
@@ -140,13 +179,13 @@ def plan(
     checkpoint = source.checkpoint
     if not checkpoint or "epoch" not in checkpoint or "start_epoch" in given:
         return Resume(source, settings.run.start_epoch, None)
-    epoch, step, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler")
+    epoch, step, order = checkpoint["epoch"], checkpoint.get("iteration"), checkpoint.get("sampler", {})
     if step is None or order["position"] + order["batch"] > sampler.length:  # the epoch is complete
         # Except for its log line, if the same run was interrupted while it evaluated.
-        unlogged = from_main(lambda: bool(folder) and source.same_run and not folder.has_logged(epoch))
-        return (
-            Resume(source, epoch, sampler.steps) if unlogged and step is not None else Resume(source, epoch + 1, None)
-        )
+        unlogged = from_main(lambda: folder is not None and source.same_run and not folder.has_logged(epoch))
+        if unlogged and step is not None:
+            return Resume(source, epoch, sampler.steps)
+        return Resume(source, epoch + 1, None)
     for name, here in (("seed", sampler.seed), ("batch", sampler.batch)):
         if order[name] != here:
             what = "`seed`" if name == "seed" else "images per step (processes x `batch_size` x `accumulate`)"

@@ -20,17 +20,18 @@ from samdetr.datasets.check.splits import Split
 from samdetr.datasets.check.start import check_loaded, start_lines
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval import CocoEvaluator
-from samdetr.datasets.sampler import DistributedEvalSampler, TrainSampler
+from samdetr.datasets.sampler import TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
 from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.optim import parameter_groups
-from samdetr.training.resume import Source, find_checkpoint, is_auto
+from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
 from samdetr.util.checkpoint import load_weights
 from samdetr.util.device import choose_device
@@ -42,16 +43,22 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Data:
-    """What a run reads, as batches.
+class TrainData:
+    """The training images, as batches in the order of `sampler`."""
 
-    Args:
-        train_loader, bad_images: None if the run only evaluates.
-    """
+    images: CocoDetection
+    sampler: TrainSampler
+    loader: DataLoader
+    bad_images: BadImages
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads. `train` is None if it only evaluates."""
 
     categories: Categories
-    train_loader: DataLoader | None
-    bad_images: BadImages | None
+    train: TrainData | None
+    val_images: CocoDetection
     val_loader: DataLoader
 
 
@@ -89,21 +96,20 @@ class Parts:
 
     def evaluate(self) -> tuple[dict[str, Any], CocoEvaluator]:
         """Metrics of the network as it is, and what holds the detections."""
-        loader = self.data.val_loader
-        evaluator = CocoEvaluator(loader.dataset.ground_truth, self.data.categories)
+        assert self.data.val_images.ground_truth is not None
+        evaluator = CocoEvaluator(self.data.val_images.ground_truth, self.data.categories)
         self.watchdog.begin_round()
         metrics = evaluate(
             model=self.model,
             criterion=self.criterion,
             postprocess=self.postprocess,
-            loader=loader,
+            loader=self.data.val_loader,
             evaluator=evaluator,
             device=self.device,
             amp=self.amp,
             on_batch=self.watchdog.on_batch,
             print_every=self.settings.run.print_every,
         )
-        log(evaluator.table())
         return metrics, evaluator
 
 
@@ -114,6 +120,8 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
     if is_auto(run.resume) and not run.output_dir:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
+    if is_auto(run.resume) and run.overwrite:
+        raise ValueError("`overwrite` starts anew, `resume` auto continues: pass one of them")
     if run.output_dir and not _is_writable(Path(run.output_dir)):
         raise ValueError(f"`output_dir` {run.output_dir} is not a folder that can be written to")
 
@@ -135,11 +143,21 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
         ValueError: settings, checkpoint or data that no run can use; one line.
     """
     device = choose_device(settings.run.device)
-    folder = CheckpointFolder(settings.run.output_dir, keep=settings.run.keep) if settings.run.output_dir else None
+    folder = None
+    if settings.run.output_dir:
+        keep = settings.run.keep
+        folder = CheckpointFolder(settings.run.output_dir, keep=None if keep == -1 else keep)
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
     settings.check_family(given)
-    data = load_data(settings, checkpoint=source.checkpoint, folder=folder)
+    if folder and not settings.run.eval:
+        claim_folder(source, folder, overwrite=settings.run.overwrite)
+    data = load_data(
+        settings,
+        checkpoint=source.checkpoint,
+        folder=folder,
+        evaluating_processes=source.evaluating_processes(given) if settings.run.eval else None,
+    )
     if not source.checkpoint:
         settings = settings.replace(num_classes=data.categories.num_classes)
     elif data.categories.num_classes > settings.trunk.num_classes:
@@ -156,8 +174,6 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     place(network, settings, device)
     if settings.speed.compile:
         network.compile(dynamic=True)
-    n_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    log(f"{n_parameters:,} trainable parameters; {get_world_size()} process(es) on {device.type}")
     return Parts(
         settings=settings,
         source=source,
@@ -203,7 +219,13 @@ def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.dev
     )
 
 
-def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folder: CheckpointFolder | None) -> Data:
+def load_data(
+    settings: RunSettings,
+    *,
+    checkpoint: dict[str, Any] | None,
+    folder: CheckpointFolder | None,
+    evaluating_processes: int | None = None,
+) -> Data:
     """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
     checked: list[Split] = []
 
@@ -235,14 +257,25 @@ def load_data(settings: RunSettings, *, checkpoint: dict[str, Any] | None, folde
             folder=folder.path if folder else None,
             every=settings.run.print_every,
         )
-    train_loader, val_loader = build_loaders(settings, train_set, val_set)
-    return Data(categories or val_set.categories, train_loader, bad_images, val_loader)
+    train_loader, val_loader = build_loaders(settings, train_set, val_set, evaluating_processes=evaluating_processes)
+    train = None
+    if train_set and train_loader and bad_images:
+        assert isinstance(train_loader.sampler, TrainSampler)
+        train = TrainData(train_set, train_loader.sampler, train_loader, bad_images)
+    return Data(categories or val_set.categories, train, val_set, val_loader)
 
 
 def build_loaders(
-    settings: RunSettings, train_set: CocoDetection | None, val_set: CocoDetection
+    settings: RunSettings,
+    train_set: CocoDetection | None,
+    val_set: CocoDetection,
+    *,
+    evaluating_processes: int | None = None,
 ) -> tuple[DataLoader | None, DataLoader]:
     """Batches for training, without the incomplete last one, as published, and for evaluation.
+
+    Args:
+        evaluating_processes: as of `Source.evaluating_processes`; None: those of this run.
 
     Raises:
         ValueError: a step needs more images than there are.
@@ -254,13 +287,19 @@ def build_loaders(
         "num_workers": settings.data.num_workers,
         "persistent_workers": settings.data.num_workers > 0,  # started once, not for each epoch
         "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": shield_worker,
+        "worker_init_fn": _init_worker,
         # A loader draws a number when its workers start, which in a resumed run is in another epoch. It must not come
         # from the random numbers of the network's dropout.
         "generator": torch.Generator(),
     }
-    order = DistributedEvalSampler(length=len(val_set), rank=rank, world_size=world_size)
-    val_loader = DataLoader(val_set, batch_size, sampler=order, **options)
+    batches = evaluation_batches(
+        length=len(val_set),
+        batch_size=batch_size,
+        processes=evaluating_processes or world_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    val_loader = DataLoader(val_set, batch_sampler=batches, **options)
     if train_set is None:
         return None, val_loader
     batch = batch_size * accumulate * world_size
@@ -276,11 +315,16 @@ def build_loaders(
     return DataLoader(train_set, batch_size, sampler=shuffled, **options), val_loader
 
 
+def _init_worker(number: int) -> None:
+    shield_worker(number)
+    leave_lock_to_parent()
+
+
 def _load_checkpoint(network: Detector, source: Source, *, raw: bool) -> None:
     assert source.checkpoint is not None
     weights = chosen_weights(source.checkpoint, raw=raw)
     if weights is not source.checkpoint["model"]:
-        log("these are averaged weights (--ema); --raw_weights takes those that were trained")
+        log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
     load_weights(network, weights, source=source.path)
 
 
@@ -288,7 +332,7 @@ def _load_backbone(network: Detector, settings: RunSettings) -> None:
     with main_process_first():
         load_backbone_weights(network, settings.run.backbone_weights)
     if settings.run.backbone_weights == "none" and settings.trunk.backbone_norm == "frozen":
-        log("note: a random backbone whose norms and first stage stay frozen; --backbone_norm learned trains them")
+        log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
 
 
 def _distributed(network: Detector, settings: RunSettings) -> nn.Module:
@@ -303,6 +347,7 @@ def _distributed(network: Detector, settings: RunSettings) -> nn.Module:
 def write_evaluation(parts: Parts) -> None:
     """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
     metrics, evaluator = parts.evaluate()
+    log(evaluator.table())
     if parts.folder and is_main():
         with parts.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)

@@ -86,8 +86,9 @@ class Run(Settings):
     save_every_iterations: int = flag(0, "also save every N iterations; 0: off", least=0, metavar="N")
     save_every_minutes: float = flag(0.0, "also save every N minutes; 0: off", least=0, metavar="N")
     keep: int | None = flag(
-        None, "older checkpoints that stay; unset: all of --save_every_epoch, one in between", least=0, metavar="N"
+        1, "older checkpoints kept beside the newest and the best; -1: all of --save_every_epoch", least=-1, metavar="N"
     )
+    overwrite: bool = flag(False, "start anew in an --output_dir that holds a run; its files move to a subfolder")
     timeout: float = flag(
         1800.0,
         "seconds without a sign of life of a process until the others stop",
@@ -95,6 +96,7 @@ class Run(Settings):
         most=1e9,
         metavar="SECONDS",
     )
+    verbose: bool = flag(False, "show the 12 metrics after every evaluation, not only after the last")
     print_every: int = flag(50, "iterations between progress lines if output is no terminal", least=1, metavar="N")
     world_size: int = flag(1, "number of processes, if the launcher does not set it", least=1)
     dist_url: str = flag("env://", "where the processes meet", metavar="URL")

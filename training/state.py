@@ -31,7 +31,7 @@ class TrainingState:
     """The parts of a run that change, and its position. `capture()` makes a checkpoint of them, `restore()` and
     `restore_place()` undo it.
 
-    The learning rate is no part: it follows from the settings and the position, so a run may resume with other settings.
+    The learning rate is no part: it follows from the settings and the position, so a run may resume with others.
 
     Args:
         model: the network itself, without DDP's wrapper.

@@ -28,7 +28,7 @@ def save_file(content: dict[str, Any], path: str | os.PathLike) -> None:
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save({**content, "checksum": checksum(content)}, file)
-        except RuntimeError as error:  # torch's writer hides why the disk refused behind one of its own
+        except RuntimeError as error:  # torch's writer hides the reason behind an error of its own
             reason = error.__context__
             if not isinstance(reason, OSError):
                 raise
@@ -36,13 +36,13 @@ def save_file(content: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def checksum(content: Any) -> str:
-    """SHA-256 of what tensors and plain values in (nested) dicts and lists say, in hexadecimal."""
+    """SHA-256 of the tensors and plain values in (nested) dicts and lists, in hexadecimal."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, dict):
             sha.update(f"dict{len(value)}".encode())
             for key, item in value.items():
@@ -76,7 +76,7 @@ def read_file(source: str, *, name: str) -> dict[str, Any]:
         raise ValueError(f"{where}: no such file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks about odd pickles, one of which follows as an error
+            warnings.simplefilter("ignore")  # about unusual pickles, for which an error follows
             content = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise ValueError(f"{where} may not be read; check its permissions") from None
@@ -88,9 +88,9 @@ def read_file(source: str, *, name: str) -> dict[str, Any]:
         raise ValueError(f"{where} is cut, damaged or no file of plain weights; get it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{where} holds a {type(content).__name__}, not a dict of weights")
-    version, told = content.get("schema_version"), content.pop("checksum", None)  # official files have neither
-    if (told is not None or version is not None) and told != checksum(content):
-        raise ValueError(f"{where} is damaged: its contents do not have the checksum that it tells; get it again")
+    version, saved = content.get("schema_version"), content.pop("checksum", None)  # official files have neither
+    if (saved is not None or version is not None) and saved != checksum(content):
+        raise ValueError(f"{where} is damaged: its content does not match its checksum; get it again")
     if version is not None and version > SCHEMA_VERSION:
         raise ValueError(f"{where} has schema version {version}, this version of the project reads {SCHEMA_VERSION}")
     return content

@@ -1,6 +1,6 @@
-"""Processes and ranks: who am I, how many are we, and the few exchanges between processes that training needs.
+"""Processes, ranks, and the few exchanges between processes that training needs.
 
-Every function works without a process group too, as the only process there is.
+Every function also works without a process group, as in a run of one process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def init_distributed(
     """Join the other processes of this run, started by torchrun, torch.distributed.launch or srun.
 
     `dist_url` "env://" takes the meeting point from the launcher, "tcp://host:port" names it. `world_size` is needed
-    only where the launcher does not tell it; 1 means "not given". A world of one process gets no process group.
+    only if the launcher does not set it; 1 means "not given". A run of one process gets no process group.
     On "cuda" devices this process's GPU becomes the current one, so that plain "cuda" means it.
 
     Raises ValueError for variables that contradict each other; names the variable and its value.
@@ -69,9 +69,9 @@ def init_distributed(
 def _meet(url: str, ranks: Ranks, timeout: timedelta) -> dist.Store:
     """A store of the processes that are there now.
 
-    torchrun keeps its store when it restarts the processes after one was lost, so that they would read the addresses of
-    those before. Here the first process gives each of the others, which ask under names that nobody had before, the
-    name of a part of the store that is theirs alone. Raises ValueError, with the ranks that did not come.
+    torchrun keeps its store when it restarts the processes after one was lost, so they would read the addresses of the
+    former ones. Here the others ask under fresh names, and the first process answers with the name of a fresh part of
+    the store. Raises ValueError, with the ranks that did not come.
     """
     try:
         store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
@@ -103,7 +103,7 @@ def _meet(url: str, ranks: Ranks, timeout: timedelta) -> dist.Store:
 
 
 def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
-    """The ranks that torchrun's variables tell, else those of an srun step with several tasks, else a single process.
+    """The ranks of torchrun's variables, else those of an srun step with several tasks, else a single process.
 
     `world_size` as in `init_distributed`. Raises ValueError.
     """
@@ -112,9 +112,9 @@ def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
             raise ValueError(f"RANK={environ['RANK']} is set but LOCAL_RANK is not: set it, or start with torchrun")
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     elif _started_by_srun(environ):
-        # The step's own number first: an interactive shell may be a step of one task in a job of many.
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
-        names = ("SLURM_PROCID", size, "SLURM_LOCALID")
+        # The step's number first: an interactive shell may be a step of one task in a job of many.
+        tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", tasks, "SLURM_LOCALID")
     elif world_size > 1:
         raise ValueError(
             f"`world_size` {world_size}, but no launcher set the rank of this process: start it with torchrun or srun"
@@ -138,7 +138,7 @@ def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
 def slurm_url(environ: Mapping[str, str]) -> str:
     """Where the tasks of an srun step meet: "tcp://first node:port".
 
-    MASTER_ADDR and MASTER_PORT win where set. Otherwise the port follows from the job's number, so that two jobs
+    If set, MASTER_ADDR and MASTER_PORT win. Otherwise the port follows from the job's number, so that two jobs
     that share a node do not meet each other. Raises ValueError.
     """
     host = environ.get("MASTER_ADDR")
@@ -207,7 +207,7 @@ def is_main() -> bool:
 
 
 def is_first_on_node() -> bool:
-    """Whether this process does what is to be done once on each node."""
+    """Whether this process does the work that is done once per node."""
     return _ranks.local_rank == 0
 
 
@@ -225,12 +225,12 @@ def _exchange() -> Iterator[None]:
 
 
 def exchanging() -> bool:
-    """Whether this process waits for others in one of the functions below."""
+    """Whether this process is waiting for others in one of the functions below."""
     return _exchanging > 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if _joined():
         with _exchange():
             dist.barrier()
@@ -241,7 +241,7 @@ def reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mean over the processes of scalars on one device; every process must bring the same keys. One exchange in all."""
     if not _joined():
         return dict(values)
-    keys = sorted(values)  # the processes may have filled their dicts in unlike order
+    keys = sorted(values)  # the processes may have filled their dicts in different orders
     stacked = torch.stack([values[key] for key in keys])
     with _exchange():
         dist.all_reduce(stacked)
@@ -250,8 +250,8 @@ def reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def any_process(flags: Tensor) -> Tensor:
-    """Where some process has 1.0 instead of 0.0; every process must bring as many. Changes `flags`, and waits for no
-    GPU."""
+    """Maximum over the processes: 1.0 where any process has 1.0 instead of 0.0. Same shape in every process. Changes
+    `flags` in place; does not wait for the GPU."""
     if _joined():
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags
@@ -274,9 +274,9 @@ def from_main(value: Callable[[], T]) -> T:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process of each node runs the body before the node's others, e.g. to fetch a file that they then find.
+    """The first process of each node runs the body before the others of the node, e.g. to fetch a file for all.
 
-    Every process of the run has to come here.
+    Every process of the run must call this.
     """
     first = is_first_on_node()
     if not first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,10 +17,19 @@ from samdetr.util.distributed import all_gather_object, is_main
 T = TypeVar("T")
 
 
+_describe: Callable[[str], str] = str
+
+
+def describe_by(describe: Callable[[str], str]) -> None:
+    """Let `describe` edit every line from now on: a program turns the names of arguments, in backticks, into flags."""
+    global _describe
+    _describe = describe
+
+
 def log(message: object) -> None:
     """Print a line, on the main process only."""
     if is_main():
-        tqdm.write(str(message))  # like print, but a progress bar on the terminal stays whole
+        tqdm.write(_describe(str(message)))  # like print, but a progress bar on the terminal stays whole
         sys.stdout.flush()
 
 
@@ -35,7 +44,7 @@ class MetricAverager:
         self._counts: dict[str, int] = {}
 
     def update(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Add one step. Not every step has to bring every name."""
+        """Add one step, which need not have every name."""
         for name, value in metrics.items():
             value = torch.as_tensor(value, dtype=torch.float64).detach()  # from float, through no float32
             assert value.ndim == 0, f"metric {name} is no scalar but has shape {tuple(value.shape)}"
@@ -43,11 +52,11 @@ class MetricAverager:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums and counts of this process, exactly; waits for the device."""
+        """The exact sums and counts of this process; waits for the device."""
         return {"sums": {name: float(value) for name, value in self._sums.items()}, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Resume from `state_dict`."""
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
         self._counts = dict(state["counts"])
 
@@ -61,30 +70,47 @@ class MetricAverager:
         return {name: value / count for name, (value, count) in totals.items()}
 
 
+class MovingMean:
+    """Mean of the last values, weights falling exponentially, on their device; non-finite values are left out."""
+
+    def __init__(self, *, decay: float = 0.95) -> None:
+        self.decay = decay
+        self._sum: Tensor | float = 0.0
+        self._weight: Tensor | float = 0.0
+
+    def update(self, value: Tensor) -> Tensor:
+        """Add a scalar. Returns the mean, NaN if no value was finite."""
+        value = value.detach()
+        finite = torch.isfinite(value)
+        self._sum = self.decay * self._sum + torch.where(finite, value, 0)
+        self._weight = self.decay * self._weight + finite
+        return self._sum / self._weight
+
+
 class progress(Generic[T]):
-    """Iterate and show how far it is: a bar on a terminal, else a plain line every `every` iterations and at the end.
+    """Iterate and show the progress: a bar on a terminal, else a plain line every `every` iterations and at the end.
 
         steps = progress(loader, description="epoch 3", every=50)
         for batch in steps:
             steps.set(loss=loss, lr=lr)
 
-    `total` is `len(iterable)` unless given, or unknown; `start` of them are already done. Other processes
-    than the main one iterate in silence.
+    `total` is `len(iterable)` unless given, or unknown; `start` of them are already done. Processes other than the main
+    one show nothing.
     """
 
-    _REFRESH = 0.5  # seconds between two looks at the values that belong beside the bar
+    _REFRESH = 0.5  # seconds between two updates of the values beside the bar
 
     def __init__(
         self, iterable: Iterable[T], *, description: str, start: int = 0, total: int | None = None, every: int = 50
     ) -> None:
         self._iterable = iterable
         self._description = description
-        self._total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self._start, self._every = start, every
         self._values: dict[str, Any] = {}
 
     def set(self, **values: Tensor | float | str) -> None:
-        """What to show from now on. A tensor on the GPU is read only when it is shown, not at every call."""
+        """Values to show. A tensor on the GPU is read only when it is shown, not at every call."""
         self._values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     def __iter__(self) -> Iterator[T]:

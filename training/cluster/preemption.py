@@ -1,4 +1,4 @@
-"""Signals that ask a run to make room, and how its processes agree when to do so."""
+"""Signals that ask a run to end, Ctrl-C among them, and how its processes agree when to do so."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import distributed
 
 from samdetr.util.distributed import get_world_size
+from samdetr.util.logger import log
 
 PREEMPTED = 75  # exit status "start me again" (sysexits.h: temporary failure); scripts_slurm/launch.sh knows it
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of clusters that preempt; of slurm's --signal=USR1@120
-_ONE_SIGNAL = 0.1  # seconds: launchers forward a signal that the cluster has also sent to every process
+INTERRUPTED = 130  # exit status after Ctrl-C, as of shells: 128 + SIGINT
+# Of clusters that preempt; of slurm's --signal=USR1@120; of Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Seconds in which a second signal counts as the same one: launchers forward a signal that every process has received
+# already, torchrun more slowly if it was interrupted itself.
+_ONE_SIGNAL = {signal.SIGTERM: 0.1, signal.SIGUSR1: 0.1, signal.SIGINT: 1.0}
 
 
 class Request(enum.IntEnum):
@@ -29,6 +35,7 @@ class Request(enum.IntEnum):
     SAVE = 1
     FINISH = 2  # save and end; the run is done
     PREEMPT = 3  # save and end with the status that asks to be started again
+    INTERRUPT = 4  # save and end; the user wants it
 
 
 class Stopped(Exception):
@@ -40,25 +47,28 @@ class Stopped(Exception):
 
 
 class Signals:
-    """While entered, the first SIGTERM or SIGUSR1 sets `received`; a second one ends the process at once.
+    """While entered, the first of SIGNALS sets `received`; a second one ends the process at once.
 
     A thread waits for them, because Python's handlers do not run while the main thread waits for other processes.
 
     Args:
-        announce: called with a message before this process ends by itself, to inform the others.
+        announce: called with a message and the exit status before this process ends by itself, to inform the others.
+        saves: whether the run has an output folder. If not, there is never anything to save: Ctrl-C ends the process
+            with a line, and the other signals keep their default behaviour.
     """
 
-    def __init__(self, announce: Callable[[str], None] = lambda message: None) -> None:
-        self.announce = announce
+    def __init__(self, announce: Callable[[str, int], None] = lambda message, status: None, *, saves: bool) -> None:
+        self.announce, self.saves = announce, saves
+        self.numbers = SIGNALS if saves else (signal.SIGINT,)
         self.received: signal.Signals | None = None
-        self._nothing_to_save = False
+        self._nothing_to_save = not saves
         self._lock = threading.Lock()
 
     def __enter__(self) -> Signals:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._old = {number: signal.signal(number, lambda *_: None) for number in self.numbers}
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
@@ -69,8 +79,10 @@ class Signals:
         self._writer.close()  # ends the thread
 
     def request(self) -> Request:
-        """To end with the status that asks to be started again, once a signal was received."""
-        return Request.PREEMPT if self.received else Request.CONTINUE
+        """To end, once a signal was received."""
+        if not self.received:
+            return Request.CONTINUE
+        return Request.INTERRUPT if self.received == signal.SIGINT else Request.PREEMPT
 
     @contextlib.contextmanager
     def nothing_to_save(self) -> Iterator[None]:
@@ -83,25 +95,32 @@ class Signals:
             yield
         finally:
             with self._lock:
-                self._nothing_to_save = False
+                self._nothing_to_save = not self.saves
 
     def _listen(self) -> None:
         first = 0.0
         while number := self._reader.recv(1):
-            if number[0] not in SIGNALS:  # the pipe reports every signal, such as that of a child that ended
+            if number[0] not in self.numbers:  # the pipe reports every signal, such as that of a child that ended
                 continue
             with self._lock:
                 if not self.received:
                     self.received, first = signal.Signals(number[0]), time.monotonic()
                     if self._nothing_to_save:
                         self._leave()
-                elif time.monotonic() - first > _ONE_SIGNAL:
+                    if self.received == signal.SIGINT:
+                        log("interrupted: this step is finished and saved; Ctrl-C once more ends at once")
+                elif time.monotonic() - first > _ONE_SIGNAL[self.received]:
                     end_now(128 + number[0])
         self._reader.close()
 
     def _leave(self) -> None:
-        self.announce(f"{self.received.name}: nothing to save; exit status {PREEMPTED}")
-        end_now(PREEMPTED)
+        assert self.received is not None
+        status = INTERRUPTED if self.received == signal.SIGINT else PREEMPTED
+        if status == INTERRUPTED:
+            then = "`resume` auto resumes from the last checkpoint, if any" if self.saves else "nothing was saved"
+            log(f"interrupted; {then}")
+        self.announce(f"{self.received.name}: nothing to save; exit status {status}", status)
+        end_now(status)
 
 
 def end_now(status: int) -> None:
@@ -139,12 +158,13 @@ class Votes:
     """
 
     def __init__(self) -> None:
-        self._group = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
+        self._group: Any = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
         self._cast: tuple[torch.Tensor, distributed.Work] | None = None
 
     def cast(self, request: Request) -> None:
         ballot = torch.tensor(int(request))
         work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
         self._cast = ballot, work
 
     def result(self) -> Request:

@@ -9,7 +9,7 @@ from samdetr.util.logger import log
 
 
 class WallClock:
-    """Counts the time since its construction, and the time that earlier parts of the run had used at their last save."""
+    """Counts the time since its construction, and the time that the run had used at its last save before."""
 
     def __init__(self, *, hours: float) -> None:
         self.hours = hours
@@ -27,7 +27,7 @@ class WallClock:
         """To finish, once the time is used up."""
         if not self.is_up:
             return Request.CONTINUE
-        log(f"--max_hours {self.hours} are used up")
+        log(f"`max_hours` {self.hours} are used up")
         return Request.FINISH
 
     def state_dict(self) -> dict[str, float]:

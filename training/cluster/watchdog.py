@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch.distributed import distributed_c10d
 
-from samdetr.training.cluster.preemption import PREEMPTED, Stopped, end_now
+from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Stopped, end_now
 from samdetr.util import distributed
 from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 
@@ -171,7 +171,7 @@ class Watchdog:
                 fault = self._note() or self._silent(limit) or self._behind(limit)
             except RuntimeError:
                 fault = _NO_STORE
-            if fault and fault.reported and fault.status != PREEMPTED:
+            if fault and fault.reported and fault.status not in (PREEMPTED, INTERRUPTED):
                 # The main thread may end by itself, or finish what it writes.
                 self._stop.wait(min(_GRACE, self.timeout / 2))
             if self._stop.is_set():

@@ -1,0 +1,52 @@
+"""What a run was made with, for settings.json."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samdetr.datasets.annotations import split_paths
+from samdetr.training.state import versions
+
+_PROJECT = Path(__file__).resolve().parents[1]
+
+
+def about(*, device: torch.device, data: Path) -> dict[str, Any]:
+    """Command line, commit, versions, device, and hashes of the annotation files below `data`."""
+    commit = _git("rev-parse", "HEAD")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    files = [split_paths(data, split)[1] for split in ("train", "val")]
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "versions": versions(),
+        "device": f"{device.type}, {name}",
+        "annotations_sha256": {file.name: _sha256(file) for file in files if file.is_file()},
+    }
+
+
+def _git(*words: str) -> str | None:
+    """Output of git in the project's checkout; None if this is none."""
+    if not (_PROJECT / ".git").exists():
+        return None
+    try:
+        run = subprocess.run(["git", "-C", str(_PROJECT), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()

@@ -1,0 +1,73 @@
+"""A lock on the output folder, so that two runs do not write into it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from samdetr.util.logger import log
+
+_descriptors: list[int] = []  # of this process
+
+
+class FolderLock:
+    """While entered, no other run can lock `folder`; created folders that stay empty are removed at the end.
+
+    The operating system releases the lock when the process ends, however it ends, so it cannot become stale. It is on
+    the folder itself, or on a file .lock in it if the file system cannot lock folders (NFS).
+
+    Raises ValueError on entering if another run holds the lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._created: list[Path] = []
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> FolderLock:
+        folder = self.folder.absolute()
+        self._created = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = self._lock(folder, os.O_RDONLY) or self._lock(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is writing into `output_dir` {self.folder}; wait until it ends, or pass another folder"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"`output_dir` {self.folder} cannot be made: {error.strerror or error}") from None
+        if self._descriptor is None:
+            log(f"note: the file system of {self.folder} has no locks; start no second run in this folder")
+        else:
+            _descriptors.append(self._descriptor)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            _descriptors.remove(self._descriptor)
+            os.close(self._descriptor)
+        for path in self._created:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only if it is empty
+
+    @staticmethod
+    def _lock(path: Path, flags: int) -> int | None:
+        """The descriptor that holds the lock; None if the file system cannot lock `path`. Raises BlockingIOError."""
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+
+def leave_lock_to_parent() -> None:
+    """In a forked process, such as one that loads data: otherwise it would hold the lock after the run has ended."""
+    while _descriptors:
+        os.close(_descriptors.pop())

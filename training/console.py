@@ -1,0 +1,112 @@
+"""What a run shows: one block at the start, notes on flags without effect, a line per epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samdetr.training.resume import Resume, is_auto
+from samdetr.training.run import Parts
+from samdetr.training.settings import RunSettings
+from samdetr.util.distributed import get_world_size
+
+_NAMES = 6  # classes that are named
+
+# Flags that change nothing in an evaluation. Those of published recipes are not listed: their test scripts pass them.
+_TRAINING = (
+    "accumulate", "ema", "max_hours", "overwrite", "patience", "profile", "save_every_iterations", "save_every_minutes",
+    "start_epoch",
+)  # fmt: skip
+_SAVING = ("keep", "overwrite", "save_every_epoch", "save_every_iterations", "save_every_minutes")
+
+
+def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
+    """A line for each flag that has no effect in this combination. `given`: values of the flags that were typed."""
+    run, found = settings.run, []
+
+    def note(name: str, why: str) -> None:
+        if name in given:
+            found.append(f"note: `{name}` has no effect {why}")
+
+    if run.eval:
+        for name in _TRAINING:
+            note(name, "with `eval`")
+    else:
+        note("raw_weights", "without `eval`")
+        if not run.output_dir:
+            for name in _SAVING:
+                note(name, "without `output_dir`")
+    if settings.optimisation.lr_schedule != "step":
+        note("lr_drop", f"with `lr_schedule` {settings.optimisation.lr_schedule}")
+    if run.resume and not is_auto(run.resume):
+        note("backbone_weights", "with `resume`, whose file has them")
+    return found
+
+
+def start_block(parts: Parts, resume: Resume | None) -> str:
+    """What is computed with what, a line each. `resume`: where training starts; None: the run evaluates."""
+    settings, data = parts.settings, parts.data
+    n_parameters = sum(weight.numel() for weight in parts.network.parameters() if weight.requires_grad)
+    images = f"{len(data.val_images):,} images to evaluate on"
+    if data.train:
+        images = f"{len(data.train.images):,} images to train on, {images}"
+    names = list(data.categories.names.values())
+    more = ", ..." if len(names) > _NAMES else ""
+    device = f"{get_world_size()} process(es) on {parts.device.type}"
+    if parts.device.type == "cuda":
+        device += f", {torch.cuda.get_device_name(parts.device)}"
+    rows = {
+        "data": f"{settings.data.coco_path}: {images}",
+        "classes": f"{len(names)}: {', '.join(names[:_NAMES])}{more}",
+        "model": f"{settings.trunk.model}, {settings.trunk.backbone}, {settings.trunk.num_queries} queries, "
+        f"{n_parameters:,} trainable parameters",
+        "weights": parts.source.path or f"random; backbone: {settings.run.backbone_weights}",
+        "output": str(parts.folder.path) if parts.folder else "nowhere: nothing will be kept; pass `output_dir` FOLDER",
+        "device": device,
+    }
+    if not resume and not parts.folder:
+        rows["output"] = "nowhere; `output_dir` FOLDER keeps detections and metrics"
+    if resume and data.train:
+        batch, accumulate = settings.optimisation.batch_size, settings.optimisation.accumulate
+        rows["epochs"] = (
+            f"{resume.epoch} to {settings.optimisation.epochs - 1}, each of {data.train.sampler.steps:,} steps of "
+            f"{data.train.sampler.batch} images ({get_world_size()} x {batch}{f' x {accumulate}' * (accumulate > 1)})"
+        )
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
+
+
+def epoch_line(
+    line: Mapping[str, Any],
+    *,
+    epoch: int,
+    metrics: Sequence[float] | None,
+    best: tuple[int, float] | None,
+    where: Path | None,
+    seconds_left: float,
+) -> str:
+    """The epoch's mean losses, its AP, the best so far, and how long the rest takes.
+
+    Args:
+        line: of the log.
+        metrics: the 12 of COCO, if the epoch was evaluated.
+        best: epoch and AP of the best evaluation so far.
+        where: file of the best checkpoint, if it is saved.
+    """
+    prefix = "train_loss_"
+    terms = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}
+    of_last_layer = [f"{n} {v:.4g}" for n, v in terms.items() if "_" not in n]
+    parts = [f"loss {line['train_loss']:.4g} ({', '.join(of_last_layer)})"]
+    if line["train_bad_steps"]:
+        parts.append(f"{line['train_bad_steps']} steps skipped")
+    if metrics:
+        parts += [f"AP {metrics[0]:.4f}", f"AP50 {metrics[1]:.4f}"]
+    if best:
+        parts.append(f"best {best[1]:.4f} of epoch {best[0]}{f' in {where}' if where else ''}")
+    if seconds_left:
+        parts.append(f"about {timedelta(seconds=round(seconds_left))} left")
+    return f"epoch {epoch}: {', '.join(parts)}"
