@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from samdetr.inference.detections import Detection, Detections
-    from samdetr.inference.explain import explain
-    from samdetr.inference.predictor import Predictor, load
-    from samdetr.models.build import build_model, register
-    from samdetr.models.family import Family
-    from samdetr.models.semantics_aligner import SemanticsAligner
-    from samdetr.models.settings import FamilyConfig, Loss, Trunk
+    from samdetr.inference.detections import Detection as Detection, Detections as Detections
+    from samdetr.inference.explain import explain as explain
+    from samdetr.inference.predictor import Predictor as Predictor, load as load
+    from samdetr.models.build import build_model as build_model, register as register
+    from samdetr.models.family import Family as Family
+    from samdetr.models.semantics_aligner import SemanticsAligner as SemanticsAligner
+    from samdetr.models.settings import FamilyConfig as FamilyConfig, Loss as Loss, Trunk as Trunk
 
 __version__ = "0.2.0.dev0"
 
@@ -37,7 +37,6 @@ _MODULES = {
     "models.settings": ("FamilyConfig", "Loss", "Trunk"),
 }
 _PUBLIC = {name: f"samdetr.{module}" for module, names in _MODULES.items() for name in names}
-__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

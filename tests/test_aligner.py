@@ -13,8 +13,7 @@ from torchvision.ops import roi_align
 from benchmarks.plain import plain
 from samdetr.models.ops import kernels
 from samdetr.models.ops.kernels import plain_path
-from samdetr.models.ops.roi_sampling import plain as plain_sampling
-from samdetr.models.ops.roi_sampling import roi_sampling
+from samdetr.models.ops.roi_sampling import plain as plain_sampling, roi_sampling
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.util.box_ops import cxcywh_to_xyxy
 from samdetr.util.padded_images import pad_images

@@ -113,8 +113,8 @@ def test_imports_flow_one_way():
     wrong = {file: {module for module in imports(parse(file)) if not may_import(file, module)} for file in SOURCE}
     wrong = {file: modules for file, modules in wrong.items() if modules}
     assert not wrong, (
-        f"{wrong}: see may_import. Move what two rooms need below both of them; a family that subclasses another's layers "
-        'says BUILDS_ON = ("OTHER",) in its __init__.py'
+        f"{wrong}: see may_import. Move what two rooms need below both; a family that subclasses another's layers says "
+        'BUILDS_ON = ("OTHER",) in its __init__.py'
     )
 
 

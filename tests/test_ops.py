@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from samdetr.models.ops import build, doctor, kernels
-from samdetr.models.ops import test as checks
+from samdetr.models.ops import build, doctor, kernels, test as checks
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn import ms_deform_attn

@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samdetr.models.ops import build, kernels
-from samdetr.models.ops import test as checks
+from samdetr.models.ops import build, kernels, test as checks
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.ms_deform_attn import binding
 from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn
