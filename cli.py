@@ -22,6 +22,7 @@ from samdetr.util.settings import Flag, Settings, flags, value_type
 FIRST = (
     "coco_path", "output_dir", "model", "resume", "eval", "batch_size", "epochs", "lr", "device", "num_workers",
 )  # fmt: skip
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 TITLES = {
     "optimisation": "optimisation",
     "trunk": "network (with --resume, values that are not given come from the checkpoint)",
@@ -125,6 +126,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self) -> None:
         super().__init__(
             "main.py",
+            usage="main.py [FLAGS]",
             description="Train or evaluate a detector. Examples are in README.md and docs/.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -184,9 +186,10 @@ def _add(group: Any, kind: type[Settings], name: str) -> None:
         turns_on = () if default is True else (f"--{name}", *declared.on)
         turns_off = declared.off or ((f"--no_{name}",) if default is True else ())
         if turns_on:
-            group.add_argument(*dict.fromkeys(turns_on), dest=name, action="store_true", help=declared.help)
+            text = declared.help if default is None else f"{declared.help} (default: off)"
+            group.add_argument(*dict.fromkeys(turns_on), dest=name, action="store_true", help=text)
         if turns_off:
-            text = declared.help if default is True else "the opposite" if default is None else "the default"
+            text = f"{declared.help} (default: off)" if default is True else "the opposite"
             group.add_argument(*turns_off, dest=name, action="store_false", help=text)
         return
     group.add_argument(
@@ -196,15 +199,21 @@ def _add(group: Any, kind: type[Settings], name: str) -> None:
         type=type_,
         nargs="+" if several else None,
         choices=tuple(FAMILIES) if name == "model" else declared.choices,
-        metavar=declared.metavar,
-        help=f"{declared.help} (default: {_shown(default)})",
+        metavar=declared.metavar or (None if declared.choices or name == "model" else METAVARS[type_]),
+        help=f"{declared.help} (default: {_defaults(name, default)})".replace("%", "%%"),
     )
+
+
+def _defaults(name: str, default: Any) -> str:
+    """The default, and those of families that were published with others."""
+    others = [f"; {f.name}: {_shown(f.defaults[name])}" for f in FAMILIES.values() if name in f.defaults]
+    return "".join([_shown(default), *others])
 
 
 def _shown(default: Any) -> str:
     if isinstance(default, tuple):
         return " ".join(map(str, default)) or "none"
-    return "unset" if default is None else "empty" if default == "" else str(default).replace("%", "%%")
+    return "unset" if default is None else "empty" if default == "" else str(default)
 
 
 def _spellings() -> dict[str, str]:
