@@ -41,7 +41,7 @@ RUN = (
     "--save_every_iterations 2 --keep -1 --timeout 20 --ema 0.9 --max_bad_steps 1 --resume auto"
 )
 STEPS = 12  # 3 epochs of 4
-SIGKILL, PREEMPTED = -9, 75
+SIGKILL, PREEMPTED, INTERRUPTED = -9, 75, 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ KINDS = {
     "kill in a save": Kind(at="save", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
     "kill in evaluation": Kind(at="evaluation", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
     "SIGTERM": Kind(at="step", do="SIGTERM", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
+    "Ctrl-C": Kind(at="step", do="SIGINT", status=INTERRUPTED, others=INTERRUPTED, says=_STOPPED),
     "SIGTERM to workers too": Kind(at="step", do="SIGTERM to all", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
     "full disk": Kind(at="step", do="fill the disk", status=2, others=2, says="cannot write to --output_dir .*large"),
     "newest checkpoint cut": Kind(

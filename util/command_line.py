@@ -21,8 +21,8 @@ def as_flags(text: str) -> str:
 def run_command(program: str, function: Callable[[], int | None], describe: Callable[[str], str] = as_flags) -> int:
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
-    A ValueError raised in this project means bad input; `describe` turns the names of arguments into flags. A ValueError
-    of another package is a bug and keeps its traceback. A data loading worker that was killed is reported in one line,
+    A ValueError raised in this project means bad input; `describe` turns names of arguments into flags. A ValueError of
+    another package is a bug and keeps its traceback. A data loading worker that was killed is reported in one line,
     too, with status 1.
     """
     try:
