@@ -1,8 +1,8 @@
-"""Runs main.py over and over in forks of one process that has imported it, and interrupts them at chosen places.
+"""Runs main.py in forks of a process that has imported it, and interrupts them at chosen places.
 
 Reads jobs from stdin, one a line of JSON: {"argv": [...], "ranks": 1, "port": 0, "faults": [...], "folder": path}. A
 fault is {"at": place, "number": n, "do": what, "rank": r}: in process r, when the place is passed for the n-th time.
-What the processes print goes to folder/0.out, folder/0.err, ... Answers with exit statuses, negative for a signal.
+The output of the processes goes to folder/0.out, folder/0.err, ... Answers with exit statuses, negative for a signal.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def half_a_line(path, record):
     os.truncate(path, size - 100)
 
 
-# Where a fault may strike: an object, the name of a function of it, and what is done just before, if anything.
+# Places of faults: an object, the name of a function of it, and what is done just before, if anything.
 PLACES = {
     "step": (loop.Trainer, "_after_step", None),
     "save": (checkpoint.torch, "save", half_a_file),  # of files alone
@@ -136,7 +136,7 @@ def run(job: dict) -> list[int]:
         process, status = os.wait()
         statuses[process] = os.waitstatus_to_exitcode(status)
         for rank in {fault["rank"] for fault in job["faults"] if fault["do"] in ("hang", "SIGSTOP")}:
-            with contextlib.suppress(ProcessLookupError):  # of no further use, and would stay for ever
+            with contextlib.suppress(ProcessLookupError):  # it would stay for ever
                 os.kill(processes[rank], signal.SIGKILL)
     return [statuses[process] for process in processes]
 

@@ -167,7 +167,7 @@ def collate_floats(batch: list) -> tuple:
 
 
 def memory_of(process: int) -> int | None:
-    """Bytes that no other process shares; None where the system does not tell."""
+    """Bytes that no other process shares; None if the system does not report them."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -176,7 +176,7 @@ def memory_of(process: int) -> int | None:
 
 
 def cpu_seconds_of(process: int) -> float:
-    """User and system time of a process so far; NaN where the system does not tell."""
+    """User and system time of a process so far; NaN if the system does not report it."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

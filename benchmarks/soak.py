@@ -1,11 +1,11 @@
-"""Runs training under faults drawn at random from a seed, and checks what becomes of each.
+"""Runs training under faults drawn at random from a seed, and checks the outcome of each.
 
     python benchmarks/soak.py --faults 50 --seed 0
 
-A small run, in one process or two (gloo), is disturbed over and over and started again with --resume auto. A fault
-must end as the table KINDS says: in a given exit status, with a line that names what and where. When a run is through,
-its weights, optimiser and log must be those of the undisturbed run, to the bit; then the next run starts. Ends with
-status 1 where something did not.
+A small run, in one process or two (gloo), is disturbed again and again and restarted with --resume auto. Each fault
+must have the outcome in the table KINDS: an exit status, and a line that names what and where. When a run is complete,
+its weights, optimiser and log must equal those of the undisturbed run, to the bit; then the next run starts. Ends with
+status 1 if an outcome differs.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ RUN = (
     "--save_every_iterations 2 --keep -1 --timeout 20 --ema 0.9 --max_bad_steps 1 --resume auto"
 )
 STEPS = 12  # 3 epochs of 4
-SIGKILL, PREEMPTED = -9, 75
+SIGKILL, PREEMPTED, INTERRUPTED = -9, 75, 130
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A fault, and what must become of it.
+    """A fault, and its outcome.
 
     Args:
-        at: where in the program (benchmarks/faults.py), None: to the files, between two runs.
+        at: the place in the program (benchmarks/faults.py); None: the files, between two runs.
         do: what happens there.
-        often: the place is passed so often in a run.
-        status: of the process that it strikes.
-        others: of the other one.
-        says: what a line on stderr, or on stdout where it goes on, must tell.
+        often: how many times a run passes the place.
+        status: exit status of the process that it strikes.
+        others: exit status of the other one.
+        says: pattern of a line on stderr, or on stdout if the run continues.
     """
 
     at: str | None
@@ -72,6 +72,7 @@ KINDS = {
     "kill in a save": Kind(at="save", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
     "kill in evaluation": Kind(at="evaluation", do="SIGKILL", often=6, status=SIGKILL, others=1, says=_NAMED),
     "SIGTERM": Kind(at="step", do="SIGTERM", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
+    "Ctrl-C": Kind(at="step", do="SIGINT", status=INTERRUPTED, others=INTERRUPTED, says=_STOPPED),
     "SIGTERM to workers too": Kind(at="step", do="SIGTERM to all", status=PREEMPTED, others=PREEMPTED, says=_STOPPED),
     "full disk": Kind(at="step", do="fill the disk", status=2, others=2, says="cannot write to --output_dir .*large"),
     "newest checkpoint cut": Kind(
@@ -84,7 +85,7 @@ KINDS = {
 
 
 class Forks:
-    """Runs main.py in forks of one process, which spares the time that starting takes: see benchmarks/faults.py."""
+    """Runs main.py in forks of one process, which saves the time of imports: see benchmarks/faults.py."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
@@ -133,7 +134,7 @@ class Soak:
         return self.wanted[ranks]
 
     def soak(self, number: int) -> list[dict]:
-        """So many faults that struck, each kind once before any comes again; a row for each. Sets `ends`."""
+        """Strike `number` faults, each kind once before any is repeated; a row for each. Sets `ends`."""
         rows, kinds = [], []
         while len(rows) < number:
             output, ranks = self.folder / f"run{len(self.ends)}", self.random.choice((1, 2))
@@ -145,14 +146,14 @@ class Soak:
                 if row["struck"]:
                     rows.append(row)
                 elif name:
-                    kinds.append(name)  # the run was through before
+                    kinds.append(name)  # the run was complete before
                 through = row["through"]
             self.ends.append(same(output, self.undisturbed(ranks)))
             shutil.rmtree(output)
         return rows
 
     def one(self, name: str | None, output: Path, ranks: int) -> dict:
-        """Go on with a run, with a fault or to its end."""
+        """Continue a run, with a fault or to its end."""
         kind = KINDS.get(name)
         faults, rank = [], 0
         if kind and kind.at:
@@ -168,7 +169,7 @@ class Soak:
         whole = image.read_bytes()
         if kind and kind.do == "cut image":
             image.write_bytes(whole[: len(whole) // 2])
-        before = set(output.glob(".*"))  # what one left that was killed
+        before = set(output.glob(".*"))  # of a run that was killed
         start = time.monotonic()
         statuses, text = self.run(output, ranks, faults)
         image.write_bytes(whole)
@@ -177,7 +178,7 @@ class Soak:
         why = []
         if struck:
             wanted = [kind.status if r == rank else kind.others for r in range(ranks)]
-            alone = ranks == 1 and kind.status == SIGKILL  # nobody is left to say anything
+            alone = ranks == 1 and kind.status == SIGKILL  # nobody is left to report it
             if statuses != wanted:
                 why.append(f"statuses {statuses}, not {wanted}")
             if not alone and not re.search(kind.says, text):
@@ -194,7 +195,7 @@ class Soak:
 
 
 def progress(output: Path, often: int) -> int:
-    """About how often a run that goes on has already passed a place."""
+    """About how often a run that is resumed has already passed a place."""
     if not (output / "checkpoint.pth").exists():
         return 0
     try:

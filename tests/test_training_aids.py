@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def made_up(monkeypatch):
         found = iter(aps)
 
         def metrics(parts):
-            return {"loss": 1.0, "coco_eval_bbox": [next(found), *[0.5] * 11]}, None
+            return {"loss": 1.0, "coco_eval_bbox": [next(found), *[0.5] * 11]}, SimpleNamespace(table=lambda: "")
 
         monkeypatch.setattr(Parts, "evaluate", metrics)
 

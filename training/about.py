@@ -24,7 +24,7 @@ def about(*, device: torch.device, data: Path) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     files = [split_paths(data, split)[1] for split in ("train", "val")]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",  # "samdetr train" is one word there
         "commit": commit,
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "versions": versions(),

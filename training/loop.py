@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -189,20 +188,8 @@ class Trainer:
             line: dict[str, Any] = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
             self._act(self.votes.result())
             if (epoch + 1) % self.parts.settings.run.eval_every_epoch == 0 or epoch + 1 == self.epochs:
-                # This epoch's checkpoint is already saved; if we are killed here, the resumed run evaluates first.
-                with self.signals.nothing_to_save():
-                    line |= {f"test_{name}": value for name, value in self._evaluate().items()}
-                ap = average_precision(line)
-                assert ap is not None
-                if self.folder and is_main() and ap > max((ap for _, ap in self.history), default=-math.inf):
-                    # Before writing the log line, so that a crash in between repeats this step.
-                    self.folder.keep_best()
-                self.history.append((epoch, ap))
-            if self.folder and is_main():
-                n_parameters = sum(weight.numel() for weight in self.update.weights)
-                with self.folder.writing() as folder:
-                    self.folder.append_log({**line, "epoch": epoch, "n_parameters": n_parameters})
-                    plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
+                line |= self._evaluate()
+            self._write_log(line)
             seconds = (time.monotonic() - start) / (epoch + 1 - first) * (self.epochs - epoch - 1)
             best, where = self._best(), self.folder.path / BEST if self.folder else None
             log(epoch_line(line, metrics=coco_metrics(line), best=best, where=where, epoch=epoch, seconds_left=seconds))
@@ -235,6 +222,26 @@ class Trainer:
         return metrics
 
     def _evaluate(self) -> dict[str, Any]:
+        """Evaluate after an epoch, and keep its checkpoint if it is the best. Returns what the log gets."""
+        # This epoch's checkpoint is already saved; if we are killed here, the resumed run evaluates first.
+        with self.signals.nothing_to_save():
+            line = {f"test_{name}": value for name, value in self._metrics().items()}
+        ap, best = average_precision(line), self._best()
+        assert ap is not None
+        if self.folder and is_main() and (best is None or ap > best[1]):
+            # Before writing the log line, so that a crash in between repeats this step.
+            self.folder.keep_best()
+        self.history.append((self.state.epoch, ap))
+        return line
+
+    def _write_log(self, line: dict[str, Any]) -> None:
+        if self.folder and is_main():
+            n_parameters = sum(weight.numel() for weight in self.update.weights)
+            with self.folder.writing() as folder:
+                self.folder.append_log({**line, "epoch": self.state.epoch, "n_parameters": n_parameters})
+                plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
+
+    def _metrics(self) -> dict[str, Any]:
         """Metrics of the network, and of the averaged weights if any."""
         metrics, evaluator = self.parts.evaluate()
         self._tables = f"{evaluator.table()}\n"

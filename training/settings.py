@@ -147,7 +147,7 @@ class RunSettings:
         return values
 
     def replace(self, **changes: Any) -> RunSettings:
-        """The same settings but for some fields, by their flat names."""
+        """The same settings except for some fields, by their flat names."""
         unknown = changes.keys() - self.flat().keys()
         assert not unknown, f"no settings: {sorted(unknown)}"
         parts = {

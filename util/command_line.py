@@ -1,4 +1,4 @@
-"""What a command does with bad input: one line and exit status 2, no traceback."""
+"""Bad input ends a command with one line and exit status 2, no traceback."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def as_flags(text: str) -> str:
 def run_command(program: str, function: Callable[[], int | None], describe: Callable[[str], str] = as_flags) -> int:
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
-    A ValueError of this project means bad input, wherever it was raised; `describe` turns the names of arguments into
-    flags. One of another package is a fault of ours and keeps its traceback. A data loading worker that was killed is
-    reported in one line, too, with status 1.
+    A ValueError raised in this project means bad input; `describe` turns names of arguments into flags. A ValueError of
+    another package is a bug and keeps its traceback. A data loading worker that was killed is reported in one line,
+    too, with status 1.
     """
     try:
         return function() or 0
@@ -32,8 +32,8 @@ def run_command(program: str, function: Callable[[], int | None], describe: Call
             raise
         who = f"rank {get_rank()}: " if get_rank() else ""
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-        hint = "where memory ran out, pass a smaller --num_workers; --resume auto goes on from the last checkpoint"
-        print(f"{program}: error: {who}{reason}; {hint}", file=sys.stderr)
+        hint = "if memory ran out, pass a smaller `num_workers`; `resume` auto resumes from the last checkpoint"
+        print(f"{program}: error: {who}{reason}; {describe(hint)}", file=sys.stderr)
         return 1
     except ValueError as error:
         if not _is_ours(error):
@@ -52,7 +52,7 @@ def _is_ours(error: ValueError) -> bool:
 
 
 def _one_line(error: ValueError) -> str:
-    # A DataLoader wraps what its workers raise into the text of their traceback.
+    # A DataLoader puts the traceback of its worker into the message.
     text = str(error)
     if "DataLoader worker process" in text:
         text = text.rsplit("ValueError: ", 1)[-1]
