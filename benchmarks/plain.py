@@ -9,7 +9,7 @@
     spatial prior          one tensor with x and y distances of every head, query and cell
     deformable attention   grid_sample, differentiated by autograd
     dense encoder          PyTorch's attention module, which is asked for the weights
-    backbone               contiguous memory, not channels_last
+    backbone               convolution, then torchvision's frozen BatchNorm; contiguous memory, not channels_last
     criterion              layer by layer; costs between all queries and all boxes of the batch; the GIoU of matched
                            pairs is the diagonal of a square matrix
 
@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import FrozenBatchNorm2d, roi_align
 
+from samdetr.models.backbone import FoldedConvolution, FoldedNorm
 from samdetr.models.criterion import SetCriterion, Targets, box_losses
 from samdetr.models.encoder import DenseEncoderLayer
 from samdetr.models.layers import FeatureLevel, FeedForward
@@ -259,6 +260,8 @@ PLAIN = {
     MSDeformAttn: PlainMSDeformAttn,
     FeedForward: PlainFeedForward,
     DenseEncoderLayer: PlainDenseEncoderLayer,
+    FoldedConvolution: nn.Conv2d,
+    FoldedNorm: FrozenBatchNorm2d,
     SetCriterion: PlainCriterion,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -54,6 +55,8 @@ class Backbone(nn.Module):
         kwargs = {} if basic else {"replace_stride_with_dilation": [False, False, dilation]}
         resnet = getattr(torchvision.models, name)(weights=None, norm_layer=norm_layer, **kwargs)
         self.name = name
+        if norm == "frozen":
+            fold_frozen_norms(resnet)
         self.body = IntermediateLayerGetter(resnet, {f"layer{level - 1}": str(level) for level in levels})
         channels, strides = {3: 128, 4: 256, 5: 512}, {3: 8, 4: 16, 5: 16 if dilation else 32}
         self.num_channels = [channels[level] * (1 if basic else 4) for level in levels]
@@ -83,3 +86,35 @@ class Backbone(nn.Module):
             )
         with torch.no_grad():
             self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+
+
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen norm whose factor and shift the convolution before it applies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FoldedConvolution(nn.Conv2d):
+    """A convolution with the frozen norm after it, in one pass over the map instead of three. Its parameters are the
+    published ones: the factor is applied in every forward pass."""
+
+    norm: FrozenBatchNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        weight = self.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+
+
+def fold_frozen_norms(resnet: nn.Module) -> None:
+    """Convert a torchvision ResNet, in place. Names and values of parameters and buffers stay."""
+    convolution = resnet.conv1
+    for part in resnet.modules():  # each norm comes right after its convolution
+        if isinstance(part, nn.Conv2d):
+            convolution = part
+        elif isinstance(part, FrozenBatchNorm2d):
+            part.__class__, convolution.__class__ = FoldedNorm, FoldedConvolution
+            object.__setattr__(convolution, "norm", part)  # not registered: it is a part of the ResNet already
