@@ -119,10 +119,10 @@ class SetCriterion(nn.Module):
             Every term, unweighted. `total` makes the weighted sum.
         """
         predictions = [*(outputs["aux_outputs"] if self.auxiliary else []), outputs]
-        groups = [(predictions, targets)]
+        groups: list[tuple[list[dict[str, Any]], Targets]] = [(predictions, targets)]
         if "enc_outputs" in outputs:
-            objects = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
-            groups.append(([outputs["enc_outputs"]], objects))
+            anything = [target | {"labels": torch.zeros_like(target["labels"])} for target in targets]
+            groups.append(([outputs["enc_outputs"]], anything))
         with section("matching"):
             matches, *of_proposals = self.matcher.match_all(groups)
         if num_boxes is None:

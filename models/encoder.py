@@ -155,8 +155,8 @@ class DeformableEncoder(nn.Module):
             num_points=num_points,
         )
         self.layers = copies(layer, num_layers)
-        for layer in self.layers:
-            xavier_matrices(layer.feed_forward)  # the attention has its own initialisation
+        for each in self.layers:
+            xavier_matrices(each.feed_forward)  # the attention has its own initialisation
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
         tokens, padding, shapes = join_levels(levels)

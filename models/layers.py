@@ -62,7 +62,7 @@ def join_levels(levels: Sequence[FeatureLevel]) -> tuple[Tensor, Tensor, list[tu
     """All levels one after the other: tokens (B, L, C), padding (B, L), and (height, width) of each level."""
     tokens = torch.cat([level.tokens for level in levels], 1)
     padding = torch.cat([level.token_padding for level in levels], 1)
-    return tokens, padding, [tuple(level.features.shape[2:]) for level in levels]
+    return tokens, padding, [(level.features.shape[2], level.features.shape[3]) for level in levels]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -120,7 +120,7 @@ class InputProjection(nn.Module):
         if xavier:
             for convolution in convolutions:
                 nn.init.xavier_uniform_(convolution.weight)
-                nn.init.zeros_(convolution.bias)
+                nn.init.zeros_(convolution.get_parameter("bias"))
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor) -> list[FeatureLevel]:
         """`maps`: (B, C_l, H_l, W_l) each; `padding` (B, H, W) at the images' size."""
@@ -192,8 +192,11 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
 
 
-def copies(module: nn.Module, number: int) -> nn.ModuleList:
-    """`number` independent modules that start equal, as the reference clones its layers and heads."""
+def copies(module: nn.Module, number: int) -> Any:
+    """ModuleList of `number` independent modules that start equal, as the reference clones its layers and heads.
+
+    Typed as Any, because a ModuleList does not know the class of its modules.
+    """
     return nn.ModuleList(copy.deepcopy(module) for _ in range(number))
 
 

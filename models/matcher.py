@@ -90,7 +90,8 @@ class HungarianMatcher:
             stacked = {name: torch.stack([p[name] for p in predictions]) for name in names}  # (S, B, Q, ...)
             for image, target in enumerate(targets):
                 outputs = {name: values[:, image] for name, values in stacked.items()}
-                cost = sum(weight * cost(outputs, target) for weight, cost in self.costs)  # (S, Q, n)
+                first, *others = [weight * cost(outputs, target) for weight, cost in self.costs]
+                cost = sum(others, start=first)  # (S, Q, n)
                 costs.append(cost.flatten())
                 shapes.append(cost.shape)
         device = costs[0].device

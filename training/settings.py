@@ -133,7 +133,7 @@ class RunSettings:
             raise ValueError(f"`model` {name!r} is none of {', '.join(FAMILIES)}")
         family = FAMILIES[name]
         values = {**family.defaults, **values}
-        parts = {part: kind.pick(values) for part, kind in PARTS.items()}
+        parts: dict[str, Any] = {part: kind.pick(values) for part, kind in PARTS.items()}
         return cls(**parts, family=family.config.pick(values))
 
     def flat(self) -> dict[str, Any]:

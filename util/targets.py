@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class TargetBatch:
     unreadable: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def pack(cls, targets: Sequence[dict[str, Tensor]]) -> TargetBatch:
+    def pack(cls, targets: Sequence[dict[str, Any]]) -> TargetBatch:
         """Targets as of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image;
         `unreadable`, where it is, is a dict."""
         names = [name for name in targets[0] if name != "unreadable"]

@@ -138,17 +138,19 @@ class DeformableDecoder(nn.Module):
         self.refine, self.levels = refine, tuple(levels)
         self.layers = copies(layer, len(self.levels))
         xavier_matrices(self.layers)
-        for layer in self.layers:
-            layer.cross_attention.reset_parameters()
+        for each in self.layers:
+            each.cross_attention.reset_parameters()
 
         hidden_dim = layer.hidden_dim
         class_head, box_head = nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, hidden_dim, hidden_dim, 4)
         nn.init.constant_(class_head.bias, -math.log(99))
-        nn.init.zeros_(box_head.layers[-1].weight)
-        nn.init.zeros_(box_head.layers[-1].bias)
+        *_, weight, bias = box_head.parameters()
+        nn.init.zeros_(weight)
+        nn.init.zeros_(bias)
         self.class_heads = copies(class_head, len(self.levels) if refine else 1)
         self.box_heads = copies(box_head, len(self.levels) if refine else 1)
         sizes = {"num_queries": num_queries, "hidden_dim": hidden_dim}
+        self.queries: ProposedQueries | LearnedQueries
         if two_stage:
             self.queries = ProposedQueries(**sizes, class_head=class_head, box_head=box_head)
         else:

@@ -88,7 +88,9 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         head = _OUR_HEAD_NAME.fullmatch(name)
         if not head:
-            official[translate(name, ours_to_theirs)] = tensor
+            theirs = translate(name, ours_to_theirs)
+            assert theirs is not None, f"{name} has no official name"
+            official[theirs] = tensor
             continue
         kind = "class_embed" if head["kind"] == "class" else "bbox_embed"
         number = head["number"] or str(len(numbers))

@@ -56,7 +56,7 @@ class ProposedQueries(nn.Module):
 def initial_boxes(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:
     """What positions propose before the box head moves it: logits of cx, cy, w, h (B, L, 4), infinite where not usable,
     and whether they are usable (B, L). In float32, as published."""
-    boxes, paddings = [], []
+    places, paddings = [], []
     for index, level in enumerate(levels):
         valid = ~level.padding
         cells = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1)  # (B, 2), columns and rows of the image
@@ -64,9 +64,9 @@ def initial_boxes(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:
         x, y = (torch.arange(n, dtype=torch.float32, device=valid.device) + 0.5 for n in (width, height))
         centres = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1) / cells[:, None, None]
         sides = torch.full_like(centres, FINEST_SIDE * 2**index)
-        boxes.append(torch.cat([centres, sides], -1).flatten(1, 2))
+        places.append(torch.cat([centres, sides], -1).flatten(1, 2))
         paddings.append(level.token_padding)
-    boxes, padding = torch.cat(boxes, 1), torch.cat(paddings, 1)
+    boxes, padding = torch.cat(places, 1), torch.cat(paddings, 1)
     usable = ~padding & ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
     logits = (boxes / (1 - boxes)).log()
     return logits.masked_fill(~usable[..., None], torch.inf), usable

@@ -160,7 +160,7 @@ def _run(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> 
 def correct(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> bool:
     """Whether the kernels of an operator agree with its plain path on an example, which takes milliseconds; where they
     do not, the first call warns."""
-    device = torch.device(device_type, index)
+    device = torch.device(device_type if index is None else f"{device_type}:{index}")
     # In a thread of its own: gradients, autocast and tracing are turned on and off for a thread.
     with ThreadPoolExecutor(1) as thread:
         try:

@@ -6,6 +6,7 @@ Prints a line per check, with what was measured, and exits with 1 if one fails. 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # started by its path: find the package from any folder
@@ -40,7 +41,7 @@ def example(
 
 def by_definition(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The same from the definition: each cell counts by max(0, 1 - |x|) max(0, 1 - |y|), x, y its distances."""
-    output, start = 0, 0
+    output, start = value.new_zeros(()), 0
     for level, (height, width) in enumerate(shapes):
         cells = value[:, start : start + height * width]
         start += height * width
@@ -145,8 +146,8 @@ def check_determinism(device: str) -> str:
         runs = [with_gradients(lambda v, *rest: ms_deform_attn(v, shapes, *rest), inputs) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(before)
-    wide = tuple(tensor.double() for tensor in inputs)
-    exact = with_gradients(lambda v, *rest: by_definition(v, shapes, *rest), wide)
+    value, locations, weights = (tensor.double() for tensor in inputs)
+    exact = with_gradients(lambda v, *rest: by_definition(v, shapes, *rest), (value, locations, weights))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run)), "runs differ"
     assert error(runs[0][1], exact[1]) < 1e-5
     return "three runs equal to the bit"
@@ -156,13 +157,13 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     for name, shapes in (("even", EVEN), ("odd", ODD)):
         for dtype in TOLERANCE:
             short = str(dtype).removeprefix("torch.")
-            yield f"forward, {short}, {name} level sizes", lambda s=shapes, d=dtype: check_forward(device, s, d)
-            yield f"gradients, {short}, {name} level sizes", lambda s=shapes, d=dtype: check_gradients(device, s, d)
+            yield f"forward, {short}, {name} level sizes", partial(check_forward, device, shapes, dtype)
+            yield f"gradients, {short}, {name} level sizes", partial(check_gradients, device, shapes, dtype)
     for channels in (30, 32, 64, 71, 1025):
-        yield f"numerical gradients, {channels} channels", lambda c=channels: check_numerical_gradients(device, c)
-    yield "points outside the map", lambda: check_outside(device)
-    yield "empty sets", lambda: check_empty(device)
-    yield "determinism", lambda: check_determinism(device)
+        yield f"numerical gradients, {channels} channels", partial(check_numerical_gradients, device, channels)
+    yield "points outside the map", partial(check_outside, device)
+    yield "empty sets", partial(check_empty, device)
+    yield "determinism", partial(check_determinism, device)
 
 
 def main() -> int:

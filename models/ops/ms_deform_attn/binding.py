@@ -45,7 +45,8 @@ def backward(
     gradients = (torch.zeros_like(wide[0]), torch.empty_like(wide[1]), torch.empty_like(wide[2]))
     gradient = gradient.to(wide[0].dtype).contiguous()
     _call_cpu("backward", sizes, *wide[:2], gradient, *wide, *gradients)
-    return _narrowed(gradients, value, locations, weights)
+    of_value, of_locations, of_weights = _narrowed(gradients, value, locations, weights)
+    return of_value, of_locations, of_weights
 
 
 @backward.register_kernel("cuda")

@@ -41,7 +41,7 @@ def plain_ms_deform_attn(value: Tensor, sizes: list[int], locations: Tensor, wei
     grids = grids_of(locations.to(dtype))
     weights = weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (B * N, Q, levels, points)
 
-    output = 0
+    output = weights.new_zeros(())
     for level, features in enumerate(levels):
         height, width = sizes[2 * level], sizes[2 * level + 1]
         maps = features.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)

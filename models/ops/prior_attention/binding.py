@@ -25,7 +25,8 @@ def forward(
 
     `seed`, (1,) of int64, decides which weights are dropped. Backward draws them again; nothing else is kept.
     """
-    query, key, value, rows, columns = _readable(query, key, value, rows, columns)
+    query, key, value = _readable(query, key, value)
+    rows, columns = _contiguous(rows), _contiguous(columns)
     output = query.new_zeros(*_output_shape(query, value))
     log_sums = query.new_empty(query.shape[:3])
     if output.numel() and key.numel():
@@ -54,13 +55,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query (B, Q, N, D), key (B, L, N or 1, D), value (B, L, N, E), rows and columns; the last two are
     empty without a prior."""
-    query, key, value, rows, columns = _readable(query, key, value, rows, columns)
+    query, key, value = _readable(query, key, value)
+    rows, columns = _contiguous(rows), _contiguous(columns)
     gradients = [query.new_zeros(shape) for shape in _gradient_shapes(query, key, value, rows, columns)]
     if output.numel() and key.numel():
         of_prior = gradients[3:] if rows is not None else (None, None)
         others = (output, log_sums, gradient.contiguous(), *gradients[:3], *of_prior)
         _call("backward", query, key, value, padding, rows, columns, seed, dropout, *others)
-    return tuple(gradients)
+    of_query, of_key, of_value, of_rows, of_columns = gradients
+    return of_query, of_key, of_value, of_rows, of_columns
 
 
 @backward.register_fake
@@ -68,10 +71,13 @@ def _(gradient, query, key, value, padding, rows, columns, seed, dropout, output
     return tuple(query.new_empty(shape) for shape in _gradient_shapes(query, key, value, rows, columns))
 
 
-def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Queries, keys and values with a contiguous last axis; a prior that is contiguous."""
-    parts = [x if x.stride(3) == 1 else x.contiguous() for x in tensors[:3]]
-    return [*parts, *(None if x is None else x.contiguous() for x in tensors[3:])]
+def _readable(*tensors: Tensor) -> list[Tensor]:
+    """Queries, keys and values with a contiguous last axis."""
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+
+
+def _contiguous(prior: Tensor | None) -> Tensor | None:
+    return None if prior is None else prior.contiguous()
 
 
 def _output_shape(query: Tensor, value: Tensor) -> tuple[int, ...]:

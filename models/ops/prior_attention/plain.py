@@ -39,11 +39,10 @@ def _with_prior(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> tu
     """The query with the channels [query, rows, columns], the key with [key, its row, its column]."""
     height, width = rows.shape[-1], columns.shape[-1]
     # What is the same for all keys does not count: with a largest value of 0 none that matters is rounded much.
-    prior = [(x - x.detach().amax(-1, keepdim=True)).clamp(min=LEAST_LOGIT) for x in (rows, columns)]
-    prior = torch.cat(prior, -1).to(query.dtype).expand(-1, query.shape[1], -1, -1)  # (B, N, Q, H + W)
-    options = {"dtype": key.dtype, "device": key.device}
-    row = torch.eye(height, **options)[:, None].expand(-1, width, -1)  # (H, W, H)
-    column = torch.eye(width, **options)[None].expand(height, -1, -1)  # (H, W, W)
+    logits = [(x - x.detach().amax(-1, keepdim=True)).clamp(min=LEAST_LOGIT) for x in (rows, columns)]
+    prior = torch.cat(logits, -1).to(query.dtype).expand(-1, query.shape[1], -1, -1)  # (B, N, Q, H + W)
+    row = torch.eye(height, dtype=key.dtype, device=key.device)[:, None].expand(-1, width, -1)  # (H, W, H)
+    column = torch.eye(width, dtype=key.dtype, device=key.device)[None].expand(height, -1, -1)  # (H, W, W)
     place = torch.cat([row, column], -1).flatten(0, 1).expand(*key.shape[:2], -1, -1)  # (B, N or 1, L, H + W)
     to_multiple = (0, -(query.shape[-1] + height + width) % 8)  # fused kernels want multiples of 8 channels
     return F.pad(torch.cat([query, prior], -1), to_multiple), F.pad(torch.cat([key, place], -1), to_multiple)
