@@ -177,7 +177,7 @@ def test_costs_that_are_not_finite_are_matched_last(bad):
 
 
 def test_a_matcher_without_costs():
-    with pytest.raises(ValueError, match="--set_cost_class"):
+    with pytest.raises(ValueError, match="`set_cost_class`"):
         HungarianMatcher(costs=[(0.0, l1_cost)])
 
 
