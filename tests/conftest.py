@@ -1,7 +1,12 @@
 """A tiny data set and a tiny network that was trained on it, made once for all tests that run real command lines."""
 
+import os
 import shutil
 from pathlib import Path
+
+# Tests compute little at a time: a second thread costs more than it brings, and ten times as much on a busy machine.
+# Set before PyTorch is imported, and for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -9,8 +14,14 @@ from helpers import MULTISCALE, TINY, run_main
 
 from samdetr.datasets.shapes import write_dataset
 
-# Tests compute little at a time: a second thread costs more than it brings, and ten times as much on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Two processes, but none besides pytest's own for a single file or test: starting them takes seconds."""
+    only = config.args[0].partition("::")[0] if len(config.args) == 1 else ""
+    return 0 if only.endswith(".py") else 2
 
 
 @pytest.fixture(scope="session")
