@@ -82,7 +82,7 @@ class Predictor:
     ) -> None:
         self.model, self.settings, self.device, self.source = model.to(device), settings, device, source
         if device.type == "cpu":  # convolutions are faster in this layout; evaluation uses it, too
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # new in PyTorch's types
         self.has_names = categories is not None
         self.categories = categories or _numbered(settings["num_classes"])
         self.transforms = EvalTransforms(

@@ -60,7 +60,8 @@ class Watchdog:
         if self.size > 1:
             store = distributed_c10d._get_default_store()
             # A separate connection, if possible: another thread may be waiting for an answer on the first.
-            self._store = store.clone() if hasattr(store, "clone") else store
+            # Any: the types of PyTorch 2.6 lack multi_get and check.
+            self._store: Any = store.clone() if hasattr(store, "clone") else store
             self._beat()
             barrier()
             self._thread = threading.Thread(target=self._watch, daemon=True)
