@@ -30,6 +30,8 @@ NOT_RUN = {
     "bash scripts/quickstart.sh": "minutes: test_quick_start, which is slow, runs it",
     "bash scripts/test.sh": "runs all tests, these included",
     "bash scripts/test.sh tests/test_losses.py -x": "runs tests",
+    "bash scripts/typecheck.sh": "a part of scripts/test.sh",
+    "python -m pytest": "runs tests",
     "python -m pytest -m slow": "runs tests",
     "source .venv/bin/activate": "changes the shell",
     "bash scripts/setup.sh": "downloads PyTorch",
@@ -131,7 +133,7 @@ def is_recipe(words: list[str]) -> bool:
     return (
         words[0] == "bash"
         and words[1].startswith("scripts/")
-        and Path(words[1]).stem not in ("quickstart", "setup", "test")
+        and Path(words[1]).stem not in ("quickstart", "setup", "test", "typecheck")
     )
 
 
