@@ -112,9 +112,12 @@ def test_importing_the_name_alone_is_cheap(copy):
     check(sys.executable, "-c", code, folder=copy)
 
 
-def test_operators_check_themselves_from_any_folder(copy, tmp_path):
-    out = check(sys.executable, copy / "models" / "ops" / "test.py", folder=tmp_path, seconds=280)
+# test_ops.py runs all checks.
+@pytest.mark.parametrize("words", [["empty"], pytest.param([], marks=pytest.mark.slow)], ids=["some", "all"])
+def test_operators_check_themselves_from_any_folder(words, copy, tmp_path):
+    out = check(sys.executable, copy / "models" / "ops" / "test.py", *words, folder=tmp_path, seconds=280)
     assert out.endswith("all passed\n")
+    assert "ok      cpu, plain: empty sets" in out
 
 
 def test_two_processes_evaluate(copy, trained, shapes, tmp_path):

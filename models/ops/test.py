@@ -1,6 +1,7 @@
-"""Checks of deformable attention on every device and path of this machine: `python models/ops/test.py`.
+"""Checks of deformable attention on every device and path of this machine: `python models/ops/test.py [WORD]`.
 
-Prints a line per check, with what was measured, and exits with 1 if one fails. Needs nothing but PyTorch.
+Prints a line per check, with what was measured, and exits with 1 if one fails. With a word, only checks run that have it
+in their names. Needs nothing but PyTorch.
 """
 
 import contextlib
@@ -166,7 +167,7 @@ def checks(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "determinism", partial(check_determinism, device)
 
 
-def main() -> int:
+def main(word: str = "") -> int:
     failures = 0
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         reason = kernels.why_not(device, 0 if device == "cuda" else None)
@@ -174,6 +175,8 @@ def main() -> int:
             print(f"{device}, compiled: not here, {reason}")
         for path in ("plain", *([] if reason else ["compiled"])):
             for name, check in checks(device):
+                if word not in name:
+                    continue
                 if (device, path, name) == ("cuda", "plain", "determinism"):
                     continue  # grid_sample has no deterministic backward on CUDA
                 with plain_path() if path == "plain" else contextlib.nullcontext():
@@ -188,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))
