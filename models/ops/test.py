@@ -1,6 +1,6 @@
 """Checks of deformable attention on every device and path of this machine: `python models/ops/test.py [WORD]`.
 
-Prints a line per check, with what was measured, and exits with 1 if one fails. With a word, only checks run that have it
+Prints a line per check, with what was measured, and exits with 1 if one fails. WORD limits them to checks that have it
 in their names. Needs nothing but PyTorch.
 """
 
