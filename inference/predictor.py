@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from samdetr.datasets.byte_images import ByteImages
 from samdetr.datasets.categories import Categories, checkpoint_categories
 from samdetr.datasets.settings import Data
-from samdetr.datasets.transforms import EvalTransforms
+from samdetr.datasets.transforms import ByteImages, EvalTransforms
 from samdetr.inference.detections import Detections, check_threshold
 from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
