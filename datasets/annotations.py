@@ -70,8 +70,8 @@ class Annotations:
         return cls(content, file=file)
 
     def with_sizes(self, sizes: Mapping[str, Size | None]) -> Annotations:
-        """A copy whose `frames` follow `sizes`, (width, height) by file name, None if unknown; other images keep the size
-        in their entry."""
+        """A copy whose `frames` follow `sizes`: (width, height) by file name, None if unknown. Other images keep
+        the size in their entry."""
         other = copy(self)
         other.frames = self._frames(sizes)
         return other

@@ -40,8 +40,8 @@ def read_image(source: Path | BinaryIO, size: tuple[float, float] | None = None)
 
 
 def glance(path: Path, size: tuple[float, float] | None = None) -> FileFault | None:
-    """What `read_image` would find wrong with a file, except damage in the middle: the image is decoded only if the ends
-    of the file do not show it to be complete."""
+    """What `read_image` would find wrong with a file, except damage in the middle: the image is decoded only if the
+    ends of the file do not show it to be complete."""
     try:
         head, tail, _ = _ends(path)
         with Image.open(path) as image:

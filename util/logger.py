@@ -101,10 +101,8 @@ class progress(Generic[T]):
     def __init__(
         self, iterable: Iterable[T], *, description: str, start: int = 0, total: int | None = None, every: int = 50
     ) -> None:
-        self._iterable = iterable
-        self._description = description
+        self._iterable, self._description, self._start, self._every = iterable, description, start, every
         self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
-        self._start, self._every = start, every
         self._values: dict[str, Any] = {}
 
     def set(self, **values: Tensor | float | str) -> None:
@@ -150,5 +148,4 @@ class progress(Generic[T]):
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
