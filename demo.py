@@ -28,7 +28,7 @@ from samdetr.inference.predictor import Predictor, load
 from samdetr.inference.sources import DRAWN, Source, find_images
 from samdetr.util.box_ops import cxcywh_to_xyxy
 from samdetr.util.command_line import as_flags, run_command
-from samdetr.util.drawing import draw_detections, side_by_side
+from samdetr.util.drawing import contact_sheet, draw_detections
 from samdetr.util.logger import log, progress
 
 
@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--plugin", default="", metavar="MODULE", help="module or .py file that registers the family")
     args = parser.parse_args(argv)
-    return run_command(
-        "demo.py", lambda: run(args), describe=lambda text: as_flags(text.replace("`source`", "--resume"))
-    )
+    return run_command("demo.py", lambda: run(args), lambda text: as_flags(text.replace("`source`", "--resume")))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
             boxes, labels = expected
             names = predictor.categories.names
             right = draw_detections(found.image, boxes=boxes, labels=labels, scores=None, class_names=names)
-            picture = side_by_side(picture, right, ("detections", "ground truth"))
+            picture = contact_sheet([[picture, right]], [["detections", "ground truth"]])
         folder = Path(args.output) if args.output else source.folder
         folder.mkdir(parents=True, exist_ok=True)
         save_picture(picture, folder / f"{DRAWN}{source.name}")

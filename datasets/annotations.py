@@ -7,7 +7,6 @@ datasets.check lists all of them.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from itertools import chain
@@ -24,8 +23,8 @@ LARGEST = 1e100  # bound of the numbers of a box, so that their sums and product
 class Annotations:
     """The content of an annotation file, with its N annotations that are JSON objects in arrays.
 
-    Entries may be of any type and value: what is unknown or malformed is marked in the arrays, and nothing raises
-    before `require_valid`. Of images or categories that share an id, annotations belong to the first.
+    Entries may be of any type and value: the arrays mark what is unknown or malformed, and only `require_valid` raises.
+    Of images or categories that share an id, annotations belong to the first.
 
     - `images`, `categories`: the entries with a valid id and a name; `entries`: the N annotations.
     - `image` int64 (N,): row in `images`, -1 for an unknown image; `row_of` maps an image id to its row.
@@ -71,11 +70,8 @@ class Annotations:
         return cls(content, file=file)
 
     def with_sizes(self, sizes: Mapping[str, Size | None]) -> Annotations:
-        """A copy whose `frames` follow the image files.
-
-        `sizes` maps file names to (width, height), or to None for an image whose frame is unknown. Other images keep
-        the size in their entry.
-        """
+        """A copy whose `frames` follow `sizes`: (width, height) by file name, None if unknown. Other images keep
+        the size in their entry."""
         other = copy(self)
         other.frames = self._frames(sizes)
         return other
@@ -104,11 +100,8 @@ class Annotations:
         }
 
     def require_valid(self) -> None:
-        """Raise ValueError for the first image or annotation that breaks a rule.
-
-        The message names the file, the id, the value and the remedy. `Categories.from_annotations` does the same for
-        categories.
-        """
+        """Raise ValueError, with file, id, value and remedy, for the first image or annotation that breaks a rule.
+        `Categories.from_annotations` does the same for categories."""
         if not self.content["images"]:
             raise ValueError(f"{self.file}: 'images' is empty; list at least one image")
         for entry in self.content["images"]:
@@ -177,13 +170,10 @@ def image_size(entry: dict) -> Size | None:
 
 def repeated(entries: Iterable[dict], key: str) -> dict[Any, list[dict]]:
     """Groups of entries with the same value under `key`, by that value."""
-    entries = list(entries)
-    times = Counter(entry[key] for entry in entries)
-    groups: dict[Any, list[dict]] = {value: [] for value, count in times.items() if count > 1}
+    groups: dict[Any, list[dict]] = {}
     for entry in entries:
-        if entry[key] in groups:
-            groups[entry[key]].append(entry)
-    return groups
+        groups.setdefault(entry[key], []).append(entry)
+    return {value: group for value, group in groups.items() if len(group) > 1}
 
 
 def number(value: Any) -> float:

@@ -20,15 +20,9 @@ class BadImages:
     them as `TargetBatch.unreadable`. The main process keeps a list with a line per file: name, tab, reason. If a list
     of an earlier run exists, its files are tried again at the start.
 
-    The training loop passes what each batch reports to `note`, in every process and before the batch's step:
-
-        for number, (images, targets) in enumerate(loader, start=1):
-            bad_images.note(targets.unreadable, last=number == len(loader))
-            ...
-
-    In a single process faults count at once. Several processes exchange them every `every` batches and at the last
-    batch of an epoch, so all of them stop at the same batch. `last` must be passed before the step of the last batch,
-    because the epoch is saved after that step. All processes must have the same number of batches.
+    Every process passes what each batch reports to `note`, before the batch's step, because an epoch is saved after its
+    last step. A single process counts faults at once. Several exchange them every `every` batches and at the last batch
+    of an epoch, so all stop at the same batch; they must have equally many batches.
     """
 
     def __init__(self, dataset: CocoDetection, *, largest_share: float, folder: Path | None, every: int = 50) -> None:
@@ -39,8 +33,7 @@ class BadImages:
             folder: where the list is kept; None for no list.
             every: number of batches between exchanges.
 
-        Raises:
-            ValueError: too many images are known to be unreadable.
+        Raises ValueError if too many images are known to be unreadable.
         """
         self._dataset, self._largest_share, self._every = dataset, largest_share, every
         self._list = folder / LIST if folder else None

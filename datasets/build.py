@@ -8,11 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from samdetr.datasets.annotations import Annotations, split_paths
-from samdetr.datasets.byte_images import ByteImages
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.settings import Data
-from samdetr.datasets.transforms import EvalTransforms, TrainTransforms
+from samdetr.datasets.transforms import ByteImages, EvalTransforms, TrainTransforms
 from samdetr.util.distributed import is_main
 from samdetr.util.padded_images import pad_images
 from samdetr.util.targets import TargetBatch
@@ -47,8 +46,7 @@ def build_dataset(
 ) -> CocoDetection:
     """The split "train" or "val". Its images are uint8; `collate` makes batches of them.
 
-    Every process of a run must call this. The main process glances at every image file: see
-    `CocoDetection.check_files`.
+    Every process of a run must call this. The main process checks every image file: see `CocoDetection.check_files`.
 
     Args:
         annotations: what `read_split` returned, if it was called already.
@@ -59,25 +57,21 @@ def build_dataset(
     Raises:
         ValueError: anything wrong with the data, in one line.
     """
-    annotations = annotations or read_split(split, data)
     train = split == "train"
-    transforms = (
-        TrainTransforms(
-            short_sides=data.train_sizes, max_size=data.max_size, crop=data.crop_augmentation, normalize=False
-        )
-        if train
-        else EvalTransforms(short_side=data.eval_size, max_size=data.max_size, normalize=False)
+    options = (
+        {"short_sides": data.train_sizes, "crop": data.crop_augmentation} if train else {"short_side": data.eval_size}
     )
+    kind = TrainTransforms if train else EvalTransforms
     folder, file = split_paths(Path(data.coco_path), split)
     dataset = CocoDetection(
         image_folder=folder,
         annotation_file=file,
-        transforms=transforms,
+        transforms=kind(**options, max_size=data.max_size, normalize=False),
         train=train,
         categories=categories,
         max_objects=max_objects,
         seed=seed,
-        annotations=annotations,
+        annotations=annotations or read_split(split, data),
     )
     if is_main():
         dataset.check_files()

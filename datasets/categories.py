@@ -31,9 +31,8 @@ class Categories:
     def from_annotations(cls, categories: Sequence[dict], *, file: str = "the annotation file") -> Categories:
         """Labels for the `categories` entry of a COCO annotation file.
 
-        Labels are the ids themselves, as in the published models (91 classes for COCO, whose ids end at 90). That
-        wastes a few outputs and keeps published weights usable. If ids are negative or far too large to index a class
-        head, labels count the ids in sorted order.
+        Labels are the ids, as in the published models (91 classes for COCO, whose ids end at 90). If ids are negative
+        or far too large for the outputs of a class head, labels count the ids in sorted order.
 
         Raises:
             ValueError: no category, one without an integer id or a name, or an id that occurs twice; names `file`.
@@ -66,12 +65,11 @@ class Categories:
         Raises:
             ValueError: names the ids that differ, both names of each, and `file`.
         """
-        ours = {category: self.names[label] for label, category in self.category_ids.items()}
-        theirs = {category: other.names[label] for label, category in other.category_ids.items()}
+        ours = {row["id"]: row["name"] for row in self.to_list()}
         wrong = [
-            f"id {category} is {name!r} in the file and {ours.get(category, 'absent')!r} in the model"
-            for category, name in theirs.items()
-            if ours.get(category) != name
+            f"id {row['id']} is {row['name']!r} in the file and {ours.get(row['id'], 'absent')!r} in the model"
+            for row in other.to_list()
+            if ours.get(row["id"]) != row["name"]
         ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -82,9 +80,7 @@ class Categories:
 
     def to_list(self) -> list[dict]:
         """Plain values for a checkpoint: a dict {label, id, name} for each category."""
-        return [
-            {"label": label, "id": category, "name": self.names[label]} for label, category in self.category_ids.items()
-        ]
+        return [{"label": k, "id": identity, "name": self.names[k]} for k, identity in self.category_ids.items()]
 
     @classmethod
     def from_list(cls, rows: Sequence[dict], num_classes: int | None = None) -> Categories:
@@ -120,11 +116,8 @@ COCO = Categories.from_annotations(
 
 
 def checkpoint_categories(checkpoint: Mapping[str, Any]) -> Categories | None:
-    """The classes that a checkpoint, as `read_checkpoint` returns it, was trained for.
-
-    Official files hold none. If they have as many outputs as the published models, their classes are those of COCO;
-    otherwise None is returned.
-    """
+    """The classes of a checkpoint from `read_checkpoint`. Official files hold none: COCO's if they have as many outputs
+    as the published models, else None."""
     num_classes = checkpoint["settings"].get("num_classes")
     if "categories" in checkpoint:
         return Categories.from_list(checkpoint["categories"], num_classes=num_classes)

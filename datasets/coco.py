@@ -35,12 +35,12 @@ class CocoDetection(Dataset):
     Crowd regions are not targets. Boxes are clipped to the image and dropped if nothing is left; images without boxes
     stay.
 
-    In a training set, an image that cannot be read is replaced by another. Which one is a function of (`seed`, epoch,
-    index) and of which files are readable. The target then also has `unreadable`, a dict from the index of each image
-    that could not be read to the reason. In evaluation such an image raises.
+    In a training set, an image that cannot be read is replaced by another, a function of (`seed`, epoch, index) and of
+    which files are readable. The target then has `unreadable`, reasons by index of the images that could not be read.
+    In evaluation such an image raises.
 
-    Random numbers in `transforms` are a function of (`seed`, epoch, index): neither the number of workers nor the
-    place where a run is resumed changes the images. Call `set_epoch` before iterating over an epoch.
+    Random numbers in `transforms` are a function of (`seed`, epoch, index), whatever the number of workers and the step
+    at which a run is resumed. Call `set_epoch` before iterating over an epoch.
 
     Args:
         transforms: called with (RGB image, target), as datasets.transforms describes.
@@ -175,7 +175,7 @@ class CocoDetection(Dataset):
         self._cache = share_files(paths, unreadable_as_empty=self._train)
 
     def check_files(self) -> None:
-        """Glance at every image file and record faults in `known_faults`.
+        """Check the ends of every image file and record faults in `known_faults`.
 
         Outside training, raises ValueError that names the first faulty file and the number of others.
         """
@@ -216,15 +216,15 @@ class CocoDetection(Dataset):
     def _objects(self, annotations: Annotations) -> tuple[Tensor, Tensor, Tensor]:
         """Objects sorted by image: boxes (N, 4) float32 in xyxy pixels, labels (N,), and the start of each image's
         objects (images + 1,)."""
-        chosen = annotations.objects()
-        image, boxes = annotations.image[chosen], annotations.boxes[chosen]
+        chosen = np.flatnonzero(annotations.objects())
+        chosen = chosen[np.argsort(annotations.image[chosen], kind="stable")]
+        boxes = annotations.boxes[chosen]
         boxes[:, 2:] += boxes[:, :2]
         labels = [self.categories.label_of[category] for category in annotations.category_ids[chosen].tolist()]
-        order = np.argsort(image, kind="stable")
-        first = np.searchsorted(image[order], np.arange(len(self) + 1))
+        first = np.searchsorted(annotations.image[chosen], np.arange(len(self) + 1))
         return (
-            torch.from_numpy(boxes[order].astype(np.float32)),
-            torch.from_numpy(np.array(labels, np.int64)[order]),
+            torch.from_numpy(boxes.astype(np.float32)),
+            torch.tensor(labels, dtype=torch.int64),
             torch.from_numpy(first),
         )
 

@@ -28,11 +28,6 @@ class Detections(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64: left, top, width, height in pixels
     scores: np.ndarray  # (n,) float64
 
-    @classmethod
-    def none(cls) -> Detections:
-        empty = np.zeros(0, np.int64)
-        return cls(empty, empty, empty, np.zeros((0, 4)), np.zeros(0))
-
     def by_image(self) -> Detections:
         """Sorted by image id; for an image that occurs more than once, the first occurrence."""
         image_ids, chosen = np.unique(self.image_ids, return_index=True)
@@ -41,6 +36,11 @@ class Detections(NamedTuple):
         # Row k of an image is k after its beginning in the old order.
         row = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
         return Detections(image_ids, counts, self.category_ids[row], self.boxes[row], self.scores[row])
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """A row for each detection, under COCO's names."""
+        image_ids = np.repeat(self.image_ids, self.counts)
+        return {"image_id": image_ids, "category_id": self.category_ids, "bbox": self.boxes, "score": self.scores}
 
 
 class CocoEvaluator:
@@ -54,7 +54,8 @@ class CocoEvaluator:
         self.ground_truth, self.categories = ground_truth, categories
         table = np.array(sorted(categories.category_ids.items()), np.int64)  # never empty
         self._labels, self._category_ids = table.T
-        self._batches = [Detections.none()]
+        empty = np.zeros(0, np.int64)
+        self._batches = [Detections(empty, empty, empty, np.zeros((0, 4)), np.zeros(0))]
         self._table = ""
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
@@ -75,15 +76,9 @@ class CocoEvaluator:
         known = (self._labels[place] == labels) & np.isfinite(scores) & np.isfinite(boxes).all(1)
         image = np.repeat(np.arange(len(found)), [len(f["scores"]) for f in found])
         boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        self._batches.append(
-            Detections(
-                image_ids=image_ids,
-                counts=np.bincount(image[known], minlength=len(found)),
-                category_ids=self._category_ids[place[known]],
-                boxes=boxes[known],
-                scores=scores[known],
-            )
-        )
+        counts = np.bincount(image[known], minlength=len(found))
+        category_ids = self._category_ids[place[known]]
+        self._batches.append(Detections(image_ids, counts, category_ids, boxes[known], scores[known]))
 
     @property
     def detections(self) -> Detections:
@@ -94,32 +89,15 @@ class CocoEvaluator:
     @property
     def results(self) -> list[dict]:
         """The detections as COCO results, sorted by image id."""
-        found = self.detections
-        return _rows(
-            image_id=np.repeat(found.image_ids, found.counts),
-            category_id=found.category_ids,
-            bbox=found.boxes,
-            score=found.scores,
-        )
+        return _rows(**self.detections.columns())
 
     def summarize(self) -> dict[str, float]:
         """Gather the detections of all processes and compute METRICS; -1 for a metric without objects."""
         self._batches = all_gather_object(self.detections)
         found, truth = self.detections, self.ground_truth
-        expected = self._indexed(
-            image_id=truth.image_ids,
-            category_id=truth.category_ids,
-            bbox=truth.boxes,
-            area=truth.areas,
-            iscrowd=truth.crowd.astype(np.int64),
-        )
-        detected = self._indexed(
-            image_id=np.repeat(found.image_ids, found.counts),
-            category_id=found.category_ids,
-            bbox=found.boxes,
-            area=found.boxes[:, 2] * found.boxes[:, 3],
-            score=found.scores,
-        )
+        columns = {"image_id": truth.image_ids, "category_id": truth.category_ids, "bbox": truth.boxes}
+        expected = self._indexed(**columns, area=truth.areas, iscrowd=truth.crowd.astype(np.int64))
+        detected = self._indexed(area=found.boxes[:, 2] * found.boxes[:, 3], **found.columns())
         lines: list[str] = []
         evaluation = COCOeval_faster(expected, detected, "bbox", print_function=lines.append)
         evaluation.params.imgIds = found.image_ids.tolist()

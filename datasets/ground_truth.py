@@ -24,14 +24,11 @@ class GroundTruth:
     @classmethod
     def from_annotations(cls, annotations: Annotations) -> GroundTruth:
         """From valid annotations. A missing area is that of the box."""
-        images = np.array([entry["id"] for entry in annotations.images], np.int64)
-        boxes, areas = annotations.boxes, annotations.areas
-        return cls(
-            images=images,
-            categories=np.array([entry["id"] for entry in annotations.categories], np.int64),
-            image_ids=images[annotations.image],
-            category_ids=annotations.category_ids,
-            boxes=boxes,
-            areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
-            crowd=annotations.crowd,
+        images, categories = (
+            np.array([entry["id"] for entry in entries], np.int64)
+            for entries in (annotations.images, annotations.categories)
         )
+        boxes = annotations.boxes
+        areas = np.where(np.isnan(annotations.areas), boxes[:, 2] * boxes[:, 3], annotations.areas)
+        image_ids = images[annotations.image]
+        return cls(images, categories, image_ids, annotations.category_ids, boxes, areas, annotations.crowd)

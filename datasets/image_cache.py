@@ -17,25 +17,18 @@ class ImageCache:
     """The unchanged contents of files in one memory that the processes of a node share.
 
     The memory belongs to the first process of the node and has no name in a file system, so nothing is left behind
-    when that process ends, even if it is killed. Other processes, data loading workers included, map it. A cache is
-    pickled as the path of the memory, `place`.
+    when that process ends, even if it is killed. Other processes, data loading workers included, map its path, `place`.
     """
 
     def __init__(self, place: str) -> None:
-        self._map(place)
-
-    def _map(self, place: str) -> None:
         self.place = place
         with open(place, "rb") as file:
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         (count,) = np.frombuffer(self._memory, np.int64, 1)
         self._starts = np.frombuffer(self._memory, np.int64, count + 1, offset=8)
 
-    def __getstate__(self) -> str:
-        return self.place
-
-    def __setstate__(self, place: str) -> None:
-        self._map(place)
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[str]]:
+        return ImageCache, (self.place,)
 
     def read(self, index: int) -> io.BytesIO:
         """File number `index` as a binary stream."""
@@ -56,10 +49,9 @@ def share_files(paths: Sequence[Path], *, unreadable_as_empty: bool = False) -> 
             place = _fill(paths, unreadable_as_empty)
         except (OSError, ValueError) as failure:
             error = f"`cache_mode`: {' '.join(str(failure).split())}; leave it out"
-    node = _node()
-    for other, first, its_place, its_error in all_gather_object((node, is_first_on_node(), place, error)):
-        if first and other == node:
-            place, error = its_place, its_error
+    # Only the first process of a node has a place or an error.
+    found = {node: result for node, *result in all_gather_object((_node(), place, error)) if any(result)}
+    place, error = found.get(_node(), (None, "`cache_mode`: local rank 0 shares no memory with this; leave it out"))
     if place is None:
         raise ValueError(error)
     return ImageCache(place)
@@ -76,11 +68,11 @@ def _node() -> str | None:
 def _fill(paths: Sequence[Path], unreadable_as_empty: bool) -> str:
     """Fill a memory with the number of files, the start of each and the end of the last, and the contents.
 
-    Returns the path of the memory.
+    Returns its path.
     """
     if not hasattr(os, "memfd_create"):
         raise ValueError("holding images in memory works on Linux only")
-    held = [not unreadable_as_empty or _readable(path) for path in paths]
+    held = [not unreadable_as_empty or (path.is_file() and os.access(path, os.R_OK)) for path in paths]
     sizes = np.array([path.stat().st_size if is_held else 0 for path, is_held in zip(paths, held)], np.int64)
     needed, free = int(sizes.sum()), _free_memory()
     if needed > free:
@@ -101,10 +93,6 @@ def _fill(paths: Sequence[Path], unreadable_as_empty: bool) -> str:
         os.close(descriptor)
         raise
     return f"/proc/{os.getpid()}/fd/{descriptor}"
-
-
-def _readable(path: Path) -> bool:
-    return path.is_file() and os.access(path, os.R_OK)
 
 
 def _free_memory() -> int:

@@ -18,9 +18,8 @@ class ImageRecord(NamedTuple):
 class ImageList:
     """A read-only list of ImageRecord; each record is made on access.
 
-    A Python object holds its own reference count, so reading it writes to it. In a data loading worker that copies the
-    page of memory: over a list of records, a worker grows until it has copied them all. Reading numbers from a tensor
-    writes nothing, and PyTorch shares tensors with workers by fork and by spawn.
+    Reading a Python object writes its reference count, so a data loading worker would copy a list of records page by
+    page. Reading a tensor writes nothing, and PyTorch shares tensors with workers by fork and by spawn.
     """
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:

@@ -26,8 +26,8 @@ class FileFault(NamedTuple):
 def read_image(source: Path | BinaryIO, size: tuple[float, float] | None = None) -> Image.Image:
     """The image in a file or stream in mode RGB, turned upright according to its EXIF orientation.
 
-    `size` (width, height) is the frame in which boxes of the image are given. If only the stored pixels have that
-    size, the boxes were drawn on the stored pixels, so the image is not turned.
+    `size` (width, height) is the frame of the image's boxes. If only the stored pixels have that size, the image is not
+    turned, because the boxes were drawn on the stored pixels.
 
     Raises:
         WrongSize: neither the stored nor the upright image has `size`.
@@ -40,11 +40,8 @@ def read_image(source: Path | BinaryIO, size: tuple[float, float] | None = None)
 
 
 def glance(path: Path, size: tuple[float, float] | None = None) -> FileFault | None:
-    """What `read_image` would find wrong with a file, as far as a few bytes show it.
-
-    The image is decoded only if the ends of the file do not already show it to be complete. Damage in the middle of a
-    file goes unnoticed.
-    """
+    """What `read_image` would find wrong with a file, except damage in the middle: the image is decoded only if the
+    ends of the file do not show it to be complete."""
     try:
         head, tail, _ = _ends(path)
         with Image.open(path) as image:

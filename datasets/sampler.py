@@ -9,10 +9,10 @@ from torch.utils.data import Sampler
 
 
 def evaluation_batches(*, length: int, batch_size: int, processes: int, rank: int, world_size: int) -> list[list[int]]:
-    """The batches of process `rank`, when `world_size` processes share the batches that `processes` make.
+    """The batches of process `rank`, if `world_size` processes share the batches that `processes` make.
 
-    Padding depends on the batch, and figures depend on padding a little, so one process can repeat the figures of
-    several. The last processes may have one batch fewer, or none: an evaluation must not communicate in each batch.
+    Metrics depend on padding a little, and padding on the batch; so one process can repeat the metrics of several. The
+    last processes may have one batch fewer, or none: an evaluation must not communicate in each batch.
     """
     orders = [range(first, length, processes) for first in range(processes)]
     starts = range(0, len(orders[0]), batch_size)
@@ -21,16 +21,11 @@ def evaluation_batches(*, length: int, batch_size: int, processes: int, rank: in
 
 
 class TrainSampler(Sampler[int]):
-    """Every `world_size`-th index of a shuffle that is a function of (`seed`, epoch).
+    """Every `world_size`-th of `length` indices, shuffled by (`seed`, epoch).
 
-    Step k has the images k * batch to (k + 1) * batch - 1 of the shuffle, for any number of processes; an incomplete
-    last batch is skipped. So a run can resume at any step, even with another number of processes, and sees the same
-    images. PyTorch's DistributedSampler makes the same shuffle, but repeats images until all processes have equally
-    many, so its number of steps depends on the number of processes.
-
-    Args:
-        length: number of images.
-        batch: images of a step, in all processes together.
+    Step k has the images k * `batch` to (k + 1) * `batch` - 1 of the shuffle, for any number of processes; a smaller
+    last batch is skipped. So a run can resume at any step, with any number of processes, and sees the same images. The
+    number of steps of PyTorch's DistributedSampler depends on the number of processes.
     """
 
     def __init__(self, *, length: int, batch: int, rank: int, world_size: int, seed: int) -> None:

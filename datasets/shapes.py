@@ -21,10 +21,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from samdetr.util.command_line import run_command
+
 VERSION = 1  # of the pictures: raise it with any change of them, so that older sets are not taken for complete
+INFO = {"description": "Shapes, drawn by datasets/shapes.py", "version": VERSION}
 CATEGORIES = {1: "ellipse", 2: "triangle", 3: "rectangle", 5: "star"}  # without 4, as real data sets have gaps
 ASPECT = {"ellipse": (0.6, 1.0), "triangle": (0.7, 1.0), "rectangle": (0.4, 0.7), "star": (0.85, 1.0)}  # short / long
 SPLITS = ("train", "val")
+LEAST = {"num_train": 1, "num_val": 1, "size": 64, "seed": 0}
 
 MAX_OBJECTS = 3
 LONG_SIDE = (28 / 96, 56 / 96)  # of a shape before rotation, in fractions of the image's side
@@ -77,6 +81,7 @@ def draw_image(*, seed: int, split: str, index: int, size: int) -> tuple[np.ndar
 
 def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed: int) -> None:
     """Write train2017/, val2017/ and annotations/ into `folder`, which must not exist."""
+    settings = {"num_train": num_train, "num_val": num_val, "size": size, "seed": seed}
     (folder / "annotations").mkdir(parents=True)
     first_image, first_object = 1, 1
     for split, count in zip(SPLITS, (num_train, num_val)):
@@ -89,11 +94,10 @@ def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed
             Image.fromarray(pixels).save(image_folder / name, quality=95, subsampling=0)
             images.append({"id": image_id, "file_name": name, "width": size, "height": size})
             for shape in shapes:
-                annotations.append({"id": first_object, "image_id": image_id, **_annotation(shape)})
-                first_object += 1
-        first_image += count
+                annotations.append({"id": first_object + len(annotations), "image_id": image_id, **_annotation(shape)})
+        first_image, first_object = first_image + count, first_object + len(annotations)
         content = {
-            "info": _info(num_train=num_train, num_val=num_val, size=size, seed=seed),
+            "info": {**INFO, "settings": settings},
             "images": images,
             "annotations": annotations,
             "categories": [{"id": identity, "name": name} for identity, name in CATEGORIES.items()],
@@ -101,16 +105,15 @@ def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed
         (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
-def is_complete(folder: Path, *, num_train: int, num_val: int, size: int, seed: int) -> bool:
-    """Whether `folder` holds the complete data set of these settings."""
-    expected = _info(num_train=num_train, num_val=num_val, size=size, seed=seed)
-    for split, count in zip(SPLITS, (num_train, num_val)):
+def is_complete(folder: Path, **settings: int) -> bool:
+    """Whether `folder` holds the complete data set of these settings, those of `write_dataset`."""
+    for split in SPLITS:
         try:
             content = json.loads((folder / "annotations" / f"instances_{split}2017.json").read_bytes())
             files = os.listdir(folder / f"{split}2017")
         except (OSError, ValueError):
             return False
-        if content.get("info") != expected or len(files) != count:
+        if content.get("info") != {**INFO, "settings": settings} or len(files) != settings[f"num_{split}"]:
             return False
     return True
 
@@ -123,36 +126,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("data/shapes"), help="folder to create")
-    parser.add_argument("--num_train", type=_at_least(1), default=2000, help="training images")
-    parser.add_argument("--num_val", type=_at_least(1), default=300, help="validation images")
-    parser.add_argument("--size", type=_at_least(64), default=96, help="side of the square images in pixels")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="another seed draws another set")
-    args = parser.parse_args(argv)
-    settings = {"num_train": args.num_train, "num_val": args.num_val, "size": args.size, "seed": args.seed}
+    parser.add_argument("--num_train", type=int, default=2000, help="training images")
+    parser.add_argument("--num_val", type=int, default=300, help="validation images")
+    parser.add_argument("--size", type=int, default=96, help="side of the square images in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws another set")
+    settings = vars(parser.parse_args(argv))
+    return run_command("datasets.shapes", lambda: _draw_unless_complete(settings.pop("output"), settings))
 
-    output = args.output.resolve()
+
+def _draw_unless_complete(folder: Path, settings: dict[str, int]) -> None:
+    output = folder.resolve()
+    for name, least in LEAST.items():
+        if settings[name] < least:
+            raise ValueError(f"`{name}` {settings[name]} must be at least {least}")
     if is_complete(output, **settings):
-        print(f"{args.output} is complete already")
-        return 0
+        print(f"{folder} is complete already")
+        return
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        print(
-            f"{args.output} exists and is not a complete set of these settings; delete it or choose another --output",
-            file=sys.stderr,
+        raise ValueError(
+            f"{folder} exists and is not a complete set of these settings; delete it or choose another --output"
         )
-        return 2
-
     # Drawn in a temporary folder and renamed, so that an interrupted run leaves nothing that looks like a data set.
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         write_dataset(partial, **settings)
         partial.rename(output)
     except OSError as error:
-        print(f"{args.output} cannot be written: {error}; choose another --output", file=sys.stderr)
-        return 2
+        raise ValueError(f"{folder} cannot be written: {error}; choose another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{args.output}: {args.num_train} training and {args.num_val} validation images")
-    return 0
+    print(f"{folder}: {settings['num_train']} training and {settings['num_val']} validation images")
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -259,12 +262,8 @@ def _annotation(shape: Shape) -> dict:
     """The entry of the annotation file without its ids. The box ends at pixel edges, tight around the mask."""
     rows, columns = (np.flatnonzero(shape.mask.any(axis)) for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
-    entry = {
-        "category_id": shape.category_id,
-        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-        "area": int(shape.mask.sum()),
-        "iscrowd": int(shape.crowd),
-    }
+    box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+    entry = {"category_id": shape.category_id, "bbox": box, "area": int(shape.mask.sum()), "iscrowd": int(shape.crowd)}
     if shape.crowd:
         entry["segmentation"] = {"size": list(shape.mask.shape), "counts": _run_lengths(shape.mask)}
     return entry
@@ -276,21 +275,6 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     ends = np.flatnonzero(np.diff(pixels)) + 1
     lengths = np.diff([0, *ends, len(pixels)]).tolist()
     return [0, *lengths] if pixels[0] else lengths
-
-
-def _info(**settings: int) -> dict:
-    return {"description": "Shapes, drawn by datasets/shapes.py", "version": VERSION, "settings": settings}
-
-
-def _at_least(low: int):
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is below {low}")
-        return value
-
-    parse.__name__ = "integer"  # argparse's message for a non-number names the type
-    return parse
 
 
 if __name__ == "__main__":

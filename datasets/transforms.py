@@ -1,7 +1,7 @@
 """The published DETR presets for training and evaluation, as torchvision v2 transforms.
 
-Images are resized as uint8 tensors, several times as fast as by PIL. The pixels equal PIL's except for a few in ten
-thousand, which differ by one or two of 255: see docs/log.md and benchmarks/loader.py.
+Images are resized as uint8 tensors, several times as fast as by PIL; a few pixels in ten thousand differ from PIL's by
+one or two of 255 (docs/log.md, benchmarks/loader.py).
 
 All take (PIL image, target) with `target["boxes"]` as tv_tensors.BoundingBoxes (n, 4) in xyxy pixels and
 `target["labels"]` (n,). They return (float32 tensor (3, H, W), target) with boxes in pixels of that tensor; with
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from samdetr.util.padded_images import PaddedImages
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDES = tuple(range(480, 801, 32))
@@ -59,8 +61,8 @@ class TrainTransforms(v2.Compose):
 def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
     """(height, width) after resizing to `short_side`, or to less if the long side would exceed `max_size`.
 
-    v2.Resize rounds the limited short side down and sets the long side to `max_size`. DETR rounds the short side to the
-    nearest integer, so the long side can miss `max_size` by some pixels. The published results were obtained that way.
+    DETR rounds the limited short side to the nearest integer, so the long side can miss `max_size` by some pixels;
+    v2.Resize rounds down. The published results were obtained with DETR's rule.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * short_side > max_size:
@@ -133,14 +135,23 @@ def normalize(images: Tensor) -> Tensor:
     return images
 
 
+class ByteImages(PaddedImages):
+    """A batch in uint8, a quarter of the memory of floats, which `to` normalises on the device."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PaddedImages:  # type: ignore[override]
+        """The network's input: float32, zero in the padding."""
+        images, padding = (part.to(device, non_blocking=non_blocking) for part in (self.images, self.padding))
+        return PaddedImages(normalize(images).masked_fill_(padding[:, None], 0), padding)
+
+    def pin_memory(self) -> ByteImages:
+        return ByteImages(self.images.pin_memory(), self.padding.pin_memory())
+
+
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Make PyTorch's random numbers on the CPU a function of `key` (integers >= 0) inside the context.
-
-    The state outside is unchanged.
-    """
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the GPUs
+    """Make PyTorch's random numbers on the CPU a function of `key` (integers >= 0) inside the context."""
+    with torch.random.fork_rng(devices=[]):  # restores the state afterwards
+        # torch.manual_seed would also seed the GPUs.
         torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         yield
 

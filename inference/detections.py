@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from samdetr.datasets.categories import Categories
 from samdetr.inference.sources import Source
@@ -55,7 +56,7 @@ class Detections:
     @property
     def category_ids(self) -> Tensor:
         """(n,) int64, the data set's own ids."""
-        return torch.tensor([self.categories.category_ids[label] for label in self.labels.tolist()], dtype=torch.int64)
+        return torch.tensor([self.categories.category_ids[k] for k in self.labels.tolist()], dtype=torch.int64)
 
     @property
     def names(self) -> list[str]:
@@ -71,10 +72,9 @@ class Detections:
         return len(self.scores)
 
     def __iter__(self) -> Iterator[Detection]:
-        columns = (self.boxes, self.scores, self.category_ids, self.labels, self.queries)
-        rows = zip(self.names, *(column.tolist() for column in columns))
-        for name, box, score, category_id, label, query in rows:
-            yield Detection(tuple(box), score, name, category_id, label, query)
+        numbers = (self.category_ids.tolist(), self.labels.tolist(), self.queries.tolist())
+        for box, *values in zip(self.boxes.tolist(), self.scores.tolist(), self.names, *numbers):
+            yield Detection(tuple(box), *values)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{number} {name}" for name, number in Counter(self.names).items())
@@ -101,8 +101,7 @@ class Detections:
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """COCO results: a dict of image_id, category_id, bbox (left, top, width, height) and score for each object."""
-        boxes = self.boxes.double()
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+        boxes = box_convert(self.boxes.double(), "xyxy", "xywh")
         rows = zip(self.category_ids.tolist(), boxes.tolist(), self.scores.double().tolist())
         return [{"image_id": image_id, "category_id": c, "bbox": box, "score": score} for c, box, score in rows]
 

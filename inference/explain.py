@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from samdetr.util.box_ops import cxcywh_to_xyxy
 from samdetr.util.drawing import contact_sheet
 
 MOST_QUERIES = 6  # rows of a picture
+SALIENT = (SemanticsAligner, SAPDecoder)
 
 # Salient points of decoder layers: reference boxes (Q, 4), cx, cy, w, h, and points (Q, P, 2), relative to the image.
 Layers = list[tuple[Tensor, Tensor]]
@@ -34,14 +35,14 @@ def explain(
     salient_points: bool = False,
     sampling_points: tuple[float, float] | str | None = None,
 ) -> tuple[Detections, dict[str, Image.Image]]:
-    """Detect objects in one image, and draw where the queries of the best ones look.
+    """Detect objects in one image, and draw where the queries of the best detections look.
 
     Args:
         image: a single one, as of `Predictor.predict`.
         threshold: the least score of a detection.
         salient_points: whether to draw the salient points of every decoder layer.
-        sampling_points: the place from which the encoder's deformable attention looks, x and y as fractions of width
-            and height, or "best", the centre of the best detection. None draws no sampling points.
+        sampling_points: the position whose deformable attention in the encoder is drawn, x and y as fractions of width
+            and height, or "best", the centre of the best detection; None for no such picture.
 
     Returns:
         The detections, and pictures by kind: "points", "sampling" (of the encoder) and "sampling_queries" (of the
@@ -61,7 +62,7 @@ def explain(
     position = sampling_points
     if isinstance(position, str):
         position = tuple((found.boxes[0].view(2, 2).mean(0) / torch.tensor(found.size)).tolist())
-    # A second pass: which positions and queries to keep points of is known only now, and all would be too many.
+    # A second pass, because the positions and queries to observe are known only now, and all would be too many.
     best = found.queries[:MOST_QUERIES]
     with (
         watch_sampling(predictor.model.encoder, cell_of(position)) as encoder_layers,
@@ -125,49 +126,45 @@ def _of_sap_decoder(decoder: SAPDecoder, arguments: dict[str, Any], predictions:
     return [(layer["pred_boxes"][0].cpu(), layer["pred_points"][0, :, None].cpu()) for layer in predictions]
 
 
-SALIENT = (SemanticsAligner, SAPDecoder)
-
-
-def _best_queries(found: Detections, *, columns: int) -> Iterator[tuple[int, int, list[str]]]:
-    """For each of the best detections: its row, its query, and a caption for each column, one a layer."""
-    for row, detection in zip(range(MOST_QUERIES), found):
-        title = f"{detection.name} {detection.score:.2f}, query {detection.query}"
-        yield row, detection.query, [f"{title}, layer {layer + 1}" for layer in range(columns)]
-
-
 def draw_points(found: Detections, layers: Layers) -> Image.Image:
     """A row for each of the best detections, a column for each decoder layer."""
-    image = found.image
-    size = torch.tensor(image.size)
-    rows, captions = [], []
-    for _, query, titles in _best_queries(found, columns=len(layers)):
+    image, size = found.image, torch.tensor(found.size)
+
+    def draw(_: int, query: int) -> list[Image.Image]:
         boxes = torch.stack([cxcywh_to_xyxy(box[query]) * size.repeat(2) for box, _ in layers])  # (layers, 4)
-        view = view_around(boxes, size=image.size)
-        rows.append(
-            [draw_salient_points(image, box=b, points=p[query] * size, view=view) for b, (_, p) in zip(boxes, layers)]
-        )
-        captions.append(titles)
-    return contact_sheet(rows, captions)
+        view = view_around(boxes, size=found.size)
+        return [
+            draw_salient_points(image, box=b, points=p[query] * size, view=view) for b, (_, p) in zip(boxes, layers)
+        ]
+
+    return _sheet(found, draw)
 
 
 def draw_query_sampling(found: Detections, layers: list[Sampling]) -> Image.Image:
     """A row for each of the best detections, of which `layers` have the points; a column for each decoder layer."""
-    image = found.image
-    size = torch.tensor(image.size)
-    rows, captions = [], []
-    for row, _, titles in _best_queries(found, columns=len(layers)):
+    image, size = found.image, torch.tensor(found.size)
+
+    def draw(row: int, _: int) -> list[Image.Image]:
         references = torch.stack([layer.reference[row, 0, :2] for layer in layers]) * size
         places = torch.stack([layer.points[row].flatten(1, 2) for layer in layers]) * size  # (layers, heads, n, 2)
         areas = torch.stack([layer.weights[row].flatten(1) for layer in layers]) * places.shape[2]
         seen = torch.cat([places.flatten(0, 2).clamp(min=0).minimum(size), references, found.boxes[row].view(2, 2)])
-        view = view_around(seen.repeat(1, 2), size=image.size, share=0.1)
-        rows.append(
-            [
-                draw_sampling_points(image, reference=reference, points=points, areas=area, view=view)
-                for reference, points, area in zip(references, places, areas)
-            ]
-        )
-        captions.append(titles)
+        view = view_around(seen.repeat(1, 2), size=found.size, share=0.1)
+        return [
+            draw_sampling_points(image, reference=reference, points=points, areas=area, view=view)
+            for reference, points, area in zip(references, places, areas)
+        ]
+
+    return _sheet(found, draw)
+
+
+def _sheet(found: Detections, draw: Callable[[int, int], list[Image.Image]]) -> Image.Image:
+    """For each of the best detections, what `draw(row, query)` returns: a picture for each decoder layer."""
+    rows, captions = [], []
+    for row, detection in zip(range(MOST_QUERIES), found):
+        rows.append(draw(row, detection.query))
+        title = f"{detection.name} {detection.score:.2f}, query {detection.query}"
+        captions.append([f"{title}, layer {layer}" for layer in range(1, len(rows[-1]) + 1)])
     return contact_sheet(rows, captions)
 
 

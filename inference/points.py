@@ -13,51 +13,39 @@ from torch import Tensor
 
 from samdetr.util.drawing import INK, PAPER, Colour, class_colour, contact_sheet, line_width, outline, pixel_box
 
+SIDE = 400  # pixels of the longer side of a drawn part
+RADIUS, ARM = 5, 10  # pixels: of a salient point, and of a cross from its middle
+
 
 def view_around(boxes: Tensor, *, size: tuple[int, int], share: float = 0.5) -> Tensor:
-    """The part (4,) of a picture (width, height) worth showing for `boxes` (n, 4): them and a margin all around, as a
-    `share` of their longer side together."""
-    boxes = torch.as_tensor(boxes, dtype=torch.float32)
-    low, high = boxes[:, :2].amin(0), boxes[:, 2:].amax(0)
-    limit = torch.tensor(size, dtype=torch.float32)
+    """The part (4,) of a picture (width, height) worth showing for `boxes` (n, 4): their hull and a margin, which is a
+    `share` of the hull's longer side."""
+    low, high, limit = boxes[:, :2].amin(0), boxes[:, 2:].amax(0), torch.tensor(size)
     margin = ((high - low).max() * share).clamp(min=16)
     return torch.cat([(low - margin).clamp(min=0).minimum(limit - 1), (high + margin).minimum(limit).clamp(min=1)])
 
 
-def draw_salient_points(
-    image: Image.Image, *, box: Tensor, points: Tensor, view: Tensor | None = None, longer_side: int = 400
-) -> Image.Image:
+def draw_salient_points(image: Image.Image, *, box: Tensor, points: Tensor, view: Tensor | None = None) -> Image.Image:
     """A query's reference `box` (4,) in white and its salient `points` (N, 2), one colour for each attention head.
 
-    Shows the part `view` (4,) of the picture, or all, at `longer_side` pixels. Points outside are not seen.
+    Shows the part `view` (4,) of the picture, or all. Points outside are not seen.
     """
-    canvas, origin, scale = _part_of(image, view, longer_side)
-    corners = (torch.as_tensor(box).float().cpu().view(2, 2) - origin).flatten().tolist()
-    rectangle = pixel_box(corners, factor=scale, size=canvas.size)
+    canvas, origin, scale = _part_of(image, view)
+    rectangle = pixel_box((box.view(2, 2) - origin).flatten().tolist(), factor=scale, size=canvas.size)
     outline(ImageDraw.Draw(canvas), rectangle, PAPER, line_width(canvas.size))
-    radius = max(longer_side // 75, 3)
-    for head, centre in enumerate(((torch.as_tensor(points).float().cpu() - origin) * scale).tolist()):
-        _marker(canvas, centre, radius, class_colour(head))
+    for head, centre in enumerate(((points - origin) * scale).tolist()):
+        _marker(canvas, centre, RADIUS, class_colour(head))
     return canvas
 
 
 def draw_sampling_points(
-    image: Image.Image,
-    *,
-    reference: Tensor,
-    points: Tensor,
-    areas: Tensor,
-    view: Tensor | None = None,
-    longer_side: int = 400,
+    image: Image.Image, *, reference: Tensor, points: Tensor, areas: Tensor, view: Tensor | None = None
 ) -> Image.Image:
     """A query's `reference` (2,) as a white cross and the `points` (heads, N, 2) that it samples, one colour for each
-    attention head; `areas` (heads, N) are relative to that of a salient point.
-
-    Shows the part `view` (4,) of the picture, or all, at `longer_side` pixels. Points outside are not seen.
+    attention head; `areas` (heads, N) are relative to that of a salient point. `view` as in `draw_salient_points`.
     """
-    canvas, origin, scale = _part_of(image, view, longer_side)
-    radii = (max(longer_side // 75, 3) * torch.as_tensor(areas).float().cpu().sqrt()).round().clamp(min=3).int()
-    centres = (torch.as_tensor(points).float().cpu() - origin) * scale
+    canvas, origin, scale = _part_of(image, view)
+    radii, centres = (RADIUS * areas.sqrt()).round().clamp(min=3).int(), (points - origin) * scale
     markers = [
         (radius, centre, class_colour(head))
         for head, (row, places) in enumerate(zip(radii.tolist(), centres.tolist()))
@@ -65,22 +53,21 @@ def draw_sampling_points(
     ]
     for radius, centre, colour in sorted(markers, reverse=True):  # small ones lie on large ones
         _marker(canvas, centre, radius, colour)
-    x, y = ((torch.as_tensor(reference).float().cpu() - origin) * scale).round().int().tolist()
-    arm, drawing = max(longer_side // 40, 6), ImageDraw.Draw(canvas)
+    x, y = ((reference - origin) * scale).round().int().tolist()
     for grown, colour in ((1, INK), (0, PAPER)):
-        for dx, dy in ((arm + grown, 1 + grown), (1 + grown, arm + grown)):
-            drawing.rectangle((x - dx, y - dy, x + dx, y + dy), fill=colour)
+        for dx, dy in ((ARM + grown, 1 + grown), (1 + grown, ARM + grown)):
+            ImageDraw.Draw(canvas).rectangle((x - dx, y - dy, x + dx, y + dy), fill=colour)
     return canvas
 
 
 def sampling_sheet(image: Image.Image, *, references: Tensor, points: Tensor, weights: Tensor) -> Image.Image:
-    """Where a query of deformable attention looks, layer by layer: a column for each layer; the first row shows all
-    levels, the others one level each, enlarged, and say how much of the heads' weight it has.
+    """Where a query of deformable attention looks: a column for each layer. The first row shows all levels, the others
+    show one level each, enlarged, and its share of the heads' weight.
 
     Args:
         references: (layers, 2), where the query is.
-        points: (layers, heads, levels, points, 2), where it looks.
-        weights: (layers, heads, levels, points), how much that counts; those of a head sum to 1.
+        points: (layers, heads, levels, points, 2), where it samples.
+        weights: (layers, heads, levels, points); those of a head sum to 1.
     """
     heads, levels, each = weights.shape[1:]
     size = torch.tensor(image.size)
@@ -98,22 +85,20 @@ def sampling_sheet(image: Image.Image, *, references: Tensor, points: Tensor, we
             ]
         )
         shares = much.sum((1, 2)) / heads
-        names = [f"level {part[0] + 1}: {share:.0%} of weight" if one else "all levels" for share in shares]
         outside = ((where < 0) | (where > size)).any(-1).flatten(1).sum(1).tolist()
-        captions.append(
-            [
-                f"layer {layer + 1}, {name}, {number} of {much[layer].numel()} outside"
-                for layer, (name, number) in enumerate(zip(names, outside))
-            ]
-        )
+        texts = []
+        for layer, (share, number) in enumerate(zip(shares, outside), 1):
+            name = f"level {part[0] + 1}: {share:.0%} of weight" if one else "all levels"
+            texts.append(f"layer {layer}, {name}, {number} of {much[0].numel()} outside")
+        captions.append(texts)
     return contact_sheet(rows, captions)
 
 
-def _part_of(image: Image.Image, view: Tensor | None, longer_side: int) -> tuple[Image.Image, Tensor, float]:
-    """The part `view` (4,) of a picture, or all, at `longer_side` pixels; its corner (2,) and how much larger it is."""
-    x0, y0, x1, y1 = (0, 0, *image.size) if view is None else torch.as_tensor(view).round().int().tolist()
+def _part_of(image: Image.Image, view: Tensor | None) -> tuple[Image.Image, Tensor, float]:
+    """The part `view` (4,) of a picture, or all, enlarged to SIDE pixels; its corner (2,) and the factor."""
+    x0, y0, x1, y1 = (0, 0, *image.size) if view is None else view.round().int().tolist()
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
-    scale = longer_side / max(x1 - x0, y1 - y0)
+    scale = SIDE / max(x1 - x0, y1 - y0)
     size = (max(round((x1 - x0) * scale), 1), max(round((y1 - y0) * scale), 1))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
     return canvas, torch.tensor([x0, y0]), scale
@@ -122,12 +107,8 @@ def _part_of(image: Image.Image, view: Tensor | None, longer_side: int) -> tuple
 def _marker(canvas: Image.Image, centre: Sequence[float], radius: int, colour: Colour) -> None:
     """A disc in a white and a dark ring, which set it off from any background."""
     for grown, shade in ((2, INK), (1, PAPER), (-1, colour)):
-        _disc(canvas, centre, radius + grown, shade)
-
-
-def _disc(canvas: Image.Image, centre: Sequence[float], radius: int, colour: Colour) -> None:
-    side = 2 * radius + 1
-    mask = Image.new("L", (4 * side, 4 * side))
-    ImageDraw.Draw(mask).ellipse((0, 0, 4 * side - 1, 4 * side - 1), fill=255)
-    corner = round(centre[0] - side / 2), round(centre[1] - side / 2)
-    canvas.paste(colour, (*corner, corner[0] + side, corner[1] + side), mask.reduce(4))  # reduced: smooth at the rim
+        side = 2 * (radius + grown) + 1
+        mask = Image.new("L", (4 * side, 4 * side))
+        ImageDraw.Draw(mask).ellipse((0, 0, 4 * side - 1, 4 * side - 1), fill=255)
+        corner = round(centre[0] - side / 2), round(centre[1] - side / 2)
+        canvas.paste(shade, corner, mask.reduce(4))  # drawn larger and reduced: smooth at the rim

@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from samdetr.datasets.byte_images import ByteImages
 from samdetr.datasets.categories import Categories, checkpoint_categories
 from samdetr.datasets.settings import Data
-from samdetr.datasets.transforms import EvalTransforms
+from samdetr.datasets.transforms import ByteImages, EvalTransforms
 from samdetr.inference.detections import Detections, check_threshold
 from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
@@ -129,30 +128,27 @@ class Predictor:
         sources, single = find_images(images)
         found: list[Detections | None] = [None] * len(sources)
         with _evaluating(self.model):
-            for indices, batch in self._batches(sources, batch_size):
-                results = self._detect([tensor for tensor, _ in batch], [size for _, size in batch])
-                for index, (_, size), result in zip(indices, batch, results):
+            for batch in self._batches(sources, batch_size):
+                indices, tensors, sizes = zip(*batch)
+                for index, size, result in zip(indices, sizes, self._detect(tensors, sizes)):
                     found[index] = self._detections(result, size, sources[index], threshold)
         return found[0] if single else found
 
     def _batches(
         self, sources: Sequence[Source], batch_size: int
-    ) -> Iterator[tuple[list[int], list[tuple[Tensor, tuple[int, int]]]]]:
-        """Indices, and for each its transformed image and (width, height). Holds few images at a time."""
-        waiting: dict[tuple[int, ...], list[tuple[int, Any]]] = {}
+    ) -> Iterator[list[tuple[int, Tensor, tuple[int, int]]]]:
+        """Batches of index, transformed image and (width, height). Holds few images at a time."""
+        waiting: dict[torch.Size, list[tuple[int, Tensor, tuple[int, int]]]] = {}
         for index, source in enumerate(sources):
             image = source.read()
             tensor = self.prepare(image)
-            group = waiting.setdefault(tuple(tensor.shape), [])
-            group.append((index, (tensor, image.size)))
-            full = len(group) == batch_size
-            if full or sum(map(len, waiting.values())) > 4 * batch_size:
-                # Too many sizes: the group that has waited longest goes without being full.
-                indices, batch = zip(*waiting.pop(tuple(tensor.shape) if full else next(iter(waiting))))
-                yield list(indices), list(batch)
-        for group in waiting.values():
-            indices, batch = zip(*group)
-            yield list(indices), list(batch)
+            group = waiting.setdefault(tensor.shape, [])
+            group.append((index, tensor, image.size))
+            if len(group) == batch_size:
+                yield waiting.pop(tensor.shape)
+            elif sum(map(len, waiting.values())) > 4 * batch_size:
+                yield waiting.pop(next(iter(waiting)))  # too many sizes: the group that has waited longest
+        yield from waiting.values()
 
     def prepare(self, image: Image.Image) -> Tensor:
         """An image in RGB as the network takes it, uint8 (3, H, W): resized, not yet normalised."""

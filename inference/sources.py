@@ -126,25 +126,21 @@ def _to_picture(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray):
-        return Image.fromarray(np.ascontiguousarray(_checked_array(image)))
+        if image.dtype != np.uint8:
+            raise ValueError(f"`images` holds an array of {image.dtype}; arrays are uint8, 0 to 255, in RGB")
+        _check_shape("an array", image.shape, colours=2, wanted="(height, width, 3)", remedy="transpose(1, 2, 0)")
+        return Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Tensor):
-        return Image.fromarray(_checked_tensor(image).permute(1, 2, 0).contiguous().numpy())
+        wanted = "(3, height, width)"
+        _check_shape("a tensor", tuple(image.shape), colours=0, wanted=wanted, remedy="permute(2, 0, 1)")
+        return Image.fromarray(_as_bytes(image.detach().cpu()).permute(1, 2, 0).contiguous().numpy())
     raise ValueError(
         f"`images` holds a {type(image).__name__}; pass a file, folder, pattern or URL, a PIL image, an array "
         "(height, width, 3), a tensor (3, height, width), or a list of these"
     )
 
 
-def _checked_array(image: np.ndarray) -> np.ndarray:
-    if image.dtype != np.uint8:
-        raise ValueError(f"`images` holds an array of {image.dtype}; arrays are uint8, 0 to 255, in RGB")
-    _check_shape("an array", tuple(image.shape), colours=2, wanted="(height, width, 3)", remedy="transpose(1, 2, 0)")
-    return image
-
-
-def _checked_tensor(image: Tensor) -> Tensor:
-    image = image.detach().cpu()
-    _check_shape("a tensor", tuple(image.shape), colours=0, wanted="(3, height, width)", remedy="permute(2, 0, 1)")
+def _as_bytes(image: Tensor) -> Tensor:
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
@@ -160,15 +156,12 @@ def _checked_tensor(image: Tensor) -> Tensor:
 
 def _check_shape(what: str, shape: tuple[int, ...], *, colours: int, wanted: str, remedy: str) -> None:
     """Require three colours at axis `colours` of three, and nowhere else where an image could have them."""
-    other = 2 - colours
-    if len(shape) == 3 and 0 not in shape and shape[colours] == 3 and shape[other] != 3:
+    here, there = (shape[colours] == 3, shape[2 - colours] == 3) if len(shape) == 3 else (False, False)
+    if here and not there and 0 not in shape:
         return
-    if len(shape) == 3 and shape[colours] == shape[other] == 3:
+    if here and there:
         hint = "is ambiguous, pass a PIL image"
-    elif len(shape) == 3 and shape[other] == 3:
-        hint = f"is not {wanted}, use {remedy}"
-    elif len(shape) == 4:
-        hint = f"is not {wanted}, pass a list of images for a batch"
     else:
-        hint = f"is not {wanted}"
+        batch = ", pass a list of images for a batch" if len(shape) == 4 else ""
+        hint = f"is not {wanted}" + (f", use {remedy}" if there else batch)
     raise ValueError(f"`images` holds {what} whose shape {shape} {hint}")

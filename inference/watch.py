@@ -58,9 +58,9 @@ Choose = Callable[[list[tuple[int, int]], Tensor], Tensor]
 def watch_sampling(part: nn.Module, choose: Choose) -> AbstractContextManager[list[Sampling]]:
     """Collect a Sampling for each call of an MSDeformAttn in `part`, of the first image of a batch.
 
-    An encoder has as many queries as positions; six layers' points and weights of an image of 800 x 1066 pixels are
-    122 MB. So only those are computed, a second time, whose indices (Q,) `choose` returns. It is given (height, width)
-    of each level, and how many of its columns and rows are no padding (levels, 2).
+    All points and weights of an encoder would take too much memory (122 MB at 800 x 1066 pixels). So those of the
+    queries whose indices (Q,) `choose` returns are computed again. It is given (height, width) of each level, and how
+    many of its columns and rows are no padding (levels, 2).
     """
 
     def look(attention: MSDeformAttn, arguments: dict[str, Any], _: Tensor) -> Sampling:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from samdetr.inference.points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
 from samdetr.util.curves import plot_training_curves
-from samdetr.util.drawing import class_colour, contact_sheet, draw_detections, side_by_side
+from samdetr.util.drawing import class_colour, contact_sheet, draw_detections
 
 GREY = (128, 128, 128)
 NAMES = {1: "person", 2: "bicycle", 3: "traffic light"}
@@ -164,7 +164,7 @@ def test_sheet_places_pictures_below_their_captions():
     sheet = contact_sheet([[red, blue], [small]], [["a", "b"], ["c"]])
     for picture, colour in ((red, (255, 0, 0)), (blue, (0, 0, 255)), (small, (0, 255, 0))):
         assert count(sheet, colour) == picture.width * picture.height
-    pair = side_by_side(grey(300, 200), grey(300, 200), ("detections", "ground truth"))
+    pair = contact_sheet([[grey(300, 200), grey(300, 200)]], [["detections", "ground truth"]])
     assert count(pair, GREY) >= 2 * 300 * 200
     assert pair.width > 600
     assert pair.height > 200

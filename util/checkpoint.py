@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,10 @@ def checksum(content: Any) -> str:
         if isinstance(value, Tensor):
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            sha.update(f"dict{len(value)}".encode())
-            for key, item in value.items():
-                add(key)
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            sha.update(f"list{len(value)}".encode())
-            for item in value:
+        elif isinstance(value, (dict, list, tuple)):
+            pairs = isinstance(value, dict)
+            sha.update(f"{'dict' if pairs else 'list'}{len(value)}".encode())
+            for item in chain.from_iterable(value.items()) if pairs else value:
                 add(item)
         else:
             sha.update(f"{value!r};".encode())
@@ -81,7 +78,7 @@ def read_file(source: str, *, name: str) -> dict[str, Any]:
     except PermissionError:
         raise ValueError(f"{where} may not be read; check its permissions") from None
     except Exception as error:  # a damaged file makes torch raise a dozen kinds, AssertionError and struct.error too
-        # torch's own messages are paragraphs, and some recommend to load the file without this protection.
+        # PyTorch's messages are paragraphs, and some recommend to load the file without this protection.
         code = re.search(r"GLOBAL ([\w.]+\w)", str(error))
         if code:
             raise ValueError(f"{where} holds {code[1]}, which may run code when it is read, and is refused") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from samdetr.util.distributed import get_rank
 
+WRAPPED = "DataLoader worker process"
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -30,30 +31,23 @@ def run_command(program: str, function: Callable[[], int | None], describe: Call
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        who = f"rank {get_rank()}: " if get_rank() else ""
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
         hint = "if memory ran out, pass a smaller `num_workers`; `resume` auto resumes from the last checkpoint"
-        print(f"{program}: error: {who}{reason}; {describe(hint)}", file=sys.stderr)
-        return 1
+        text, status = f"{reason}; {describe(hint)}", 1
     except ValueError as error:
         if not _is_ours(error):
             raise
-        who = f"rank {get_rank()}: " if get_rank() else ""
-        print(f"{program}: error: {who}{describe(_one_line(error))}", file=sys.stderr)
-        return 2
+        # A DataLoader puts the traceback of its worker into the message.
+        reason = str(error).rsplit("ValueError: ", 1)[-1] if WRAPPED in str(error) else str(error)
+        text, status = describe(" ".join(reason.split())), 2
+    who = f"rank {get_rank()}: " if get_rank() else ""
+    print(f"{program}: error: {who}{text}", file=sys.stderr)
+    return status
 
 
 def _is_ours(error: ValueError) -> bool:
-    if "DataLoader worker process" in str(error):
+    if WRAPPED in str(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     # A checkout may hold a virtual environment.
     return raised_in.is_relative_to(_PROJECT) and "site-packages" not in raised_in.relative_to(_PROJECT).parts
-
-
-def _one_line(error: ValueError) -> str:
-    # A DataLoader puts the traceback of its worker into the message.
-    text = str(error)
-    if "DataLoader worker process" in text:
-        text = text.rsplit("ValueError: ", 1)[-1]
-    return " ".join(text.split())

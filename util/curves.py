@@ -14,50 +14,49 @@ def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.
 
     Keys that a line lacks leave a gap. Of an epoch that a resumed run wrote twice, the later line counts.
     """
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure  # here, because nothing else needs it and it takes a second to import
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     assert log_lines, "no lines to plot"
     lines = sorted({line["epoch"]: line for line in log_lines}.values(), key=lambda line: line["epoch"])
 
-    def series(key: str, index: int | None = None) -> tuple[list[int], list[float]]:
+    def plot(panel: Axes, key: str, index: int | None = None, *, label: str = "", **style: Any) -> None:
         found = [line for line in lines if line.get(key) is not None]
-        pairs = [(line["epoch"], line[key] if index is None else line[key][index]) for line in found]
-        pairs = [(epoch, value) for epoch, value in pairs if value is not None]
-        return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+        values = {line["epoch"]: line[key] if index is None else line[key][index] for line in found}
+        values = {epoch: value for epoch, value in values.items() if value is not None}
+        if values:
+            *_, last = values.values()
+            label = label.format(last=last, best=max(values.values()))
+            panel.plot(*zip(*values.items()), label=label, marker="o", **style)
 
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     panels = figure.subplot_mosaic([["loss", "ap"], ["rate", "ap"]], height_ratios=[4, 1])
 
-    totals = (("train_loss", "training", "#1f4e79", "-"), ("test_loss", "validation", "#d1495b", "-"))
-    terms = (
-        ("train_loss_ce", "classes", "#6c9a8b", "--"),
-        ("train_loss_bbox", "L1 of boxes", "#e0a030", "--"),
-        ("train_loss_giou", "GIoU of boxes", "#8d6a9f", "--"),
-    )
-    for key, name, colour, style in (*totals, *terms):
-        epochs, values = series(key)
-        if epochs:
-            label = f"{name}, {'sum over layers' if style == '-' else 'last layer, training'}"
-            panels["loss"].plot(epochs, values, style, color=colour, label=label, marker="o", markersize=2.5)
+    for key, label, colour in (
+        ("train_loss", "training, sum over layers", "#1f4e79"),
+        ("test_loss", "validation, sum over layers", "#d1495b"),
+        ("train_loss_ce", "classes, last layer, training", "#6c9a8b"),
+        ("train_loss_bbox", "L1 of boxes, last layer, training", "#e0a030"),
+        ("train_loss_giou", "GIoU of boxes, last layer, training", "#8d6a9f"),
+    ):
+        style = "-" if "sum" in label else "--"
+        plot(panels["loss"], key, label=label, color=colour, linestyle=style, markersize=2.5)
     panels["loss"].set(yscale="log", ylabel="loss", title="Losses")  # the sum is some twenty times a single term
     panels["loss"].legend(frameon=False, fontsize=8)
     panels["loss"].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels["loss"].yaxis.set_minor_formatter(NullFormatter())
 
-    panels["rate"].plot(*series("train_lr"), color="#555555", marker="o", markersize=2.5)
+    plot(panels["rate"], "train_lr", color="#555555", markersize=2.5)
     panels["rate"].set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
 
-    figures = (
+    for key, index, name, colour in (
         ("test_coco_eval_bbox", 1, "AP50", "#e0a030"),
         ("test_coco_eval_bbox", 0, "AP", "#1f4e79"),
         ("test_ema_coco_eval_bbox", 0, "AP, averaged weights", "#6c9a8b"),
-    )
-    for key, index, name, colour in figures:
-        epochs, values = series(key, index)
-        if epochs:
-            label = f"{name}: last {values[-1]:.3f}, best {max(values):.3f}"
-            panels["ap"].plot(epochs, values, color=colour, label=label, marker="o", markersize=3)
+    ):
+        label = name + ": last {last:.3f}, best {best:.3f}"
+        plot(panels["ap"], key, index, label=label, color=colour, markersize=3)
     panels["ap"].set(xlabel="epoch", ylim=(0, None), title="Average precision on the validation split")
     if panels["ap"].lines:
         panels["ap"].legend(frameon=False, fontsize=9, loc="lower right")

@@ -40,8 +40,8 @@ def init_distributed(
     """Join the other processes of this run, started by torchrun, torch.distributed.launch or srun.
 
     `dist_url` "env://" takes the meeting point from the launcher, "tcp://host:port" names it. `world_size` is needed
-    only if the launcher does not set it; 1 means "not given". A run of one process gets no process group.
-    On "cuda" devices this process's GPU becomes the current one, so that plain "cuda" means it.
+    only if the launcher does not set it; 1 means "not given". A single process gets no process group. On "cuda" this
+    process's GPU becomes the current one.
 
     Raises ValueError for variables that contradict each other; names the variable and its value.
     """
@@ -67,29 +67,27 @@ def init_distributed(
 
 
 def _meet(url: str, ranks: Ranks, timeout: timedelta) -> dist.Store:
-    """A store of the processes that are there now.
+    """A store of the processes that are present. Raises ValueError, with the ranks that did not come.
 
-    torchrun keeps its store when it restarts the processes after one was lost, so they would read the addresses of the
-    former ones. Here the others ask under fresh names, and the first process answers with the name of a fresh part of
-    the store. Raises ValueError, with the ranks that did not come.
+    torchrun keeps its store when it restarts the processes after a loss, so they would read the addresses of the former
+    ones. Here the others ask under fresh names, and the first process answers with the name of a fresh part of it.
     """
+    within = f"within {timeout.total_seconds():.0f} s"
     try:
         store, _, _ = next(dist.rendezvous(url, ranks.rank, ranks.world_size, timeout=timeout))
     except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise ValueError(
-            f"not all of the {ranks.world_size} processes met within {timeout.total_seconds():.0f} s at {url}: {error}"
-        ) from None
+        raise ValueError(f"not all of the {ranks.world_size} processes met {within} at {url}: {error}") from None
     store.set_timeout(timeout)
     name = uuid.uuid4().hex
     until = time.monotonic() + timeout.total_seconds()
     if ranks.rank > 0:
         store.set(f"asks{ranks.rank}", name)
         try:
-            own = store.get(name).decode()
+            shared = store.get(name).decode()
         except dist.DistStoreError:
-            raise ValueError(f"rank 0 did not come to {url} within {timeout.total_seconds():.0f} s") from None
-        store.set(f"{own}/{ranks.rank}", "here")
-        return dist.PrefixStore(own, store)
+            raise ValueError(f"rank 0 did not come to {url} {within}") from None
+        store.set(f"{shared}/{ranks.rank}", "here")
+        return dist.PrefixStore(shared, store)
     missing = list(range(1, ranks.world_size))
     while missing:
         for rank in missing:
@@ -97,7 +95,7 @@ def _meet(url: str, ranks: Ranks, timeout: timedelta) -> dist.Store:
                 store.set(store.get(f"asks{rank}").decode(), name)
         missing = [rank for rank in missing if not store.check([f"{name}/{rank}"])]
         if missing and time.monotonic() > until:
-            raise ValueError(f"ranks {missing} did not come to {url} within {timeout.total_seconds():.0f} s")
+            raise ValueError(f"ranks {missing} did not come to {url} {within}")
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
 
@@ -122,14 +120,12 @@ def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
     else:
         return Ranks()
 
-    rank_name, size_name, local_name = names
-    size = world_size if size_name == "WORLD_SIZE" and size_name not in environ else _integer(environ, size_name)
-    rank, local_rank = _integer(environ, rank_name), _integer(environ, local_name)
+    rank, size, local_rank = (_integer({"WORLD_SIZE": str(world_size), **environ}, name) for name in names)
     if size < 1:
-        raise ValueError(f"{size_name}={size} is not a number of processes")
+        raise ValueError(f"{names[1]}={size} is not a number of processes")
     if world_size not in (1, size):
-        raise ValueError(f"`world_size` {world_size} contradicts {size_name}={size}")
-    for name, value in ((rank_name, rank), (local_name, local_rank)):
+        raise ValueError(f"`world_size` {world_size} contradicts {names[1]}={size}")
+    for name, value in ((names[0], rank), (names[2], local_rank)):
         if not 0 <= value < size:
             raise ValueError(f"{name}={value} is outside 0 to {size - 1} ({size} processes)")
     return Ranks(rank=rank, world_size=size, local_rank=local_rank)
@@ -138,8 +134,8 @@ def read_ranks(environ: Mapping[str, str], *, world_size: int = 1) -> Ranks:
 def slurm_url(environ: Mapping[str, str]) -> str:
     """Where the tasks of an srun step meet: "tcp://first node:port".
 
-    If set, MASTER_ADDR and MASTER_PORT win. Otherwise the port follows from the job's number, so that two jobs
-    that share a node do not meet each other. Raises ValueError.
+    MASTER_ADDR and MASTER_PORT win, if set. Otherwise the port follows from the job's number, so that two jobs on one
+    node do not meet each other. Raises ValueError.
     """
     host = environ.get("MASTER_ADDR")
     if host is None:
@@ -151,10 +147,8 @@ def slurm_url(environ: Mapping[str, str]) -> str:
         except ValueError as error:
             raise ValueError(f"{lists[0]}: {error}") from None
     if "MASTER_PORT" in environ:
-        port = _integer(environ, "MASTER_PORT")
-    else:
-        port = 10_000 + _integer(environ, "SLURM_JOB_ID") % 20_000  # below the ports that Linux hands out by itself
-    return f"tcp://{host}:{port}"
+        return f"tcp://{host}:{_integer(environ, 'MASTER_PORT')}"
+    return f"tcp://{host}:{10_000 + _integer(environ, 'SLURM_JOB_ID') % 20_000}"  # below the ports that Linux assigns
 
 
 def first_host(nodelist: str) -> str:
@@ -182,7 +176,7 @@ def _integer(environ: Mapping[str, str], name: str) -> int:
 
 def _gpu_index(local_rank: int) -> int:
     count = torch.cuda.device_count()
-    if count == 1:  # srun --gpus-per-task=1 shows each process its own GPU alone
+    if count == 1:  # srun --gpus-per-task=1 shows each process only its GPU
         return 0
     if local_rank >= count:
         raise ValueError(f"local rank {local_rank} has no GPU: this node shows {count}")
@@ -250,8 +244,7 @@ def reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def any_process(flags: Tensor) -> Tensor:
-    """Maximum over the processes: 1.0 where any process has 1.0 instead of 0.0. Same shape in every process. Changes
-    `flags` in place; does not wait for the GPU."""
+    """Maximum of `flags`, 0.0 or 1.0, over the processes, in place. Does not wait for the GPU."""
     if _joined():
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return flags

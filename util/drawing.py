@@ -6,9 +6,10 @@ Boxes are (left, top, right, bottom), in pixels of the picture that is passed in
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -22,42 +23,33 @@ INK, PAPER = (24, 24, 27), (255, 255, 255)
 
 def class_colour(label: int) -> Colour:
     """A vivid colour that depends on the label alone; near labels get colours far apart."""
-    # Steps of the golden section never come back to a hue, and three shades in turn part the hues that come close.
-    hue = (0.02 + label * 0.618034) % 1
+    # Steps of the golden section never return to a hue, and three shades in turn separate hues that come close.
     saturation, value = ((0.80, 1.00), (0.60, 0.95), (0.95, 0.80))[label // 7 % 3]
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    red, green, blue = colorsys.hsv_to_rgb((0.02 + label * 0.618034) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_detections(
-    image: Image.Image,
-    *,
-    boxes: Tensor,
-    labels: Tensor,
-    scores: Tensor | None,
-    class_names: Mapping[int, str],
+    image: Image.Image, *, boxes: Tensor, labels: Tensor, scores: Tensor | None, class_names: Mapping[int, str]
 ) -> Image.Image:
     """The picture with `boxes` (n, 4), and the class name and score of each on a tag.
 
     `labels` (n,), `scores` (n,), or None for ground truth. A label without a name is shown as a number. Better scores
     (without scores: smaller boxes) lie on top. A small picture comes back enlarged by a whole factor.
     """
-    factor = _enlargement(image.size)
-    canvas = image.convert("RGB")
-    if factor > 1:
-        canvas = canvas.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    factor = max(min(-(-_LEGIBLE_SIDE // min(image.size)), _LONGEST_SIDE // max(image.size)), 1)
+    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     drawing = ImageDraw.Draw(canvas)
     line, font = line_width(canvas.size), _font(canvas.size)
 
-    rectangles = [pixel_box(box, factor=factor, size=canvas.size) for box in torch.as_tensor(boxes).tolist()]
-    names = [class_names.get(label, str(label)) for label in torch.as_tensor(labels).tolist()]
-    colours = [class_colour(label) for label in torch.as_tensor(labels).tolist()]
+    rectangles = [pixel_box(box, factor=factor, size=canvas.size) for box in boxes.tolist()]
+    texts = [class_names.get(label, str(label)) for label in labels.tolist()]
+    colours = [class_colour(label) for label in labels.tolist()]
     if scores is None:
-        texts = names
         merit = [-(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in rectangles]
     else:
-        merit = torch.as_tensor(scores).tolist()
-        texts = [f"{name} {score:.2f}" for name, score in zip(names, merit)]
+        merit = scores.tolist()
+        texts = [f"{name} {score:.2f}" for name, score in zip(texts, merit)]
     from_worst = sorted(range(len(rectangles)), key=lambda i: merit[i])
 
     for i in from_worst:
@@ -67,26 +59,21 @@ def draw_detections(
         texts[i] = _shorten(texts[i], font=font, width=canvas.width - 2 * _tag_margin(font))
         tags[i] = _place_tag(rectangles[i], _tag_size(texts[i], font), canvas.size, list(tags.values()))
     for i in from_worst:  # after all outlines, which would cross the text
-        _draw_tag(drawing, tags[i], texts[i], colours[i], font)
+        drawing.rectangle(tags[i], fill=colours[i])
+        red, green, blue = colours[i]
+        ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else PAPER  # on bright colours, on dark ones
+        x0, y0, _, y1 = tags[i]
+        drawing.text((x0 + _tag_margin(font), (y0 + y1 + 1) / 2), texts[i], fill=ink, font=font, anchor="lm")
     return canvas
-
-
-def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
-    """Two pictures next to each other, each below its title."""
-    return contact_sheet([[left, right]], [list(titles)])
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequence[str]]) -> Image.Image:
     """Pictures in rows and columns, each below its caption; columns are as wide and rows as high as need be."""
     assert [len(row) for row in rows] == [len(row) for row in captions], "one caption a picture"
-    widths = [0] * max(len(row) for row in rows)
-    for row in rows:
-        for column, picture in enumerate(row):
-            widths[column] = max(widths[column], picture.width)
+    widths = [max(column) for column in zip_longest(*([picture.width for picture in row] for row in rows), fillvalue=0)]
     heights = [max(picture.height for picture in row) for row in rows]
     font = _font(rows[0][0].size)
-    gap = round(font.size * 0.6)
-    strip = round(font.size * 1.9)
+    gap, strip = round(font.size * 0.6), round(font.size * 1.9)
 
     sheet = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), sum(heights) + (strip + gap) * len(rows)), PAPER)
     drawing = ImageDraw.Draw(sheet)
@@ -100,11 +87,6 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequ
             left += width + gap
         top += strip + height + gap
     return sheet
-
-
-def _enlargement(size: tuple[int, int]) -> int:
-    wanted = -(-_LEGIBLE_SIDE // min(size))
-    return max(min(wanted, _LONGEST_SIDE // max(size)), 1)
 
 
 def line_width(size: tuple[int, int]) -> int:
@@ -170,20 +152,9 @@ def _place_tag(box: Rectangle, tag: tuple[int, int], picture: tuple[int, int], t
                 left = min(max(x, 0), max(picture[0] - width, 0))
                 top = min(max(y, 0), max(picture[1] - height, 0))
                 candidates.append((left, top, left + width - 1, top + height - 1))
-    return min(candidates, key=lambda spot: sum(_overlap(spot, other) for other in taken))
 
+    def overlap(a: Rectangle, b: Rectangle) -> int:
+        sides = (min(a[axis + 2], b[axis + 2]) - max(a[axis], b[axis]) + 1 for axis in (0, 1))
+        return math.prod(max(side, 0) for side in sides)
 
-def _overlap(a: Rectangle, b: Rectangle) -> int:
-    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
-    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
-    return max(width, 0) * max(height, 0)
-
-
-def _draw_tag(
-    drawing: ImageDraw.ImageDraw, tag: Rectangle, text: str, colour: Colour, font: ImageFont.FreeTypeFont
-) -> None:
-    drawing.rectangle(tag, fill=colour)
-    red, green, blue = colour
-    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 140
-    middle = (tag[1] + tag[3] + 1) / 2
-    drawing.text((tag[0] + _tag_margin(font), middle), text, fill=INK if bright else PAPER, font=font, anchor="lm")
+    return min(candidates, key=lambda spot: sum(overlap(spot, other) for other in taken))

@@ -6,13 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 
 def append_json_line(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Append `record` as one line of JSON; numbers that JSON does not know (NaN, infinity) become null."""
+    """Append `record` as one line of JSON; non-finite numbers become null."""
     line = json.dumps(_without_nonfinite(record), allow_nan=False).encode() + b"\n"
     with open(path, "ab+") as file:
         if file.tell() > 0:
@@ -25,18 +25,16 @@ def append_json_line(path: str | os.PathLike, record: Mapping[str, Any]) -> None
 
 
 def read_json_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `append_json_line` wrote; a line that a killed run left unfinished is passed over."""
+    """What `append_json_line` wrote; a line that a killed run left unfinished is skipped."""
     records = []
     for line in Path(path).read_text().splitlines():
-        try:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
 def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -> None:
-    """Write `value` as JSON, whole or not at all; NaN and infinity become null. One line where `indent` is None."""
+    """Write `value` as JSON, whole or not at all; non-finite numbers become null. One line if `indent` is None."""
     text = json.dumps(_without_nonfinite(value), allow_nan=False, indent=indent) + "\n"
     with whole_file(path) as temporary:
         temporary.write_text(text)
@@ -44,10 +42,8 @@ def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path to write to; what lies there replaces `path` in one step when the body ends, and is dropped if it fails.
-
-    The temporary file keeps the suffix of `path`, by which writers of pictures choose the format.
-    """
+    """A temporary path, whose file replaces `path` in one step when the body ends, and is removed if it fails. It keeps
+    the suffix of `path`, by which writers of pictures choose the format."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Generic, TypeVar
 
@@ -15,8 +16,6 @@ from tqdm import tqdm
 from samdetr.util.distributed import all_gather_object, is_main
 
 T = TypeVar("T")
-
-
 _describe: Callable[[str], str] = str
 
 
@@ -62,12 +61,11 @@ class MetricAverager:
 
     def averages(self) -> dict[str, float]:
         """Mean of each name over all steps of all processes; every process must call this, and gets the same."""
-        totals: dict[str, tuple[float, int]] = {}
-        for part in all_gather_object({name: (float(value), self._counts[name]) for name, value in self._sums.items()}):
-            for name, (value, count) in part.items():
-                old_value, old_count = totals.get(name, (0.0, 0))
-                totals[name] = (old_value + value, old_count + count)
-        return {name: value / count for name, (value, count) in totals.items()}
+        sums, counts = Counter[str](), Counter[str]()
+        for part in all_gather_object(self.state_dict()):
+            sums.update(part["sums"])
+            counts.update(part["counts"])
+        return {name: value / counts[name] for name, value in sums.items()}
 
 
 class MovingMean:
@@ -103,10 +101,8 @@ class progress(Generic[T]):
     def __init__(
         self, iterable: Iterable[T], *, description: str, start: int = 0, total: int | None = None, every: int = 50
     ) -> None:
-        self._iterable = iterable
-        self._description = description
+        self._iterable, self._description, self._start, self._every = iterable, description, start, every
         self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
-        self._start, self._every = start, every
         self._values: dict[str, Any] = {}
 
     def set(self, **values: Tensor | float | str) -> None:
@@ -152,5 +148,4 @@ class progress(Generic[T]):
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

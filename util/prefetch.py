@@ -13,10 +13,10 @@ Batch = tuple[Any, ...]
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on `device`; on CUDA the next one is already under way.
+    """Yield the batches on `device`; on CUDA the next one is already in transfer.
 
     A batch is a tuple of objects with the methods `to` and `record_stream`. Waiting for a batch is the section "data",
-    sending it the section "transfer".
+    sending it is the section "transfer".
     """
     iterator = iter(batches)
     if device.type != "cuda":

@@ -29,8 +29,8 @@ class Flag:
         choices: the values allowed.
         metavar: what stands for the value in `--help`.
         on, off: further spellings; of a switch, those that turn it on and off.
-        carried: whether a checkpoint brings its value, since it shapes the network or its input.
-        hidden: whether there is no such flag: programs set the field.
+        carried: whether a checkpoint brings its value, because it shapes the network or its input.
+        hidden: whether there is no such flag, because programs set the field.
     """
 
     help: str

@@ -1,14 +1,13 @@
 """The targets of a batch in a few tensors instead of a few for each image.
 
-A DataLoader's worker hands every tensor over by a file descriptor of its own, and every tensor is a transfer of its own
-to the GPU. For small images that takes longer than the work: see docs/log.md.
+A DataLoader's worker passes every tensor by a separate file descriptor, and every tensor is a separate transfer to the
+GPU. For small images that takes longer than the work (docs/log.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +17,16 @@ PER_OBJECT = ("labels", "boxes")
 
 @dataclass
 class TargetBatch:
-    """`fields` hold the images' values one after the other; `counts` the number of objects of each image; `unreadable`
-    why images could not be read in whose place others are here, by their index."""
+    """`fields` hold the images' values, concatenated; `counts` the number of objects of each image; `unreadable` the
+    reasons why images could not be read and were replaced, by their index."""
 
     fields: dict[str, Tensor]
     counts: list[int]
     unreadable: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def pack(cls, targets: Sequence[dict[str, Any]]) -> TargetBatch:
-        """Targets as of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image;
-        `unreadable`, where it is, is a dict."""
+    def pack(cls, targets: Sequence[dict[str, Tensor]]) -> TargetBatch:
+        """Targets of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image."""
         names = [name for name in targets[0] if name != "unreadable"]
         fields = {
             name: (torch.cat if name in PER_OBJECT else torch.stack)([t[name] for t in targets]) for name in names
@@ -37,7 +35,7 @@ class TargetBatch:
         return cls(fields, [len(t["labels"]) for t in targets], unreadable)
 
     def unpack(self) -> list[dict[str, Tensor]]:
-        """What was packed, but for `unreadable`: a dict for each image."""
+        """What was packed, except `unreadable`: a dict for each image."""
         parts = {
             name: values.split(self.counts) if name in PER_OBJECT else values.unbind()
             for name, values in self.fields.items()

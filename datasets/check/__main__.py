@@ -39,35 +39,21 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m datasets.c
     parser.add_argument("--num_queries", type=int, default=300, help="objects that a network can find in an image")
     parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads")
     args = parser.parse_args(argv)
-    clean = False
-
-    def command() -> None:
-        nonlocal clean
-        clean = run(
-            args.data,
-            only=args.split,
-            full=not args.short,
-            fix=args.fix,
-            json=args.json,
-            num_queries=args.num_queries,
-            num_workers=args.num_workers,
-        )
-
-    return run_command(prog, command) or int(not clean)
+    return run_command(prog, lambda: run(args))
 
 
-def run(
-    data: Path, *, only: str | None, full: bool, fix: Path | None, json: Path | None, num_queries: int, num_workers: int
-) -> bool:
-    """Check, print and write; return whether the data set is clean, after repairs if any. Raises ValueError."""
-    for flag, file in (("--fix", fix), ("--json", json)):
+def run(args: argparse.Namespace) -> int:
+    """Check, print and write. Returns 0 if the data set is clean, after repairs if any, else 1. Raises ValueError."""
+    data, only, fix = args.data, args.split, args.fix
+    for flag, file in (("--fix", fix), ("--json", args.json)):
         if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise ValueError(f"{flag} {file} cannot be written; name a file in an existing folder")
     outputs = _outputs(fix, only, data) if fix else {}
 
     loaded: dict[str, Annotations] = {}
     splits: list[Split] = []
-    for read, split in check_splits(data, only=only, full=full, num_queries=num_queries, num_workers=num_workers):
+    limits = {"num_queries": args.num_queries, "num_workers": args.num_workers}
+    for read, split in check_splits(data, only=only, full=not args.short, **limits):
         splits.append(split)
         if fix:
             loaded[split.name] = read
@@ -77,13 +63,13 @@ def run(
     print(table(findings))
     report: dict[str, Any] = {
         "data": str(data),
-        "form": "full" if full else "short",
+        "form": "short" if args.short else "full",
         "splits": {split.name: split.sizes() for split in splits},
         "counts": counts(findings),
         "findings": [finding.to_json() for finding in findings],
     }
     if fix:
-        contents, done, findings = repair_splits(splits, loaded, num_queries=num_queries)
+        contents, done, findings = repair_splits(splits, loaded, num_queries=args.num_queries)
         if len(contents) == 1:
             outputs = dict.fromkeys(contents, fix)
         for name, content in contents.items():
@@ -98,9 +84,9 @@ def run(
             print(table([finding for finding in findings if finding.severity != "note"]))
         report["repaired"] = {name: {"file": str(outputs[name]), "done": done[name]} for name in contents}
         report["left"] = [finding.to_json() for finding in findings]
-    if json:
-        _write(json, report, indent=2)
-    return is_clean(findings)
+    if args.json:
+        _write(args.json, report, indent=2)
+    return int(not is_clean(findings))
 
 
 def _outputs(file: Path, only: str | None, data: Path) -> dict[str, Path]:

@@ -26,16 +26,15 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
     findings: list[Finding] = []
 
     def found(kind: str, faulty: Sequence | np.ndarray, describe: Callable[[Any], str] = str) -> None:
-        if len(faulty):
-            findings.append(Finding.of(kind, split, faulty, describe))
+        findings.extend(Finding.of(kind, split, faulty, describe))
 
     def image(row: int) -> str:
         return f"image id {annotations.images[row]['id']} ({annotations.images[row]['file_name']!r})"
 
     found("empty_list", [key for key in ("images", "categories") if not content[key]])
-    found("image_entry", [e for e in content["images"] if not is_image(e)], _short)
-    found("category_entry", [e for e in content["categories"] if not is_category(e)], _short)
-    found("annotation_entry", [e for e in content["annotations"] if not isinstance(e, dict)], _short)
+    found("image_entry", [e for e in content["images"] if not is_image(e)], "{!r:.200}".format)
+    found("category_entry", [e for e in content["categories"] if not is_category(e)], "{!r:.200}".format)
+    found("annotation_entry", [e for e in content["annotations"] if not isinstance(e, dict)], "{!r:.200}".format)
 
     groups = list(repeated(annotations.images, "id").items())
     found("duplicate_image_id", groups, lambda i: f"image id {i[0]}: {_names(i[1], 'file_name')}")
@@ -69,9 +68,5 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
     return findings
 
 
-def _short(value: Any) -> str:
-    return f"{value!r:.200}"
-
-
-def _names(entries: Sequence[dict], key: str, limit: int = 5) -> str:
-    return first_few((repr(entry[key]) for entry in entries), limit)
+def _names(entries: Sequence[dict], key: str) -> str:
+    return first_few((repr(entry[key]) for entry in entries), 5)

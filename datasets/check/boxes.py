@@ -56,10 +56,9 @@ def box_findings(annotations: Annotations, *, split: str) -> list[Finding]:
         frame = annotations.frames[row]
         return text if np.isnan(frame).any() else f"{text} in {frame[0]:g} x {frame[1]:g} pixels"
 
-    findings = []
+    findings: list[Finding] = []
     for kind, faulty in box_verdicts(annotations).items():
-        if faulty.any():
-            findings.append(Finding.of(kind, split, np.flatnonzero(faulty), describe))
+        findings += Finding.of(kind, split, np.flatnonzero(faulty), describe)
     return findings
 
 
@@ -88,11 +87,10 @@ def _in_fractions(boxes: np.ndarray, good: np.ndarray) -> np.ndarray:
 def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
     """Boxes that are [left, top, right, bottom].
 
-    If right and bottom are read as sizes, boxes right of or below the middle end far outside the image. Read as
-    corners, they are in order and inside. If at least a fifth of a split's boxes end far outside and nearly all are
-    valid corners, all are corners. Otherwise a single box that ends far outside is recognised by a polygon that fits
-    the corners, or by an area that is usual for the corners and far too small for the size. Then the other boxes of
-    its image are corners as well.
+    Read as sizes, their right and bottom put the box's end far outside the image. If a fifth of a split's boxes end far
+    outside and nearly all are valid corners, all are corners. Otherwise a box that ends far outside is recognised by a
+    polygon that fits the corners, or by an area that is usual for the corners and far too small for the size; the other
+    boxes of its image are then corners as well.
     """
     boxes, frames, areas = annotations.boxes, annotations.frames, annotations.areas
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -110,8 +108,10 @@ def _corners(annotations: Annotations, good: np.ndarray) -> np.ndarray:
         usual = min(1.0, float(np.median(others))) if len(others) else 1.0  # share of the box covered by its mask
         sure = far & (of_corners <= 1.02) & (of_corners > usual / 3) & (of_size < usual / 3)
     for row in np.flatnonzero(far & ~sure):
-        bounds = _polygon_bounds(annotations.entries[row].get("segmentation"))
-        sure[row] = bounds is not None and np.abs(bounds - boxes[row]).max() <= 2
+        polygons = [p for p in _polygons(annotations.entries[row].get("segmentation")) if len(p)]
+        if polygons:
+            corners = np.concatenate(polygons)
+            sure[row] = np.abs(np.concatenate([corners.min(0), corners.max(0)]) - boxes[row]).max() <= 2
     images = set(annotations.image[sure]) - set(annotations.image[good & ~possible])
     return sure | (possible & np.isin(annotations.image, list(images)))
 
@@ -144,13 +144,6 @@ def _polygons(segmentation: Any) -> list[np.ndarray]:
         return [np.array(part, np.float64).reshape(-1, 2) for part in segmentation if isinstance(part, list) and part]
     except (TypeError, ValueError, OverflowError):
         return []
-
-
-def _polygon_bounds(segmentation: Any) -> np.ndarray | None:
-    """Left, top, right, bottom."""
-    polygons = _polygons(segmentation)
-    corners = np.concatenate(polygons) if polygons else np.empty((0, 2))
-    return np.concatenate([corners.min(0), corners.max(0)]) if len(corners) else None
 
 
 def _mask_area(segmentation: Any) -> float | None:

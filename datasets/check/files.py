@@ -24,11 +24,8 @@ ENDINGS = (".jpg", ".jpeg", ".jpe", ".jp2", ".png", ".bmp", ".webp", ".gif", ".t
 
 @dataclass(frozen=True)
 class FileState:
-    """What is known about an image file.
-
-    `size` is the (width, height) of the frame that boxes lie in, None if unknown. `pixels` is a hash of the decoded
-    image.
-    """
+    """What is known about an image file. `size` is the (width, height) of the frame that boxes lie in; `pixels` is a
+    hash of the decoded image."""
 
     fault: str | None = None
     reason: str = ""
@@ -41,11 +38,8 @@ class FileState:
 def inspect_files(
     folder: Path, sizes: dict[str, tuple[float, float] | None], *, full: bool, num_workers: int = 16
 ) -> dict[str, FileState]:
-    """Inspect the files of a folder; `sizes` maps their names to (width, height) in the annotation file.
-
-    Threads suffice: decoding, hashing and reading release the interpreter's lock.
-    """
-    look = _decode if full else _glance
+    """Inspect the files of a folder; `sizes` maps their names to (width, height) in the annotation file."""
+    look = _decode if full else _glance  # threads suffice: decoding, hashing and reading release the interpreter's lock
     with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=max(1, num_workers)) as pool:
         warnings.simplefilter("ignore")  # PIL warns about unusual but readable files
         states = pool.map(look, [folder / name for name in sizes], sizes.values())
@@ -66,7 +60,7 @@ def file_findings(
             same[state.pixels].append(name)
     by_kind["removed_image"] = [repr(name) for name in removed]
     by_kind["repeated_image"] = [", ".join(map(repr, names)) for names in same.values() if len(names) > 1]
-    return [Finding.of(kind, split, items, str) for kind, items in by_kind.items() if items]
+    return [finding for kind, items in by_kind.items() for finding in Finding.of(kind, split, items, str)]
 
 
 def shared_pixels(train: dict[str, FileState], val: dict[str, FileState]) -> list[tuple[str, str]]:
@@ -107,10 +101,8 @@ def _decode(path: Path, size: tuple[float, float] | None) -> FileState:
         if size is not None and size not in (stored, upright):
             text = f"{size[0]:g} x {size[1]:g} in the annotation file, {upright[0]} x {upright[1]} in the image file"
             return FileState("image_size", text, pixels=pixels, file_size=upright)
-        turned = None
-        if orientation != 1:
-            turned = "exif_turned" if size in (None, upright) else "exif_size"
-        return FileState(size=upright if size is None else size, pixels=pixels, file_size=upright, orientation=turned)
+        turned = ("exif_turned" if size in (None, upright) else "exif_size") if orientation != 1 else None
+        return FileState(size=size or upright, pixels=pixels, file_size=upright, orientation=turned)
     except MemoryError:
         raise
     except Exception as error:  # PIL raises many kinds for a broken file

@@ -15,16 +15,18 @@ from samdetr.datasets.check.report import Finding, by_severity
 from samdetr.datasets.check.splits import Split, all_findings, check_split, listed_sizes, removed_images
 
 UNUSABLE = ("missing_image", "zero_byte_image", "truncated_image", "unreadable_image")
+# Annotations of these kinds are removed.
 HOPELESS = ("box_entry", "box_not_finite", "box_negative_size", "box_zero_size", "box_outside")
+HOPELESS += ("unknown_image", "unknown_category", "annotations of removed images")
 
 
 def repair_splits(
     splits: Sequence[Split], loaded: Mapping[str, Annotations], *, num_queries: int
 ) -> tuple[dict[str, dict], dict[str, dict[str, int]], list[Finding]]:
-    """Repair decoded splits, whose annotations are `loaded`.
+    """Repair decoded splits, whose annotations are `loaded`. Raises ValueError if no image would be left.
 
-    Returns, by split, the contents of repaired annotation files and the number of repairs by kind; and the findings
-    that a check of the repaired data reports. Raises ValueError if no image would be left.
+    Returns the contents of repaired annotation files and the number of repairs by kind, both by split, and the findings
+    that a check of the repaired data reports.
     """
     states = {split.name: split.states for split in splits}
     shared = {name for name, _ in shared_pixels(states["train"], states["val"])} if len(states) == 2 else set()
@@ -46,8 +48,8 @@ def repair(
 ) -> tuple[dict, Counter[str]]:
     """A repaired copy of the content of an annotation file, and the number of repairs by kind.
 
-    `states` describe the decoded image files by name; images in `remove` are removed as well. Removed images are
-    listed under "removed_images" (file name, reason), so that a later check does not report their files as unlisted.
+    `states` describe the decoded image files by name; images in `remove` are removed as well. "removed_images" lists
+    removed images (file name, reason), so that a later check does not report their files as unlisted.
     """
     done: Counter[str] = Counter()
     categories = _first_of(annotations.categories, "id", "name")
@@ -80,13 +82,8 @@ def _images(
     done["image_entry"] += len(annotations.content["images"]) - len(valid)
     done["duplicate_image_id"] += len(valid) - len(distinct)
     # Boxes of several images under one id cannot be told apart: all of these images are removed.
-    ambiguous = {
-        identity
-        for identity, entries in repeated(valid, "id").items()
-        if len({entry["file_name"] for entry in entries}) > 1
-    }
-    resized = any(state.fault == "image_size" for state in states.values())
-    extents = _extents(annotations) if resized else {}
+    ambiguous = repeated(distinct, "id")
+    extents = _extents(annotations)
     kept: dict[str, dict] = {}
     new_id: dict[int, int] = {}
     removed: list[dict] = []
@@ -102,7 +99,7 @@ def _images(
             reason = "shared_image"
         elif state.fault == "image_size":
             done["image_size"] += 1
-            if state.file_size and _fits(extents.get(identity), state.file_size):
+            if state.file_size and (extents[annotations.row_of[identity]] <= np.add(state.file_size, ROUNDING)).all():
                 entry = {**entry, "width": state.file_size[0], "height": state.file_size[1]}
             else:
                 reason = "image_size"
@@ -115,11 +112,8 @@ def _images(
         else:
             kept[name] = entry
             new_id[identity] = identity
-    known = {
-        name: size
-        for name, state in states.items()
-        if (size := state.file_size if state.fault == "image_size" else state.size)
-    }
+    frames = {name: state.file_size if state.fault == "image_size" else state.size for name, state in states.items()}
+    known = {name: size for name, size in frames.items() if size}
     return list(kept.values()), new_id, [entry for entry in removed if entry["file_name"] not in kept], known
 
 
@@ -129,8 +123,7 @@ def _annotations(annotations: Annotations, new_id: dict[int, int], done: Counter
     form = _form_of_fractions(annotations.boxes[[row for row, kind in verdict.items() if kind == "box_normalised"]])
     next_id = max((entry["id"] for entry in annotations.entries if is_id(entry.get("id"))), default=0) + 1
     seen: dict[int, list[dict]] = defaultdict(list)
-    times = Counter(new_id.values())
-    merged: dict[int, list] = {identity: [] for identity, count in times.items() if count > 1}
+    merged: dict[int, list] = {identity: [] for identity, count in Counter(new_id.values()).items() if count > 1}
     kept = []
     for row, entry in enumerate(annotations.entries):
         kind = verdict.get(row)
@@ -142,12 +135,10 @@ def _annotations(annotations: Annotations, new_id: dict[int, int], done: Counter
             kind = "annotations of removed images"
         if kind:
             done[kind] += 1
-        if kind in (*HOPELESS, "unknown_image", "unknown_category", "annotations of removed images"):
-            continue
-        if kind:
-            entry = _new_box(
-                entry, form if kind == "box_normalised" else kind, annotations.boxes[row], annotations.frames[row]
-            )
+            if kind in HOPELESS:
+                continue
+            meaning = form if kind == "box_normalised" else kind
+            entry = _new_box(entry, meaning, annotations.boxes[row], annotations.frames[row])
 
         identity = entry.get("id")
         if is_id(identity):
@@ -157,8 +148,7 @@ def _annotations(annotations: Annotations, new_id: dict[int, int], done: Counter
                     continue
                 entry, next_id = {**entry, "id": next_id}, next_id + 1
             seen[identity].append(entry)
-        if new_id[entry["image_id"]] != entry["image_id"]:
-            entry = {**entry, "image_id": new_id[entry["image_id"]]}
+        entry = {**entry, "image_id": new_id[entry["image_id"]]}
         if entry["image_id"] in merged:
             what = (entry["category_id"], entry["bbox"])
             if what in merged[entry["image_id"]]:
@@ -212,19 +202,13 @@ def _form_of_fractions(boxes: np.ndarray) -> str:
     return "xywh"
 
 
-def _extents(annotations: Annotations) -> dict[int, tuple[float, float]]:
-    """The largest right and bottom of the boxes of each image, by image id."""
-    extents: dict[int, tuple[float, float]] = {}
+def _extents(annotations: Annotations) -> np.ndarray:
+    """The largest right and bottom of the boxes of each row of `images`, (rows, 2)."""
+    extents = np.zeros((len(annotations.images), 2))
     ends = annotations.boxes[:, :2] + annotations.boxes[:, 2:]
-    for row in np.flatnonzero(np.isfinite(ends).all(1) & (annotations.image >= 0)):
-        identity = annotations.entries[row]["image_id"]
-        old = extents.get(identity, (0.0, 0.0))
-        extents[identity] = (max(old[0], ends[row, 0]), max(old[1], ends[row, 1]))
+    usable = np.isfinite(ends).all(1) & (annotations.image >= 0)
+    np.maximum.at(extents, annotations.image[usable], ends[usable])
     return extents
-
-
-def _fits(extent: tuple[float, float] | None, size: tuple[int, int]) -> bool:
-    return extent is None or (extent[0] <= size[0] + ROUNDING and extent[1] <= size[1] + ROUNDING)
 
 
 def _first_of(entries: Sequence[dict], *keys: str) -> list[dict]:

@@ -66,7 +66,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of fault in one split: the number of occurrences, and a description of each of the first ones."""
+    """One kind of fault in one split: the number of occurrences, and descriptions of the first ones."""
 
     kind: str
     split: str
@@ -74,11 +74,9 @@ class Finding:
     items: list[str] = field(repr=False)
 
     @classmethod
-    def of(
-        cls, kind: str, split: str, faulty: Sequence | np.ndarray, describe: Callable[[Any], str], limit: int = 1000
-    ) -> Finding:
-        """A finding whose items are `describe` of each of `faulty`."""
-        return cls(kind, split, len(faulty), [describe(one) for one in faulty[:limit]])
+    def of(cls, kind: str, split: str, faulty: Sequence | np.ndarray, describe: Callable[[Any], str]) -> list[Finding]:
+        """A finding whose items are `describe` of the first 1000 of `faulty`; an empty list if there are none."""
+        return [cls(kind, split, len(faulty), [describe(one) for one in faulty[:1000]])] if len(faulty) else []
 
     @property
     def severity(self) -> str:
@@ -90,15 +88,8 @@ class Finding:
 
     def to_json(self) -> dict:
         severity, what, repair = KINDS[self.kind]
-        return {
-            "kind": self.kind,
-            "severity": severity,
-            "split": self.split,
-            "count": self.count,
-            "what": what,
-            "repair": repair or None,
-            "items": self.items,
-        }
+        head = {"kind": self.kind, "severity": severity, "split": self.split, "count": self.count}
+        return {**head, "what": what, "repair": repair or None, "items": self.items}
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
@@ -116,15 +107,15 @@ def is_clean(findings: Iterable[Finding]) -> bool:
     return all(finding.severity == "note" for finding in findings)
 
 
-def table(findings: Sequence[Finding], *, examples: int = 3) -> str:
-    """A readable report, sorted by severity."""
+def table(findings: Sequence[Finding]) -> str:
+    """A readable report with three examples of each finding, sorted by severity."""
     lines = []
     for finding in by_severity(findings):
         severity, what, repair = KINDS[finding.kind]
         lines.append(f"{severity:8} {finding.split:6} {finding.count:>8,}  {finding.kind}: {what}")
-        lines += [f"{'':27}{item}" for item in finding.items[:examples]]
-        if finding.count > examples:
-            lines.append(f"{'':27}... and {finding.count - examples:,} more")
+        lines += [f"{'':27}{item}" for item in finding.items[:3]]
+        if finding.count > 3:
+            lines.append(f"{'':27}... and {finding.count - 3:,} more")
         if repair and severity != "note":
             lines.append(f"{'':27}--fix: {repair}")
     found = counts(findings)

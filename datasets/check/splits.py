@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from samdetr.datasets.annotations import Annotations, Size, image_size, split_paths
 from samdetr.datasets.check.annotations import annotation_findings
@@ -55,8 +54,7 @@ def check_splits(
 
 
 def missing_splits(splits: Sequence[Split]) -> list[Finding]:
-    missing = [name for name in SPLITS if name not in {split.name for split in splits}]
-    return [Finding("no_split", name, 1, [name]) for name in missing]
+    return [Finding("no_split", name, 1, [name]) for name in SPLITS if name not in {split.name for split in splits}]
 
 
 def removed_images(content: dict) -> list[dict]:
@@ -99,32 +97,26 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
     """Findings that concern several splits, or files that no split lists."""
     findings: list[Finding] = []
 
-    def found(kind: str, split: str, faulty: Sequence, describe: Callable[[Any], str]) -> None:
-        if faulty:
-            findings.append(Finding.of(kind, split, faulty, describe))
-
     for split in splits:
         same_folder = [other for other in splits if other.folder.resolve() == split.folder.resolve()]
         listed = [name for other in same_folder for name in (*other.states, *other.removed)]
-        found("unlisted_image", split.name, unlisted_files(split.folder, listed), repr)
+        findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), repr)
     used: set[int] = set().union(*(split.used for split in splits))
     names = {i: name for split in reversed(splits) for i, name in split.categories.items()}
     unused = sorted(names.keys() - used)
     if len(used) == 1:
-        findings.append(Finding("single_class", splits[0].name, 1, [repr(names[i]) for i in used]))
-    elif unused:
-        found("unused_category", splits[0].name, unused, lambda i: f"{i}: {names[i]!r}")
+        findings += Finding.of("single_class", splits[0].name, list(used), lambda i: repr(names[i]))
+    elif splits:
+        findings += Finding.of("unused_category", splits[0].name, unused, lambda i: f"{i}: {names[i]!r}")
     if len(splits) == 2:
         train, val = splits
         shared = shared_pixels(train.states, val.states)
-        found("shared_image", "train", shared, lambda pair: f"train {pair[0]!r}, val {pair[1]!r}")
-        unlike = [i for i in sorted(val.categories) if train.categories.get(i) != val.categories[i]]
-        found(
-            "categories_differ",
-            "val",
-            unlike,
-            lambda i: f"id {i}: {train.categories.get(i, 'absent')!r} in train, {val.categories[i]!r} in val",
-        )
+        findings += Finding.of("shared_image", "train", shared, lambda pair: f"train {pair[0]!r}, val {pair[1]!r}")
+        unlike = sorted(i for i, name in val.categories.items() if train.categories.get(i) != name)
+        in_each = [
+            f"id {i}: {train.categories.get(i, 'absent')!r} in train, {val.categories[i]!r} in val" for i in unlike
+        ]
+        findings += Finding.of("categories_differ", "val", in_each, str)
         only = sorted(val.used - train.used - set(unlike))
-        found("category_only_in_val", "val", only, lambda i: f"{i}: {val.categories[i]!r}")
+        findings += Finding.of("category_only_in_val", "val", only, lambda i: f"{i}: {val.categories[i]!r}")
     return findings
