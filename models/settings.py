@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from samdetr.models.backbone import RESNETS
 from samdetr.util.settings import Settings, flag
@@ -10,8 +11,8 @@ from samdetr.util.settings import Settings, flag
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk(Settings):
-    """What a detector of any family is made of. Defaults are those published for SAM-DETR; `Family.trunk` gives a
-    family's own."""
+    """What a detector of any family is made of. Defaults are those published for SAM-DETR; `Family.trunk` has those of
+    another family."""
 
     model: str = flag("sam_detr", "family; published defaults go with it", on=("-m",), carried=True)
     num_classes: int = flag(91, "outputs of the class heads", least=1, hidden=True, carried=True)
@@ -47,6 +48,16 @@ class Trunk(Settings):
                 f"`hidden_dim` {self.hidden_dim} cannot be divided by `nheads` {self.nheads}; change one of them"
             )
 
+    @property
+    def layer_sizes(self) -> dict[str, Any]:
+        """Arguments that the layers of all encoders and decoders take."""
+        return {
+            "hidden_dim": self.hidden_dim,
+            "num_heads": self.nheads,
+            "feedforward_dim": self.dim_feedforward,
+            "dropout": self.dropout,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig(Settings):
@@ -65,7 +76,7 @@ class FamilyConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignerConfig(FamilyConfig):
-    """Of families whose decoder layers may have a Semantics Aligner."""
+    """Base class for families whose decoder layers may have a Semantics Aligner."""
 
     sam_resample: str = flag(
         "points",

@@ -12,7 +12,7 @@ from torch import Tensor
 from samdetr.models.criterion import SetCriterion, class_error, focal_loss
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DenseEncoder
-from samdetr.models.family import Family, build_backbone, build_projection, norm_from_weights
+from samdetr.models.family import Family, build_backbone, build_projection, settings_from_weights
 from samdetr.models.matcher import HungarianMatcher
 from samdetr.models.sap_detr.decoder import TEMPERATURE, SAPDecoder, SAPDecoderLayer
 from samdetr.models.sap_detr.losses import (
@@ -71,13 +71,7 @@ def build(trunk: Trunk, config: Config) -> Detector:
     """The network with random weights. Raises ValueError for settings that do not go together."""
     backbone = build_backbone(trunk, levels=(trunk.backbone_level,))
     projection = build_projection(trunk, config, backbone, temperature=TEMPERATURE, centred=False)
-    sizes: dict[str, Any] = {
-        "hidden_dim": trunk.hidden_dim,
-        "num_heads": trunk.nheads,
-        "feedforward_dim": trunk.dim_feedforward,
-        "dropout": trunk.dropout,
-        "activation": config.transformer_activation,
-    }
+    sizes = {**trunk.layer_sizes, "activation": config.transformer_activation}
     decoder = SAPDecoder(
         layer=SAPDecoderLayer(**sizes, gaussian=config.sdg),
         num_layers=trunk.dec_layers,
@@ -123,15 +117,12 @@ def build_criterion(loss: Loss, config: Config) -> SetCriterion:
 
 
 def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What official files do not hold, or only under other names."""
-    found: dict[str, Any] = {
-        "input_proj_norm": norm_from_weights(state),
+    """Settings that official files do not hold, or only under other names."""
+    found = settings_from_weights(state) | {
         "sdg": "decoder.layers.0.gaussian.head.layers.0.bias" in state,
         "newconvinit": "decoder.initial_content.0.bias" in state,
         "transformer_activation": "prelu" if "decoder.layers.0.feed_forward.activation.weight" in state else "relu",
     }
-    if "decoder.class_heads.0.layers.2.bias" in state:
-        found["num_classes"] = len(state["decoder.class_heads.0.layers.2.bias"])
     heads = [state[name] for name in state if re.fullmatch(r"decoder\.distance_heads\.\d+\.layers\.2\.bias", name)]
     if any(not torch.equal(head, heads[0]) for head in heads):
         found["bbox_embed_diff_each_layer"] = True
