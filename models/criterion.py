@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.matcher import HungarianMatcher, Matches
+from samdetr.models.matcher import HungarianMatcher, Matches, stack_predictions
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 from samdetr.util.distributed import reduce_mean
 from samdetr.util.sections import section
@@ -44,10 +44,15 @@ def focal_loss(*, alpha: float) -> Loss:
     return loss
 
 
+def matched_boxes(outputs: dict[str, Any], targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
+    """Predicted and target boxes (M, 4) of the matched pairs, as cx, cy, w, h."""
+    wanted = torch.cat([t["boxes"] for t in targets])[matches.target]
+    return outputs["pred_boxes"][matches.image, matches.query], wanted
+
+
 def box_losses(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
     """`loss_bbox`, L1 on cx, cy, w, h, and `loss_giou`, of the matched pairs, divided by the number of boxes."""
-    predicted = outputs["pred_boxes"][matches.image, matches.query]  # (M, 4)
-    wanted = torch.cat([t["boxes"] for t in targets])[matches.target]
+    predicted, wanted = matched_boxes(outputs, targets, matches)
     overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
     return {"loss_bbox": (predicted - wanted).abs().sum() / num_boxes, "loss_giou": (1 - overlap).sum() / num_boxes}
 
@@ -160,10 +165,8 @@ def _stacked(
             terms |= loss(prediction, targets, Matches(*match), num_boxes)
         return terms
 
-    names = [name for name in predictions[0] if name.startswith("pred_")]
-    stacked = {name: torch.stack([prediction[name] for prediction in predictions]) for name in names}  # (S, B, Q, ...)
     match = (torch.stack([getattr(m, part) for m in matches]) for part in ("image", "query", "target"))  # (S, M)
-    terms = torch.vmap(of_one)(stacked, *match)
+    terms = torch.vmap(of_one)(stack_predictions(predictions), *match)
     return [{name: values[step] for name, values in terms.items()} for step in range(len(predictions))]
 
 

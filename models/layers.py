@@ -1,17 +1,19 @@
-"""Parts that every detector of the family is made of."""
+"""Parts that several detectors are made of."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from samdetr.models.mlp import MLP
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
 from samdetr.models.position_encoding import grid_points, sine_encoding
 
@@ -52,22 +54,52 @@ class FeatureLevel:
         return replace(self, features=tokens.mT.unflatten(2, self.features.shape[2:]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """What the transformer layers of a network have in common. `activation` is that of the feed-forward branch, "relu",
+    or "prelu" with a learned slope."""
+
+    hidden_dim: int
+    num_heads: int
+    feedforward_dim: int
+    dropout: float
+    activation: str = "relu"
+
+
 def valid_ratio(padding: Tensor) -> Tensor:
     """Share of width and height that is not padded: `padding` (B, H, W) -> (B, 2) as x, y, float32."""
     valid = (~padding).float()
     return torch.stack([valid[:, 0, :].mean(1), valid[:, :, 0].mean(1)], -1)
 
 
-def join_levels(levels: Sequence[FeatureLevel]) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """All levels one after the other: tokens (B, L, C), padding (B, L), and (height, width) of each level."""
-    tokens = torch.cat([level.tokens for level in levels], 1)
-    padding = torch.cat([level.token_padding for level in levels], 1)
-    return tokens, padding, [tuple(level.features.shape[2:]) for level in levels]
+class JoinedLevels(NamedTuple):
+    """All levels concatenated: `tokens` (B, L, C), `padding` (B, L); `shapes` (H, W) of each level, and `ratios`
+    (B, levels, 2), the share of each that is image."""
+
+    tokens: Tensor
+    padding: Tensor
+    shapes: list[tuple[int, int]]
+    ratios: Tensor
+
+
+def join_levels(levels: Sequence[FeatureLevel]) -> JoinedLevels:
+    return JoinedLevels(
+        torch.cat([level.tokens for level in levels], 1),
+        torch.cat([level.token_padding for level in levels], 1),
+        [tuple(level.features.shape[2:]) for level in levels],
+        torch.stack([level.valid_ratio for level in levels], 1),
+    )
+
+
+def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
+    """Centres of the cells of a map as x, y in cells: (height, width, 2), float32."""
+    y, x = (torch.arange(n, dtype=torch.float32, device=device) + 0.5 for n in (height, width))
+    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, but a single image may have groups of one value, as a tiny network's coarsest map of a tiny image has;
-    PyTorch refuses that unless there are two images. The result is the bias."""
+    """PyTorch's, but a single image may have groups of one value (the coarsest map of a tiny image in a tiny network),
+    which PyTorch refuses. The result is the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -80,12 +112,12 @@ class InputProjection(nn.Module):
         in_channels: channels of each level.
         hidden_dim: width of the model.
         norm: whether a GroupNorm of 32 groups follows.
-        extra_levels: so many coarser levels than the backbone has, each at half the resolution of the one before, by
-            3 x 3 convolutions: the first of the last backbone level as it comes, the others of the extra level before.
-        level_embedding: whether a learned embedding of the level is added to its position encoding; None: where there
+        extra_levels: number of levels beyond the backbone's, each of half the resolution, by 3 x 3 convolutions: the
+            first of the last backbone level, the others of the extra level before.
+        level_embedding: whether a learned embedding of the level is added to its position encoding; None: if there
             are several levels.
-        xavier: convolutions start xavier uniform with bias 0 instead of as PyTorch has them.
-        temperature: of the position encoding; the periods reach up to this multiple of the shortest.
+        xavier: convolutions start xavier uniform with bias 0 instead of PyTorch's default.
+        temperature: of the position encoding: ratio of the longest to the shortest period, nearly.
         centred: whether positions are the cells' centres, else their far corners.
     """
 
@@ -139,15 +171,14 @@ class InputProjection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The two-layer branch of a transformer layer, dropout inside. `activation` is "relu", or "prelu" with a learned
-    slope."""
+    """The two-layer branch of a transformer layer, with dropout inside."""
 
-    def __init__(self, *, hidden_dim: int, feedforward_dim: int, dropout: float, activation: str = "relu"):
+    def __init__(self, sizes: LayerSizes):
         super().__init__()
-        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
-        self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[activation]()
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+        self.linear1 = nn.Linear(sizes.hidden_dim, sizes.feedforward_dim)
+        self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[sizes.activation]()
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.linear2 = nn.Linear(sizes.feedforward_dim, sizes.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.activation, nn.ReLU):
@@ -160,10 +191,10 @@ class FeedForward(nn.Module):
 
 
 def relu_dropout_(x: Tensor, probability: float, *, training: bool) -> Tensor:
-    """dropout(relu(x)) in place of x, which nothing else may need.
+    """dropout(relu(x)), which overwrites x.
 
-    Backward needs the result alone: what was negative and what was dropped are both 0 in it. PyTorch's dropout would
-    keep a mask as well, of the widest map of the layer.
+    Backward needs the result alone, in which negative and dropped values are both 0. PyTorch's dropout would store a
+    mask as well, of the widest map of the layer.
     """
     if not training or probability == 0 or torch.compiler.is_compiling():
         return F.dropout(x.relu_(), probability, training)
@@ -187,7 +218,7 @@ class _ReluDropout_(torch.autograd.Function):
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of x, finite at 0 and 1: x and 1 - x are taken to be at least eps."""
+    """Logit of x, finite at 0 and 1: x and 1 - x are clamped to at least eps."""
     x = x.clamp(0, 1)
     return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
 
@@ -195,6 +226,15 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 def copies(module: nn.Module, number: int) -> nn.ModuleList:
     """`number` independent modules that start equal, as the reference clones its layers and heads."""
     return nn.ModuleList(copy.deepcopy(module) for _ in range(number))
+
+
+def start_heads(class_heads: Iterable[nn.Linear], box_heads: Iterable[MLP]) -> None:
+    """Every class starts at 1 %: bias -log(99). Box heads start with a last layer of zeros."""
+    for head in class_heads:
+        nn.init.constant_(head.bias, -math.log(99))
+    for mlp in box_heads:
+        nn.init.zeros_(mlp.layers[-1].weight)
+        nn.init.zeros_(mlp.layers[-1].bias)
 
 
 def xavier_matrices(module: nn.Module) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from samdetr.models.backbone import RESNETS
+from samdetr.models.layers import LayerSizes
 from samdetr.util.settings import Settings, flag
 
 
@@ -49,14 +49,13 @@ class Trunk(Settings):
             )
 
     @property
-    def layer_sizes(self) -> dict[str, Any]:
-        """Arguments that the layers of all encoders and decoders take."""
-        return {
-            "hidden_dim": self.hidden_dim,
-            "num_heads": self.nheads,
-            "feedforward_dim": self.dim_feedforward,
-            "dropout": self.dropout,
-        }
+    def layer_sizes(self) -> LayerSizes:
+        return LayerSizes(
+            hidden_dim=self.hidden_dim,
+            num_heads=self.nheads,
+            feedforward_dim=self.dim_feedforward,
+            dropout=self.dropout,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

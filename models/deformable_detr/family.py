@@ -52,18 +52,20 @@ def build(trunk: Trunk, config: Config) -> Detector:
         level_embedding=True,  # of a single level, too
         xavier=True,
     )
-    sizes = {**trunk.layer_sizes, "num_levels": config.num_feature_levels}
+    sizes, num_levels = trunk.layer_sizes, config.num_feature_levels
     # One head: the heads of deformable attention share one query and its reference.
     aligner = build_aligner(trunk, config, num_heads=1)
     decoder = DeformableDecoder(
-        layer=DeformableDecoderLayer(**sizes, num_points=config.dec_n_points, aligner=aligner),
-        levels=coarse_to_fine(trunk.dec_layers, config.num_feature_levels),
+        layer=DeformableDecoderLayer(sizes, num_levels=num_levels, num_points=config.dec_n_points, aligner=aligner),
+        levels=coarse_to_fine(trunk.dec_layers, num_levels),
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
         refine=config.with_box_refine,
         two_stage=config.two_stage,
     )
-    encoder = DeformableEncoder(num_layers=trunk.enc_layers, num_points=config.enc_n_points, **sizes)
+    encoder = DeformableEncoder(
+        sizes, num_layers=trunk.enc_layers, num_levels=num_levels, num_points=config.enc_n_points
+    )
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
@@ -51,15 +51,15 @@ def build(trunk: Trunk, config: Config) -> Detector:
     encoder: DeformableEncoder | DenseEncoder
     if config.multiscale:
         # The feed-forward branch is half as wide as the setting, as published: it runs on 21 times as many positions.
-        halved = {**sizes, "feedforward_dim": trunk.dim_feedforward // 2}
-        encoder = DeformableEncoder(num_layers=trunk.enc_layers, num_levels=num_levels, **halved)
+        narrow = replace(sizes, feedforward_dim=trunk.dim_feedforward // 2)
+        encoder = DeformableEncoder(narrow, num_layers=trunk.enc_layers, num_levels=num_levels)
     else:
-        encoder = DenseEncoder(num_layers=trunk.enc_layers, **sizes)
+        encoder = DenseEncoder(sizes, num_layers=trunk.enc_layers)
     aligner = build_aligner(
         trunk, config, num_heads=trunk.nheads, num_points=config.sam_points, predict_scales=config.smca
     )
     decoder = SAMDecoder(
-        layer=SAMDecoderLayer(**sizes, aligner=aligner),
+        layer=SAMDecoderLayer(sizes, aligner=aligner),
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
         levels=coarse_to_fine(trunk.dec_layers, num_levels),

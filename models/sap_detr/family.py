@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,9 +71,9 @@ def build(trunk: Trunk, config: Config) -> Detector:
     """The network with random weights. Raises ValueError for settings that do not go together."""
     backbone = build_backbone(trunk, levels=(trunk.backbone_level,))
     projection = build_projection(trunk, config, backbone, temperature=TEMPERATURE, centred=False)
-    sizes = {**trunk.layer_sizes, "activation": config.transformer_activation}
+    sizes = replace(trunk.layer_sizes, activation=config.transformer_activation)
     decoder = SAPDecoder(
-        layer=SAPDecoderLayer(**sizes, gaussian=config.sdg),
+        layer=SAPDecoderLayer(sizes, gaussian=config.sdg),
         num_layers=trunk.dec_layers,
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
@@ -82,7 +82,7 @@ def build(trunk: Trunk, config: Config) -> Detector:
         point_reference=config.point_reference,
         head_cell=config.head_cell,
     )
-    encoder = DenseEncoder(num_layers=trunk.enc_layers, **sizes, scale_position=True)
+    encoder = DenseEncoder(sizes, num_layers=trunk.enc_layers, scale_position=True)
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 
 
