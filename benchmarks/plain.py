@@ -32,7 +32,8 @@ from samdetr.models.attention import SelfAttention
 from samdetr.models.backbone import FoldedConvolution, FoldedNorm
 from samdetr.models.criterion import SetCriterion, Targets, box_losses
 from samdetr.models.encoder import DenseEncoderLayer
-from samdetr.models.layers import FeatureLevel, FeedForward
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward
 from samdetr.models.matcher import HungarianMatcher, Matches
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn

@@ -21,7 +21,8 @@ from samdetr.models.criterion import SetCriterion, Targets
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DenseEncoder
 from samdetr.models.family import Family, build_backbone, build_criterion, build_projection
-from samdetr.models.layers import FeatureLevel, FeedForward, LayerSizes, copies, inverse_sigmoid
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid
 from samdetr.models.matcher import Matches
 from samdetr.models.mlp import MLP
 from samdetr.models.position_encoding import sine_encoding

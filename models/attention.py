@@ -1,7 +1,5 @@
 """Attention by heads. Legend: B batch, N heads, L positions, Q queries, C channels, D channels of a head."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import reduce
 

@@ -1,7 +1,5 @@
 """torchvision's ResNets as feature extractors. Knows no transformer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

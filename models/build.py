@@ -1,7 +1,5 @@
 """The table of families, and networks from settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

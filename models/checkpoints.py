@@ -1,7 +1,5 @@
 """Files of weights: checkpoints of ours and official ones, and pretrained backbones."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

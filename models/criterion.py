@@ -3,8 +3,6 @@
 A loss is a function `(outputs, targets, matches, num_boxes) -> dict of scalars`; the criterion takes a list of them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,13 +1,11 @@
 """The detector that all families share. The page to read first."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
 
 from samdetr.models.backbone import Backbone
-from samdetr.models.layers import InputProjection
+from samdetr.models.feature_levels import InputProjection
 from samdetr.util.padded_images import PaddedImages
 
 

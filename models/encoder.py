@@ -1,24 +1,13 @@
 """Encoders: dense self-attention over one feature level (DETR, Carion et al., ECCV 2020), and deformable attention over
 any number of levels (Deformable DETR, Zhu et al., ICLR 2021)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.layers import (
-    FeatureLevel,
-    FeedForward,
-    JoinedLevels,
-    LayerSizes,
-    cell_centres,
-    copies,
-    join_levels,
-    valid_ratio,
-    xavier_matrices,
-)
+from samdetr.models.feature_levels import FeatureLevel, JoinedLevels, cell_centres, join_levels, valid_ratio
+from samdetr.models.layers import FeedForward, LayerSizes, copies, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype

@@ -1,7 +1,5 @@
 """What the programs know of a family of detectors, and parts that several families build."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +9,7 @@ from torch import Tensor
 from samdetr.models.backbone import Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
-from samdetr.models.layers import InputProjection
+from samdetr.models.feature_levels import InputProjection
 from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk

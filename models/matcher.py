@@ -3,8 +3,6 @@
 Legend: S predictions matched at once (decoder layers), B batch, Q queries, n objects of one image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """From the detector's dict to detections in pixels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

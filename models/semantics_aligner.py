@@ -6,8 +6,6 @@ these points as the query's new content and position - re-weighted by what the o
 Legend: B batch, Q queries, P points (one for each head, or one for all), N heads, C channels, H x W the map.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Settings that all families share: the trunk of the network, and the losses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from samdetr.models.backbone import RESNETS

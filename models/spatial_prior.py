@@ -1,7 +1,5 @@
 """Gaussian prior on where a head looks (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -19,7 +17,7 @@ class SeparablePrior(NamedTuple):
         """(..., H * W)."""
         return (self.rows[..., :, None] + self.columns[..., None, :]).flatten(-2)
 
-    def transpose(self, first: int, second: int) -> SeparablePrior:
+    def transpose(self, first: int, second: int) -> "SeparablePrior":
         return SeparablePrior(self.rows.transpose(first, second), self.columns.transpose(first, second))
 
 

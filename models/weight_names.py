@@ -1,7 +1,5 @@
 """Official names of weights <-> names here, by tables of rules (official, ours)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

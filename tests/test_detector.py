@@ -14,7 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.layers import InputProjection, LayerSizes
+from samdetr.models.feature_levels import InputProjection
+from samdetr.models.layers import LayerSizes
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer

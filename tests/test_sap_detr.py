@@ -9,7 +9,8 @@ from helpers import TINY_SAP, build_tiny, from_flags
 from torch import Tensor, nn
 
 from samdetr.models.encoder import DenseEncoderLayer
-from samdetr.models.layers import FeatureLevel, FeedForward, LayerSizes
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, LayerSizes
 from samdetr.models.matcher import Matches
 from samdetr.models.position_encoding import grid_points
 from samdetr.models.postprocess import postprocess

@@ -4,8 +4,6 @@ around each query's reference in all levels.
 Legend: B batch, Q queries, C channels, L positions of all levels together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samdetr.models.deformable_detr.queries import LearnedQueries, ProposedQueries
-from samdetr.models.layers import (
-    FeatureLevel,
-    FeedForward,
-    JoinedLevels,
-    LayerSizes,
-    copies,
-    inverse_sigmoid,
-    join_levels,
-    start_heads,
-    xavier_matrices,
-)
+from samdetr.models.feature_levels import FeatureLevel, JoinedLevels, join_levels
+from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.semantics_aligner import SemanticsAligner

@@ -1,7 +1,5 @@
 """Deformable DETR (Zhu et al., ICLR 2021): deformable attention in the encoder and in the decoder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from samdetr.models.deformable_detr.decoder import DeformableDecoder, DeformableDecoderLayer

@@ -4,8 +4,6 @@ The official model lists a class head and a box head for every layer, even if al
 of refined models twice. The pair after the last layer's makes proposals. Here each parameter has one name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

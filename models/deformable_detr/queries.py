@@ -1,14 +1,12 @@
 """Queries of Deformable DETR (ICLR 2021): learned, or (two-stage) the best of the boxes that the encoder's positions
 propose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.layers import FeatureLevel, cell_centres, join_levels
+from samdetr.models.feature_levels import FeatureLevel, cell_centres, join_levels
 from samdetr.models.position_encoding import sine_encoding
 
 FINEST_SIDE = 0.05  # of the boxes that positions of the finest level start from; twice as long on every next level

@@ -3,23 +3,14 @@
 Legend: B batch, Q queries, N heads, C channels, L positions of a level.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from samdetr.models.attention import SelfAttention, merge_heads, split_heads
-from samdetr.models.layers import (
-    FeatureLevel,
-    FeedForward,
-    LayerSizes,
-    copies,
-    inverse_sigmoid,
-    start_heads,
-    xavier_matrices,
-)
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding

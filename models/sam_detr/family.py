@@ -1,7 +1,5 @@
 """SAM-DETR (Zhang et al., CVPR 2022): a dense or deformable encoder, and a decoder with Semantics Aligners."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from samdetr.models.detector import Detector

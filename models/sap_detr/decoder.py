@@ -3,8 +3,6 @@
 Legend: B batch, Q queries, N heads, C channels, L positions of the level, H x W its size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samdetr.models.attention import SelfAttention, merge_heads, split_heads
-from samdetr.models.layers import (
-    FeatureLevel,
-    FeedForward,
-    GroupNorm,
-    LayerSizes,
-    copies,
-    start_heads,
-    xavier_matrices,
-)
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, GroupNorm, LayerSizes, copies, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding

@@ -1,7 +1,5 @@
 """SAP-DETR (Liu et al., CVPR 2023): queries are salient points of a grid with distances to the sides of their boxes."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from typing import Any

@@ -3,8 +3,6 @@
 Legend: S predictions matched at once, Q queries, n objects of one image, M matched pairs.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Names of the official SAP-DETR checkpoints <-> names here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from samdetr.models.weight_names import CONDITIONAL_DECODER, TRUNK, WeightNames, layer_rules

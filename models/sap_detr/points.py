@@ -3,8 +3,6 @@
 Legend: B batch, Q queries. Points are x, y and distances left, top, right, bottom, in widths and heights of the image.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

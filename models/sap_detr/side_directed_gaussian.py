@@ -1,7 +1,5 @@
 """Side-directed Gaussian (SAP-DETR): each head looks around a point between the salient point and the box's sides."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
