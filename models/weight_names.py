@@ -18,10 +18,6 @@ def translate(name: str, rules: Rules) -> str | None:
     return None
 
 
-def reverse(rules: Rules) -> Rules:
-    return [(target, source) for source, target in rules]
-
-
 def layer_rules(stack: str, *rules: tuple[str, str]) -> Rules:
     """Rules for every layer of a `stack`, "encoder" or "decoder"."""
     return [
@@ -62,10 +58,6 @@ class WeightNames:
     def __init__(self, rules: Rules, *, aliases: tuple[str, ...]):
         self.rules = rules
         self.aliases = tuple(f"transformer.decoder.{name}" for name in aliases)
-
-    def to_official(self, name: str) -> str | None:
-        """Official name of one of our parameters or buffers; None if the official model has no such weight."""
-        return translate(name, reverse(self.rules))
 
     def from_official(self, name: str) -> str | None:
         """Our name of an official parameter or buffer; None if it is unknown."""

@@ -22,10 +22,10 @@ from helpers import (
     run_main,
     settings,
 )
+from official import deformable_detr as to_official
 from torch import Tensor, nn
 
 from samdetr import demo, hubconf
-from samdetr.models.deformable_detr.official_weights import to_official
 from samdetr.models.deformable_detr.queries import initial_boxes
 from samdetr.models.feature_levels import FeatureLevel, InputProjection
 from samdetr.training.optim import parameter_groups

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from samdetr.models.weight_names import TRUNK, layer_rules, reverse, translate
+from samdetr.models.weight_names import TRUNK, layer_rules, translate
 
-_RULES = [
+RULES = [
     *TRUNK,
     ("input_proj.{i}.", "projection.levels.{i}."),
     ("transformer.level_embed", "projection.level_embedding"),
@@ -32,7 +32,6 @@ _RULES = [
     ("transformer.pos_trans_norm.", "decoder.queries.box_norm."),
 ]
 _HEADS = {"class_embed": "class_head", "bbox_embed": "box_head"}
-_OUR_HEAD_NAME = re.compile(r"decoder\.(queries\.)?(?P<kind>class|box)_heads?\.((?P<number>\d+)\.)?(?P<rest>.*)")
 _HEAD_NAME = re.compile(rf"(transformer\.decoder\.)?({'|'.join(_HEADS)})\.(\d+)\.(.*)")
 
 
@@ -54,7 +53,7 @@ def from_official(names: Iterable[str]) -> dict[str, str]:
     for name in sorted(names, key=_loading_order):
         head = _HEAD_NAME.fullmatch(name)
         if not head:
-            ours[name] = translate(name, _RULES) or name
+            ours[name] = translate(name, RULES) or name
             continue
         _, kind, number, rest = head.groups()
         if refined and number not in layers:
@@ -72,23 +71,3 @@ def _loading_order(name: str) -> tuple[bool, int]:
 def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An official state dict under our names. Unknown names stay, and loading reports them."""
     return {name: state[official] for official, name in from_official(state).items()}
-
-
-def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the official names, every alias included."""
-    numbers = {match[1] for match in map(re.compile(r"decoder\.layers\.(\d+)\.").match, state) if match}
-    two_stage = any(name.startswith("decoder.queries.box_head.") for name in state)
-    refined = two_stage or any(name.startswith("decoder.box_heads.1.") for name in state)
-    official = {}
-    for name, tensor in state.items():
-        head = _OUR_HEAD_NAME.fullmatch(name)
-        if not head:
-            official[translate(name, reverse(_RULES))] = tensor
-            continue
-        kind = "class_embed" if head["kind"] == "class" else "bbox_embed"
-        number = head["number"] or str(len(numbers))
-        for alias in [number] if refined else numbers:
-            official[f"{kind}.{alias}.{head['rest']}"] = tensor
-        if two_stage or (refined and kind == "bbox_embed"):
-            official[f"transformer.decoder.{kind}.{number}.{head['rest']}"] = tensor
-    return official

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from samdetr.models.weight_names import CONDITIONAL_DECODER, TRUNK, WeightNames, layer_rules
 
-_RULES = [
+RULES = [
     *TRUNK,
     ("input_proj.{i}.", "projection.levels.{i}."),
     ("transformer.level_embed", "projection.level_embedding"),
@@ -24,8 +24,8 @@ _RULES = [
     ("class_embed.{i}.", "decoder.class_heads.{i}."),
     ("bbox_embed.{i}.", "decoder.box_heads.{i}."),
 ]
-_NAMES = WeightNames(_RULES, aliases=("bbox_embed.",))
-to_official, from_official, convert_official = _NAMES.to_official, _NAMES.from_official, _NAMES.convert
+_NAMES = WeightNames(RULES, aliases=("bbox_embed.",))
+from_official, convert_official = _NAMES.from_official, _NAMES.convert
 
 
 def is_official(names: Iterable[str]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from samdetr.models.weight_names import CONDITIONAL_DECODER, TRUNK, WeightNames, layer_rules
 
-_RULES = [
+RULES = [
     ("input_proj.", "projection.levels.0.0."),
     *TRUNK,
     ("transformer.encoder.query_scales.{i}.", "encoder.layers.{i}.position_scale."),
@@ -36,8 +36,8 @@ _RULES = [
     ("bbox_embed.{i}.", "decoder.distance_heads.{i}."),
     ("point_embed.{i}.", "decoder.point_heads.{i}."),
 ]
-_NAMES = WeightNames(_RULES, aliases=("ref_point_head.", "ref_bbox_head.", "bbox_embed.", "point_embed."))
-to_official, from_official, convert_official = _NAMES.to_official, _NAMES.from_official, _NAMES.convert
+_NAMES = WeightNames(RULES, aliases=("ref_point_head.", "ref_bbox_head.", "bbox_embed.", "point_embed."))
+from_official, convert_official = _NAMES.from_official, _NAMES.convert
 
 
 def is_official(names: Iterable[str]) -> bool:
