@@ -6,31 +6,40 @@ from typing import Any
 
 from torch import Tensor
 
+from samdetr.models import criterion
 from samdetr.models.backbone import Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
 from samdetr.models.feature_levels import InputProjection
-from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk
 
 
-def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
-    """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
-    matcher = HungarianMatcher(
-        costs=[
-            (loss.set_cost_class, focal_class_cost(alpha=loss.focal_alpha)),
-            (loss.set_cost_bbox, l1_cost),
-            (loss.set_cost_giou, giou_cost),
-        ]
-    )
+def weighted_criterion(
+    loss: Loss,
+    *,
+    costs: Sequence[Cost],
+    losses: Sequence[criterion.Loss],
+    more_costs: Sequence[tuple[float, Cost]] = (),
+    more_weights: dict[str, float] | None = None,
+) -> SetCriterion:
+    """Focal loss and `losses`; `costs` of class, L1 distance and generalised IoU, weighted by the settings."""
+    weights = (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou)
+    terms = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
     return SetCriterion(
-        matcher=matcher,
-        losses=[focal_loss(alpha=loss.focal_alpha), box_losses, cardinality_error],
+        matcher=HungarianMatcher(costs=[*zip(weights, costs), *more_costs]),
+        losses=[focal_loss(alpha=loss.focal_alpha), *losses],
         final_losses=[class_error],
-        weights={"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef},
+        weights=terms | (more_weights or {}),
         auxiliary=loss.aux_loss,
     )
+
+
+def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
+    """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
+    costs = [focal_class_cost(alpha=loss.focal_alpha), l1_cost, giou_cost]
+    return weighted_criterion(loss, costs=costs, losses=[box_losses, cardinality_error])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +105,7 @@ def build_aligner(trunk: Trunk, config: AlignerConfig, **options: Any) -> Semant
     )
 
 
-def settings_from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
+def read_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     """Settings that official files do not hold, read off the input projection and the first class head."""
     found: dict[str, Any] = {"input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none"}
     for name in ("decoder.class_heads.0.bias", "decoder.class_heads.0.layers.2.bias"):

@@ -1,4 +1,4 @@
-"""Gaussian prior on where a head looks (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
+"""Gaussian prior on the positions that a head attends (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 class SeparablePrior(NamedTuple):
-    """Logarithm of a prior at the cells of a map, the sum of a term of the row and a term of the column: `rows`
-    (..., H), `columns` (..., W). So no tensor with both coordinates of every pair is needed."""
+    """Logarithm of a prior at the cells of a map, as the sum of `rows` (..., H) and `columns` (..., W)."""
 
     rows: Tensor
     columns: Tensor

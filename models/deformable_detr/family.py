@@ -6,14 +6,7 @@ from samdetr.models.deformable_detr.decoder import DeformableDecoder, Deformable
 from samdetr.models.deformable_detr.official_weights import convert_official, is_official
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder
-from samdetr.models.family import (
-    Family,
-    build_aligner,
-    build_backbone,
-    build_projection,
-    coarse_to_fine,
-    settings_from_weights,
-)
+from samdetr.models.family import Family, build_aligner, build_backbone, build_projection, coarse_to_fine, read_settings
 from samdetr.models.settings import AlignerConfig, Trunk
 from samdetr.util.settings import flag, with_default
 
@@ -71,7 +64,7 @@ FAMILY = Family(
     name="deformable_detr",
     config=Config,
     build=build,
-    from_weights=settings_from_weights,
+    from_weights=read_settings,
     is_official=is_official,
     convert_official=convert_official,
     defaults={

@@ -21,8 +21,8 @@ from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 class CrossAttention(nn.Module):
     """Attention of queries to a feature level.
 
-    With aligned queries every head compares whole C-wide queries with one key of C channels that all heads share (the
-    reference repeats this key for each head). Without an aligner it is DETR's: the C channels are split over the heads.
+    With aligned queries every head has a C-wide query, and all heads share one C-wide key (which the reference repeats
+    for each head). Without an aligner, as in DETR, the C channels are split over the heads.
     """
 
     def __init__(self, sizes: LayerSizes, *, aligned: bool):
@@ -146,6 +146,6 @@ class SAMDecoder(nn.Module):
             offset = box_head(queries)
             pred_boxes = (offset + inverse_sigmoid(boxes)).sigmoid()
             predictions.append({"pred_logits": class_head(queries), "pred_boxes": pred_boxes})
-            # On the raw logit, not the clamped one, and cut from the graph; the initial boxes are not cut.
+            # On the raw logit, not the clamped one, and detached; the initial boxes are not detached.
             reference = (offset + reference).detach()
         return predictions

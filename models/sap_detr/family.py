@@ -7,22 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samdetr.models.criterion import SetCriterion, class_error, focal_loss
+from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DenseEncoder
-from samdetr.models.family import Family, build_backbone, build_projection, settings_from_weights
-from samdetr.models.matcher import HungarianMatcher
+from samdetr.models.family import Family, build_backbone, build_projection, read_settings, weighted_criterion
+from samdetr.models.sap_detr import losses
 from samdetr.models.sap_detr.decoder import TEMPERATURE, SAPDecoder, SAPDecoderLayer
-from samdetr.models.sap_detr.losses import (
-    OUTSIDE,
-    corner_box_losses,
-    corner_l1_cost,
-    giou_cost,
-    inner_loss,
-    object_class_cost,
-    object_loss,
-    outside_cost,
-)
 from samdetr.models.sap_detr.official_weights import convert_official, is_official
 from samdetr.models.settings import FamilyConfig, Loss, Trunk
 from samdetr.util.settings import flag
@@ -86,37 +76,22 @@ def build(trunk: Trunk, config: Config) -> Detector:
 
 def build_criterion(loss: Loss, config: Config) -> SetCriterion:
     """Focal loss, corner L1 and generalised IoU, objectness, and the count of points outside their boxes."""
-    matcher = HungarianMatcher(
-        costs=[
-            (loss.set_cost_class, object_class_cost(alpha=loss.focal_alpha)),
-            (loss.set_cost_bbox, corner_l1_cost),
-            (loss.set_cost_giou, giou_cost),
-            (OUTSIDE, outside_cost),
-        ]
-    )
-    return SetCriterion(
-        matcher=matcher,
+    return weighted_criterion(
+        loss,
+        costs=[losses.object_class_cost(alpha=loss.focal_alpha), losses.corner_l1_cost, losses.giou_cost],
+        more_costs=[(losses.OUTSIDE, losses.outside_cost)],
         losses=[
-            focal_loss(alpha=loss.focal_alpha),
-            corner_box_losses,
-            object_loss(alpha=loss.focal_alpha, detach_target=config.objectness_target == "detached"),
-            inner_loss,
+            losses.corner_box_losses,
+            losses.object_loss(alpha=loss.focal_alpha, detach_target=config.objectness_target == "detached"),
+            losses.inner_loss,
         ],
-        final_losses=[class_error],
-        weights={
-            "loss_ce": loss.cls_loss_coef,
-            "loss_bbox": loss.bbox_loss_coef,
-            "loss_giou": loss.giou_loss_coef,
-            "loss_ce_obj": config.obj_loss_coef,
-            "loss_inner": config.inner_loss_coef,
-        },
-        auxiliary=loss.aux_loss,
+        more_weights={"loss_ce_obj": config.obj_loss_coef, "loss_inner": config.inner_loss_coef},
     )
 
 
 def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
     """Settings that official files do not hold, or only under other names."""
-    found = settings_from_weights(state) | {
+    found = read_settings(state) | {
         "sdg": "decoder.layers.0.gaussian.head.layers.0.bias" in state,
         "newconvinit": "decoder.initial_content.0.bias" in state,
         "transformer_activation": "prelu" if "decoder.layers.0.feed_forward.activation.weight" in state else "relu",

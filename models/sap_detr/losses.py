@@ -15,9 +15,7 @@ from samdetr.models.matcher import Cost, Matches, focal_change
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou, iou
 
 EPS = 1e-6  # added to the divisors of IoU and GIoU
-OUTSIDE = (
-    9999.0  # published weight of `outside_cost`: an object is matched with a point outside it only if none is inside
-)
+OUTSIDE = 9999.0  # published weight of `outside_cost`: a point outside an object matches it only if none is inside
 giou_cost = partial(matcher.giou_cost, eps=EPS)
 
 
@@ -62,8 +60,8 @@ def object_loss(*, alpha: float, detach_target: bool = False) -> Loss:
     """`loss_ce_obj`: focal loss of being an object over all queries, divided by the number of boxes. The target
     of a matched query is the IoU of its box, of all others 0.
 
-    As published the target is part of the graph, so boxes also move to where the loss is less, which may be a smaller
-    IoU; `detach_target` detaches it.
+    As published the target is part of the graph, so boxes also learn from this loss, perhaps towards a smaller IoU;
+    `detach_target` detaches it.
     """
 
     def loss(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
