@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
             known = self.content_positions["point"](at.point) + self.content_positions["box"](at.box)
             query, key = query + known, key + position
 
-        def heads(*parts: Tensor) -> Tensor:  # (B, N, Q or L, D), the a head's parts concatenated
+        def heads(*parts: Tensor) -> Tensor:  # (B, N, Q or L, D), a head's parts concatenated
             return torch.cat([split_heads(part, self.num_heads) for part in parts], -1)
 
         query = heads(query, self.query_point(at.point_sine), self.query_box(at.box_sine))
@@ -159,6 +159,8 @@ class SAPDecoder(nn.Module):
         head_cell: str = "published",
     ):
         super().__init__()
+        assert point_reference in ("late", "current"), point_reference
+        assert head_cell in ("published", "grid"), head_cell
         width = layer.hidden_dim
         if content_from_points and width % 32:
             raise ValueError(
@@ -227,14 +229,9 @@ class SAPDecoder(nn.Module):
             normed = self.norm(queries)
             pred_points = move_points(self.point_heads[index](normed), head_points, start, head_cell)
             pred_distances = move_sides(self.distance_heads[index](normed), head_distances)
-            predictions.append(
-                {
-                    "pred_logits": self.class_heads[index](normed),
-                    "pred_boxes": boxes_around(pred_points, pred_distances),
-                    "pred_objs": self.object_head(normed),
-                    "pred_points": pred_points,
-                }
-            )
+            prediction = {"pred_logits": self.class_heads[index](normed), "pred_objs": self.object_head(normed)}
+            boxes = boxes_around(pred_points, pred_distances)
+            predictions.append(prediction | {"pred_boxes": boxes, "pred_points": pred_points})
             # The same heads refine the references, from the queries before the norm. The next layer's heads build on
             # the distances before they are detached, so a gradient crosses one layer.
             head_distances = move_sides(self.distance_heads[index](queries), distances)
@@ -262,14 +259,8 @@ class SAPDecoder(nn.Module):
         point = encode(points)  # (B, Q, C)
         box = encode(corners_around(points, distances).unflatten(-1, (2, 2))).flatten(-2)  # (B, Q, 2 C)
         scale = 1 if queries is None else self.position_scale(queries)
-        return QueryPositions(
-            points=points,
-            distances=distances,
-            point_sine=point * scale,
-            box_sine=box if queries is None else box * scale.repeat(1, 1, 2),
-            point=self.point_position(point),
-            box=self.box_position(box),
-        )
+        sines = point * scale, box if queries is None else box * scale.repeat(1, 1, 2)
+        return QueryPositions(points, distances, *sines, self.point_position(point), self.box_position(box))
 
 
 def _convolutions(width: int) -> nn.Sequential:
