@@ -28,15 +28,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d, roi_align
 
+from samdetr.models.attention import SelfAttention
 from samdetr.models.backbone import FoldedConvolution, FoldedNorm
 from samdetr.models.criterion import SetCriterion, Targets, box_losses
 from samdetr.models.encoder import DenseEncoderLayer
-from samdetr.models.layers import FeatureLevel, FeedForward
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward
 from samdetr.models.matcher import HungarianMatcher, Matches
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn
 from samdetr.models.position_encoding import sine_encoding
-from samdetr.models.sam_detr.decoder import CrossAttention, SAMDecoderLayer, SelfAttention
+from samdetr.models.sam_detr.decoder import CrossAttention, SAMDecoderLayer
 from samdetr.models.semantics_aligner import AlignedQueries, SemanticsAligner
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 
@@ -109,12 +111,11 @@ def plain_attention(
 
 
 class PlainSelfAttention(SelfAttention):
-    def forward(self, queries: Tensor, position: Tensor) -> Tensor:
-        query = self.query_content(queries) + self.query_position(position)
-        key = self.key_content(queries) + self.key_position(position)
-        parts = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, self.value(queries)))
+    def forward(self, content: Tensor, *positions: Tensor) -> Tensor:
+        query, key = self.project("query", content, *positions), self.project("key", content, *positions)
+        value = self.value(content).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        return self.output(plain_attention(*parts, padding=None, bias=None, dropout=dropout))
+        return self.output(plain_attention(query, key, value, padding=None, bias=None, dropout=dropout))
 
 
 class PlainCrossAttention(CrossAttention):

@@ -21,7 +21,8 @@ from samdetr.models.criterion import SetCriterion, Targets
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DenseEncoder
 from samdetr.models.family import Family, build_backbone, build_criterion, build_projection
-from samdetr.models.layers import FeatureLevel, FeedForward, copies, inverse_sigmoid
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid
 from samdetr.models.matcher import Matches
 from samdetr.models.mlp import MLP
 from samdetr.models.position_encoding import sine_encoding
@@ -40,14 +41,14 @@ class Config(FamilyConfig):
 class PointLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward branch; each is added to its input and normalised."""
 
-    def __init__(self, *, hidden_dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        options: dict[str, Any] = {"dropout": dropout, "batch_first": True}
-        self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, **options)
-        self.cross_attention = nn.MultiheadAttention(hidden_dim, num_heads, **options)
-        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        options: dict[str, Any] = {"dropout": sizes.dropout, "batch_first": True}
+        self.self_attention = nn.MultiheadAttention(sizes.hidden_dim, sizes.num_heads, **options)
+        self.cross_attention = nn.MultiheadAttention(sizes.hidden_dim, sizes.num_heads, **options)
+        self.feed_forward = FeedForward(sizes)
+        self.norms = nn.ModuleList(nn.LayerNorm(sizes.hidden_dim) for _ in range(3))
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(self, queries: Tensor, position: Tensor, level: FeatureLevel) -> Tensor:
         """`queries` and `position` (B, Q, C) -> (B, Q, C)."""
@@ -105,18 +106,12 @@ class PointDecoder(nn.Module):
 def build(trunk: Trunk, config: Config) -> Detector:
     """The network with random weights."""
     backbone = build_backbone(trunk, levels=(trunk.backbone_level,))
-    sizes: dict[str, Any] = {
-        "hidden_dim": trunk.hidden_dim,
-        "num_heads": trunk.nheads,
-        "feedforward_dim": trunk.dim_feedforward,
-        "dropout": trunk.dropout,
-    }
     return Detector(
         backbone=backbone,
         projection=build_projection(trunk, config, backbone),
-        encoder=DenseEncoder(num_layers=trunk.enc_layers, **sizes),
+        encoder=DenseEncoder(trunk.layer_sizes, num_layers=trunk.enc_layers),
         decoder=PointDecoder(
-            layer=PointLayer(**sizes),
+            layer=PointLayer(trunk.layer_sizes),
             hidden_dim=trunk.hidden_dim,
             num_layers=trunk.dec_layers,
             num_queries=trunk.num_queries,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.layers import valid_ratio
+from samdetr.models.feature_levels import valid_ratio
 from samdetr.models.ops.module import MSDeformAttn
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""The published networks. `build_model` makes one; `register` adds a family of yours."""
+"""The published networks. `build_model` makes one; `register` adds a family from outside."""
 
 from typing import Any
 

@@ -1,8 +1,13 @@
-"""Heads of attention: (B, L, N * D) to (B, N, L, D) and back. B batch, N heads, L positions, D width of a head."""
+"""Attention by heads. Legend: B batch, N heads, L positions, Q queries, C channels, D channels of a head."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from functools import reduce
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from samdetr.models.layers import LayerSizes
+from samdetr.models.ops.prior_attention import prior_attention
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -13,3 +18,30 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, N, L, D) -> (B, L, N * D)."""
     return x.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the queries. Their content and each of their positions have separate projections.
+
+    Args:
+        positions: names of the positions; projections are called query_NAME and key_NAME.
+    """
+
+    def __init__(self, sizes: LayerSizes, *, positions: Sequence[str] = ("position",)):
+        super().__init__()
+        self.num_heads, self.dropout, self.parts = sizes.num_heads, sizes.dropout, ("content", *positions)
+        projections = [f"{role}_{part}" for role in ("query", "key") for part in self.parts]
+        for name in (*projections, "value", "output"):
+            self.add_module(name, nn.Linear(sizes.hidden_dim, sizes.hidden_dim))
+
+    def project(self, role: str, *parts: Tensor) -> Tensor:
+        """The "query" or "key" of content and positions (B, Q, C) -> (B, N, Q, D)."""
+        projected = [getattr(self, f"{role}_{name}")(part) for name, part in zip(self.parts, parts)]
+        return split_heads(reduce(torch.add, projected), self.num_heads)
+
+    def forward(self, content: Tensor, *positions: Tensor) -> Tensor:
+        """`content` and each of `positions` (B, Q, C) -> (B, Q, C)."""
+        query, key = (self.project(role, content, *positions) for role in ("query", "key"))
+        value = split_heads(self.value(content), self.num_heads)
+        attended = prior_attention(query, key, value, dropout=self.dropout if self.training else 0.0)
+        return self.output(merge_heads(attended))

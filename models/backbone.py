@@ -1,14 +1,11 @@
 """torchvision's ResNets as feature extractors. Knows no transformer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -24,8 +21,7 @@ class Backbone(nn.Module):
         dilation: C5 at stride 16 instead of 32 (DC5); bottleneck ResNets only.
         norm: "frozen" - BatchNorm with constant statistics and scales, as published for pretrained weights - or
             "learned", for training from scratch.
-        freeze_stem: whether the stem and the first stage are kept as they are (they are where the weights are
-            pretrained).
+        freeze_stem: whether the stem and the first stage keep their weights, as is usual for pretrained ones.
 
     Raises:
         ValueError: unknown name, or dilation of a ResNet without bottlenecks.
@@ -57,35 +53,42 @@ class Backbone(nn.Module):
         self.name = name
         if norm == "frozen":
             fold_frozen_norms(resnet)
-        self.body = IntermediateLayerGetter(resnet, {f"layer{level - 1}": str(level) for level in levels})
+        self.stages = [f"layer{level - 1}" for level in levels]
+        modules = dict(resnet.named_children())
+        names = list(modules)[: list(modules).index(self.stages[-1]) + 1]
+        self.body = nn.ModuleDict({name: modules[name] for name in names})
         channels, strides = {3: 128, 4: 256, 5: 512}, {3: 8, 4: 16, 5: 16 if dilation else 32}
         self.num_channels = [channels[level] * (1 if basic else 4) for level in levels]
         self.strides = [strides[level] for level in levels]
         for parameter_name, parameter in self.body.named_parameters():
-            frozen_stage = freeze_stem and parameter_name.startswith(("conv1", "bn1", "layer1"))
-            if frozen_stage:
+            if freeze_stem and parameter_name.startswith(("conv1", "bn1", "layer1")):
                 parameter.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """`images` (B, 3, H, W), normalised -> one map (B, C_l, H_l, W_l) for each level."""
-        return list(self.body(images).values())
+        maps, x = [], images
+        for name, module in self.body.items():
+            x = module(x)
+            if name in self.stages:
+                maps.append(x)
+        return maps
 
     def load_classifier_weights(self, state: dict[str, Tensor]) -> None:
-        """Take over the weights of a torchvision ResNet classifier; its last layer and unused stages are left out.
+        """Copy the weights of a torchvision ResNet classifier, except its last layer and unused stages.
 
         Raises:
             ValueError: a weight is missing or has another shape.
         """
-        own = self.body.state_dict()
-        missing = sorted(k for k in own if k not in state and not k.endswith("num_batches_tracked"))
-        wrong = sorted(k for k in own if k in state and state[k].shape != own[k].shape)
+        body = self.body.state_dict()
+        missing = sorted(k for k in body if k not in state and not k.endswith("num_batches_tracked"))
+        wrong = sorted(k for k in body if k in state and state[k].shape != body[k].shape)
         if missing or wrong:
             raise ValueError(
                 f"these are not the weights of this ResNet: {len(missing)} missing (first: {missing[:3]}), "
                 f"{len(wrong)} of another shape (first: {wrong[:3]})"
             )
         with torch.no_grad():
-            self.body.load_state_dict({k: state[k] for k in own if k in state}, strict=False)
+            self.body.load_state_dict({k: state[k] for k in body if k in state}, strict=False)
 
 
 class FoldedNorm(FrozenBatchNorm2d):

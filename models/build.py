@@ -1,7 +1,5 @@
 """The table of families, and networks from settings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -22,7 +20,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (SAM_DETR, DEFO
 
 
 def register(family: Family) -> None:
-    """Add a family from outside this project: `--model` then knows it, and its flags are on the command line.
+    """Add a family from outside this project: `--model` then accepts it, and the command line has its flags.
 
     Raises:
         ValueError: there is another family of this name.
@@ -35,7 +33,7 @@ def register(family: Family) -> None:
 def build_model(
     trunk: Trunk, config: FamilyConfig | None = None, loss: Loss | None = None
 ) -> tuple[Detector, SetCriterion, Postprocess]:
-    """The network with random weights, its criterion, and the function that makes detections of its output.
+    """The network with random weights, its criterion, and the function that turns its output into detections.
 
     Args:
         trunk: its `model` chooses the family.

@@ -1,7 +1,5 @@
 """Files of weights: checkpoints of ours and official ones, and pretrained backbones."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys
@@ -17,7 +15,7 @@ from samdetr.models.settings import FamilyConfig, Trunk
 from samdetr.util.checkpoint import read_file
 from samdetr.util.settings import flags
 
-# Settings of the network's input in evaluation, which a checkpoint brings, too.
+# Settings of the network's input in evaluation, which a checkpoint also brings.
 INPUT_SETTINGS = ("eval_size", "max_size")
 
 
@@ -26,7 +24,7 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
 
     Args:
         source: file or URL.
-        name: of the argument that `source` is the value of, for messages.
+        name: of the argument whose value is `source`, for messages.
 
     Returns:
         A dict with at least `model` (weights), `settings` (those that shape the network and its input, as far as the
@@ -34,7 +32,7 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
         `official`.
 
     Raises:
-        ValueError: no checkpoint, or one that is damaged or holds code.
+        ValueError: no checkpoint, a damaged one, or one that holds code.
     """
     checkpoint = read_file(source, name=name)
     state = checkpoint.get("model")
@@ -69,21 +67,21 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
 
 
 def network_settings(saved: dict[str, Any]) -> tuple[Trunk, FamilyConfig]:
-    """The settings that shape the network of a checkpoint: `settings` of `read_checkpoint`, the family's published
-    ones for what the file does not hold. Raises ValueError."""
+    """The settings that shape the network of a checkpoint: `saved` (`settings` of `read_checkpoint`), else the family's
+    published ones. Raises ValueError."""
     family = FAMILIES[saved["model"]]
     return family.trunk(**saved), family.config.pick({**family.defaults, **saved})
 
 
 def chosen_weights(checkpoint: dict[str, Any], *, raw: bool = False) -> dict[str, Tensor]:
-    """The weights to detect with: the averaged ones if the file has some, unless `raw`."""
+    """The weights for detection: the averaged ones if the file has them, unless `raw`."""
     if raw or not checkpoint.get("ema"):
         return checkpoint["model"]
     return checkpoint["ema"]["model"]
 
 
 def load_backbone_weights(detector: Detector, source: str) -> None:
-    """Pretrained weights: "imagenet" (torchvision's IMAGENET1K_V1, fetched if need be) or a file; "none" does nothing.
+    """Pretrained weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded if needed) or a file; "none": no change.
 
     Raises:
         ValueError: weights that cannot be fetched or do not fit; says how to get and pass a file.

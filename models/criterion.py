@@ -1,9 +1,7 @@
-"""The set prediction loss: match, then penalise classes, boxes and overlaps at every decoder layer, and of proposals.
+"""The set prediction loss: match, then penalise classes, boxes and overlaps of every decoder layer and of proposals.
 
 A loss is a function `(outputs, targets, matches, num_boxes) -> dict of scalars`; the criterion takes a list of them.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.matcher import HungarianMatcher, Matches
+from samdetr.models.matcher import HungarianMatcher, Matches, stack_predictions
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 from samdetr.util.distributed import reduce_mean
 from samdetr.util.sections import section
@@ -44,10 +42,15 @@ def focal_loss(*, alpha: float) -> Loss:
     return loss
 
 
+def matched_boxes(outputs: dict[str, Any], targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
+    """Predicted and target boxes (M, 4) of the matched pairs, as cx, cy, w, h."""
+    wanted = torch.cat([t["boxes"] for t in targets])[matches.target]
+    return outputs["pred_boxes"][matches.image, matches.query], wanted
+
+
 def box_losses(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
     """`loss_bbox`, L1 on cx, cy, w, h, and `loss_giou`, of the matched pairs, divided by the number of boxes."""
-    predicted = outputs["pred_boxes"][matches.image, matches.query]  # (M, 4)
-    wanted = torch.cat([t["boxes"] for t in targets])[matches.target]
+    predicted, wanted = matched_boxes(outputs, targets, matches)
     overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
     return {"loss_bbox": (predicted - wanted).abs().sum() / num_boxes, "loss_giou": (1 - overlap).sum() / num_boxes}
 
@@ -56,10 +59,10 @@ def box_losses(outputs: dict[str, Any], targets: Targets, matches: Matches, num_
 def cardinality_error(
     outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor
 ) -> dict[str, Tensor]:
-    """`cardinality_error`: how far the number of non-empty predictions is from the number of objects, for the log.
+    """`cardinality_error`: difference between the numbers of non-empty predictions and of objects, for the log.
 
-    Kept as the reference computes it, so that logs compare: a query counts as empty if its best class is the last
-    one, which means little where no class stands for "no object".
+    As in the reference, so that logs compare: a query counts as empty if its best class is the last one, which means
+    little if no class is "no object".
     """
     logits = outputs["pred_logits"]
     found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
@@ -80,10 +83,10 @@ class SetCriterion(nn.Module):
 
     Args:
         matcher: assigns queries to objects.
-        losses: computed for every layer, named with the suffix `_0`, `_1`, ... for all but the last.
+        losses: computed for every layer; names get the suffix `_0`, `_1`, ... in all layers except the last.
         final_losses: computed for the last layer alone.
-        weights: weight of each loss term, by its name without suffix; terms that are not named are only reported.
-        auxiliary: whether the earlier layers count (`--no_aux_loss` turns it off).
+        weights: weight of each loss term, by its name without suffix; other terms are only reported.
+        auxiliary: whether the earlier layers count (`aux_loss`).
     """
 
     def __init__(
@@ -100,21 +103,21 @@ class SetCriterion(nn.Module):
         self.weights, self.auxiliary = dict(weights), auxiliary
 
     def count(self, targets: Targets, like: Tensor) -> Tensor:
-        """What losses are divided by: the number of boxes, at least 1; a scalar of the type and device of `like`."""
-        num_boxes = like.new_full((), sum(len(t["labels"]) for t in targets))  # filled there: nothing is sent
+        """The divisor of losses: the number of boxes, at least 1; a scalar of the type and device of `like`."""
+        num_boxes = like.new_full((), sum(len(t["labels"]) for t in targets))  # filled on the device
         if self.training:
-            # The mean over the processes, so that the mean of their gradients is the gradient of the joint batch. In
-            # evaluation the processes have unlike numbers of batches and must not wait for each other.
+            # Averaged over processes, so that their mean gradient is that of the joint batch. In evaluation they have
+            # different numbers of batches and must not wait for each other.
             num_boxes = reduce_mean({"num_boxes": num_boxes})["num_boxes"]
         return num_boxes.clamp(min=1)
 
     def forward(self, outputs: dict[str, Any], targets: Targets, num_boxes: Tensor | None = None) -> dict[str, Tensor]:
         """
         Args:
-            outputs: the detector's dict. If it has `enc_outputs`, predictions that queries were chosen from, these are
-                matched and penalised as a layer is, every object being of class 0; suffix `_enc`.
+            outputs: the detector's dict. Its `enc_outputs`, if any, are matched and penalised like a layer, with class
+                0 for every object; suffix `_enc`.
             targets: for each image `labels` (n,), int64, and `boxes` (n, 4) as normalised cx, cy, w, h.
-            num_boxes: of `count`, where these images are a part of a larger batch.
+            num_boxes: of `count`, if these images are a part of a larger batch.
         Returns:
             Every term, unweighted. `total` makes the weighted sum.
         """
@@ -151,8 +154,8 @@ def _stacked(
     matches: Sequence[Matches],
     num_boxes: Tensor,
 ) -> list[dict[str, Tensor]]:
-    """The terms of each prediction, computed for all at once: they have as many matches each. What costs time here are
-    not these small tensors, but the number of operations."""
+    """The terms of each prediction, computed for all at once, as all have equally many matches. The time goes into the
+    number of operations, not into these small tensors."""
 
     def of_one(prediction: dict[str, Tensor], *match: Tensor) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
@@ -160,13 +163,11 @@ def _stacked(
             terms |= loss(prediction, targets, Matches(*match), num_boxes)
         return terms
 
-    names = [name for name in predictions[0] if name.startswith("pred_")]
-    stacked = {name: torch.stack([prediction[name] for prediction in predictions]) for name in names}  # (S, B, Q, ...)
     match = (torch.stack([getattr(m, part) for m in matches]) for part in ("image", "query", "target"))  # (S, M)
-    terms = torch.vmap(of_one)(stacked, *match)
+    terms = torch.vmap(of_one)(stack_predictions(predictions), *match)
     return [{name: values[step] for name, values in terms.items()} for step in range(len(predictions))]
 
 
 def _plain(name: str) -> str:
-    """The name of a term without the layer that it is of."""
+    """The name of a term without the suffix of its layer."""
     return re.sub(r"_(\d+|enc)$", "", name)

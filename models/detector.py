@@ -1,13 +1,11 @@
 """The detector that all families share. The page to read first."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
 
 from samdetr.models.backbone import Backbone
-from samdetr.models.layers import InputProjection
+from samdetr.models.feature_levels import InputProjection
 from samdetr.util.padded_images import PaddedImages
 
 
@@ -31,11 +29,11 @@ class Detector(nn.Module):
     def forward(self, batch: PaddedImages) -> dict[str, Any]:
         """
         Returns:
-            The dict that matcher, criterion and post-processing depend on, and on nothing else:
+            The dict, which alone matcher, criterion and post-processing depend on:
             `pred_logits` (B, Q, classes), before the sigmoid; `pred_boxes` (B, Q, 4), as centre x, centre y, width,
             height relative to the image without its padding, in [0, 1]; `aux_outputs`, a list of the same for the
-            earlier decoder layers. Decoders may predict more under names of their own, `pred_*`. Where queries were
-            chosen from proposals, `enc_outputs` has the same predictions of all of these.
+            earlier decoder layers. Decoders may predict more, as `pred_*`. If queries were chosen from proposals,
+            `enc_outputs` has the same predictions for all of these.
         """
         maps = self.backbone(batch.images)
         levels = self.projection(maps, batch.padding)

@@ -1,6 +1,4 @@
-"""What the programs know of a family of detectors, and what all families build alike."""
-
-from __future__ import annotations
+"""What the programs know of a family of detectors, and parts that several families build."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,40 +6,40 @@ from typing import Any
 
 from torch import Tensor
 
+from samdetr.models import criterion
 from samdetr.models.backbone import Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
-from samdetr.models.layers import InputProjection
-from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
-from samdetr.models.settings import FamilyConfig, Loss, Trunk
+from samdetr.models.feature_levels import InputProjection
+from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk
 
 
-def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
-    """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
-    matcher = HungarianMatcher(
-        costs=[
-            (loss.set_cost_class, focal_class_cost(alpha=loss.focal_alpha)),
-            (loss.set_cost_bbox, l1_cost),
-            (loss.set_cost_giou, giou_cost),
-        ]
-    )
+def weighted_criterion(
+    loss: Loss,
+    *,
+    costs: Sequence[Cost],
+    losses: Sequence[criterion.Loss],
+    more_costs: Sequence[tuple[float, Cost]] = (),
+    more_weights: dict[str, float] | None = None,
+) -> SetCriterion:
+    """Focal loss and `losses`; `costs` of class, L1 distance and generalised IoU, weighted by the settings."""
+    weights = (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou)
+    terms = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
     return SetCriterion(
-        matcher=matcher,
-        losses=[focal_loss(alpha=loss.focal_alpha), box_losses, cardinality_error],
+        matcher=HungarianMatcher(costs=[*zip(weights, costs), *more_costs]),
+        losses=[focal_loss(alpha=loss.focal_alpha), *losses],
         final_losses=[class_error],
-        weights={"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef},
+        weights=terms | (more_weights or {}),
         auxiliary=loss.aux_loss,
     )
 
 
-def no_settings(state: dict[str, Tensor]) -> dict[str, Any]:
-    """For families whose files need not be read for settings."""
-    return {}
-
-
-def never_official(names: Iterable[str]) -> bool:
-    """For families without official files."""
-    return False
+def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
+    """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
+    costs = [focal_class_cost(alpha=loss.focal_alpha), l1_cost, giou_cost]
+    return weighted_criterion(loss, costs=costs, losses=[box_losses, cardinality_error])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,27 +51,27 @@ class Family:
         config: its own settings, a subclass of `FamilyConfig`: fields become flags.
         build: trunk and config -> network with random weights. May raise ValueError, naming fields in backticks.
         criterion: loss settings and config -> losses.
-        from_weights: settings read off weights under our names, because files may not hold them.
+        from_weights: settings to read off weights (under our names), because files may not hold them.
         is_official: whether parameters have the official names of this family.
         convert_official: an official state dict under our names.
-        defaults: its published settings of trunk, loss and training, if they differ from the defaults there.
+        defaults: its published settings of trunk, loss and training that differ from the defaults there.
     """
 
     name: str
     config: type[FamilyConfig]
     build: Callable[[Trunk, Any], Detector]
     criterion: Callable[[Loss, Any], SetCriterion] = build_criterion
-    from_weights: Callable[[dict[str, Tensor]], dict[str, Any]] = no_settings
-    is_official: Callable[[Iterable[str]], bool] = never_official
+    from_weights: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda state: {}
+    is_official: Callable[[Iterable[str]], bool] = lambda names: False
     convert_official: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def trunk(self, **changes: Any) -> Trunk:
-        """The trunk as published for this family, but for `changes`."""
+        """The trunk as published for this family, except `changes`."""
         return Trunk.pick({**self.defaults, "model": self.name, **changes})
 
     def loss(self, **changes: Any) -> Loss:
-        """The loss settings as published for this family, but for `changes`."""
+        """The loss settings as published for this family, except `changes`."""
         return Loss.pick({**self.defaults, **changes})
 
 
@@ -83,23 +81,40 @@ def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
         levels=tuple(levels),
         dilation=trunk.dilation,
         norm=trunk.backbone_norm,
-        # What is pretrained keeps its first stage; a backbone whose norms learn is trained from scratch.
+        # A pretrained backbone keeps its first stage. One whose norms learn is trained from scratch.
         freeze_stem=trunk.backbone_norm == "frozen",
     )
 
 
 def build_projection(trunk: Trunk, config: FamilyConfig, backbone: Backbone, **options: Any) -> InputProjection:
-    """`options` as of `InputProjection`. "auto" is the rule of a schedule of 25 epochs or more."""
+    """`options` as of `InputProjection`. "auto" follows the rule for 25 epochs or more."""
     norm = trunk.input_proj_norm == "group" or (trunk.input_proj_norm == "auto" and config.several_levels)
     return InputProjection(in_channels=backbone.num_channels, hidden_dim=trunk.hidden_dim, norm=norm, **options)
 
 
-def norm_from_weights(state: dict[str, Tensor]) -> str:
-    """`input_proj_norm`, which official files do not hold."""
-    return "group" if "projection.levels.0.1.weight" in state else "none"
+def build_aligner(trunk: Trunk, config: AlignerConfig, **options: Any) -> SemanticsAligner | None:
+    """`options` as of `SemanticsAligner`. None if the config turns it off."""
+    if config.sam_resample == "off":
+        return None
+    return SemanticsAligner(
+        hidden_dim=trunk.hidden_dim,
+        resample=config.sam_resample,
+        reweight=config.sam_reweight,
+        search_range=config.sam_range,
+        **options,
+    )
+
+
+def read_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings that official files do not hold, read off the input projection and the first class head."""
+    found: dict[str, Any] = {"input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none"}
+    for name in ("decoder.class_heads.0.bias", "decoder.class_heads.0.layers.2.bias"):
+        if name in state:
+            found["num_classes"] = len(state[name])
+    return found
 
 
 def coarse_to_fine(num_layers: int, num_levels: int) -> tuple[int, ...]:
-    """Which level each decoder layer attends, levels being given from fine to coarse: an even split that starts with
-    the coarsest. Six layers and three levels: 2, 2, 1, 1, 0, 0."""
+    """The level that each decoder layer attends; levels are ordered from fine to coarse. An even split that starts with
+    the coarsest: for six layers and three levels 2, 2, 1, 1, 0, 0."""
     return tuple(num_levels - 1 - layer * num_levels // num_layers for layer in range(num_layers))

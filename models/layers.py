@@ -1,10 +1,9 @@
-"""Parts that every detector of the family is made of."""
-
-from __future__ import annotations
+"""Parts of transformer layers and prediction heads."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
-from samdetr.models.position_encoding import grid_points, sine_encoding
+from samdetr.models.mlp import MLP
 
 
-@dataclass
-class FeatureLevel:
-    """One feature map on its way through the detector.
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """What the transformer layers of a network have in common. `activation` is that of the feed-forward branch, "relu",
+    or "prelu" with a learned slope."""
 
+<<<<<<< HEAD
     `features` (B, C, H, W); `padding` (B, H, W), True where padded; `position` (B, C, H, W), position encoding.
     """
 
@@ -63,16 +63,24 @@ def join_levels(levels: Sequence[FeatureLevel]) -> tuple[Tensor, Tensor, list[tu
     tokens = torch.cat([level.tokens for level in levels], 1)
     padding = torch.cat([level.token_padding for level in levels], 1)
     return tokens, padding, [(level.features.shape[2], level.features.shape[3]) for level in levels]
+=======
+    hidden_dim: int
+    num_heads: int
+    feedforward_dim: int
+    dropout: float
+    activation: str = "relu"
+>>>>>>> shrinkmodels
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, but a single image may have groups of one value, as a tiny network's coarsest map of a tiny image has;
-    PyTorch refuses that unless there are two images. The result is the bias."""
+    """PyTorch's, but a single image may have groups of one value (the coarsest map of a tiny image in a tiny network),
+    which PyTorch refuses. The result is the bias."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+<<<<<<< HEAD
 class InputProjection(nn.Module):
     """1 x 1 convolution of each backbone level to the model's width, with its padding and position encoding.
 
@@ -138,16 +146,17 @@ class InputProjection(nn.Module):
         return levels
 
 
+=======
+>>>>>>> shrinkmodels
 class FeedForward(nn.Module):
-    """The two-layer branch of a transformer layer, dropout inside. `activation` is "relu", or "prelu" with a learned
-    slope."""
+    """The two-layer branch of a transformer layer, with dropout inside."""
 
-    def __init__(self, *, hidden_dim: int, feedforward_dim: int, dropout: float, activation: str = "relu"):
+    def __init__(self, sizes: LayerSizes):
         super().__init__()
-        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
-        self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[activation]()
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+        self.linear1 = nn.Linear(sizes.hidden_dim, sizes.feedforward_dim)
+        self.activation = {"relu": nn.ReLU, "prelu": nn.PReLU}[sizes.activation]()
+        self.dropout = nn.Dropout(sizes.dropout)
+        self.linear2 = nn.Linear(sizes.feedforward_dim, sizes.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.activation, nn.ReLU):
@@ -160,10 +169,10 @@ class FeedForward(nn.Module):
 
 
 def relu_dropout_(x: Tensor, probability: float, *, training: bool) -> Tensor:
-    """dropout(relu(x)) in place of x, which nothing else may need.
+    """dropout(relu(x)), which overwrites x.
 
-    Backward needs the result alone: what was negative and what was dropped are both 0 in it. PyTorch's dropout would
-    keep a mask as well, of the widest map of the layer.
+    Backward needs the result alone, in which negative and dropped values are both 0. PyTorch's dropout would store a
+    mask as well, of the widest map of the layer.
     """
     if not training or probability == 0 or torch.compiler.is_compiling():
         return F.dropout(x.relu_(), probability, training)
@@ -187,7 +196,7 @@ class _ReluDropout_(torch.autograd.Function):
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of x, finite at 0 and 1: x and 1 - x are taken to be at least eps."""
+    """Logit of x, finite at 0 and 1: x and 1 - x are clamped to at least eps."""
     x = x.clamp(0, 1)
     return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
 
@@ -198,6 +207,15 @@ def copies(module: nn.Module, number: int) -> Any:
     Typed as Any, because a ModuleList does not know the class of its modules.
     """
     return nn.ModuleList(copy.deepcopy(module) for _ in range(number))
+
+
+def start_heads(class_heads: Iterable[nn.Linear], box_heads: Iterable[MLP]) -> None:
+    """Every class starts at 1 %: bias -log(99). Box heads start with a last layer of zeros."""
+    for head in class_heads:
+        nn.init.constant_(head.bias, -math.log(99))
+    for mlp in box_heads:
+        nn.init.zeros_(mlp.layers[-1].weight)
+        nn.init.zeros_(mlp.layers[-1].bias)
 
 
 def xavier_matrices(module: nn.Module) -> None:

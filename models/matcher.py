@@ -3,8 +3,6 @@
 Legend: S predictions matched at once (decoder layers), B batch, Q queries, n objects of one image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +20,7 @@ Cost = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 @dataclass
 class Matches:
     """Matched pairs of a batch, image by image: `image`, `query` and `target` (M,), int64; `target` counts through the
-    objects of all images. M = number of objects (of queries, where an image has more objects than queries)."""
+    objects of all images. M = number of objects (of queries, for an image with more objects than queries)."""
 
     image: Tensor
     query: Tensor
@@ -30,7 +28,7 @@ class Matches:
 
 
 def focal_class_cost(*, alpha: float) -> Cost:
-    """What the focal loss of a query would change if it took the object's class."""
+    """Change of a query's focal loss if it took the object's class."""
 
     def cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
         return focal_change(outputs["pred_logits"].sigmoid()[..., targets["labels"]], alpha=alpha)
@@ -39,7 +37,7 @@ def focal_class_cost(*, alpha: float) -> Cost:
 
 
 def focal_change(probability: Tensor, *, alpha: float, gamma: float = 2.0) -> Tensor:
-    """Focal loss of a probability (S, Q, n) that ought to be 1, less that of one that ought to be 0."""
+    """Focal loss of a probability (S, Q, n) whose target is 1, less that for the target 0."""
     negative = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
     positive = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
     return positive - negative
@@ -50,10 +48,16 @@ def l1_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
     return (outputs["pred_boxes"][..., :, None, :] - targets["boxes"]).abs().sum(-1)
 
 
-def giou_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+def giou_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor], *, eps: float = 0.0) -> Tensor:
     """Negative generalised IoU."""
     predicted, wanted = cxcywh_to_xyxy(outputs["pred_boxes"]), cxcywh_to_xyxy(targets["boxes"])
-    return -generalized_iou(predicted[..., :, None, :], wanted)
+    return -generalized_iou(predicted[..., :, None, :], wanted, eps=eps)
+
+
+def stack_predictions(predictions: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """`pred_*` of all predictions: (S, B, Q, ...) each."""
+    names = [name for name in predictions[0] if name.startswith("pred_")]
+    return {name: torch.stack([prediction[name] for prediction in predictions]) for name in names}
 
 
 class HungarianMatcher:
@@ -61,8 +65,8 @@ class HungarianMatcher:
 
     Args:
         costs: (weight, cost) pairs. A cost takes the predictions of one image - `pred_logits` (S, Q, classes),
-            `pred_boxes` (S, Q, 4), and what else the decoder predicts - and its `labels` (n,) and `boxes` (n, 4), and
-            returns (S, Q, n).
+            `pred_boxes` (S, Q, 4), and all else that the decoder predicts - with its `labels` (n,) and `boxes` (n, 4).
+            It returns (S, Q, n).
     """
 
     def __init__(self, *, costs: Sequence[tuple[float, Cost]]):
@@ -71,7 +75,7 @@ class HungarianMatcher:
             raise ValueError("the matching costs are all 0; give `set_cost_class`, `set_cost_bbox` or `set_cost_giou`")
 
     def __call__(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Tensor]]) -> list[Matches]:
-        """Match each prediction of a batch (one per decoder layer) on its own."""
+        """Match each prediction of a batch (one per decoder layer) separately."""
         return self.match_all([(predictions, targets)])[0]
 
     @torch.no_grad()
@@ -80,14 +84,13 @@ class HungarianMatcher:
     ) -> list[list[Matches]]:
         """The same for several groups of predictions and targets, whose numbers of queries may differ.
 
-        All costs are computed only between an image's own queries and objects, together for the predictions of a group,
-        and those of all groups reach the host in one transfer. Costs that are not finite count as very large, so that
-        the loss is computed and can be reported.
+        Costs are computed only between queries and objects of the same image, together for the predictions of a group;
+        those of all groups reach the host in one transfer. Non-finite costs count as very large, so that the loss can
+        be computed and reported.
         """
         costs, shapes = [], []
         for predictions, targets in groups:
-            names = [name for name in predictions[0] if name.startswith("pred_")]
-            stacked = {name: torch.stack([p[name] for p in predictions]) for name in names}  # (S, B, Q, ...)
+            stacked = stack_predictions(predictions)
             for image, target in enumerate(targets):
                 outputs = {name: values[:, image] for name, values in stacked.items()}
                 first, *others = [weight * cost(outputs, target) for weight, cost in self.costs]
@@ -101,7 +104,7 @@ class HungarianMatcher:
 
 
 def _assign(costs: list[np.ndarray], steps: int, device: torch.device) -> list[Matches]:
-    """The matches of each step under the costs (S, Q, n) of each image; as many in each step, sent together."""
+    """The matches of each step by the costs (S, Q, n) of each image; equally many in each step, sent together."""
     table: list[list[tuple[int, int, int]]] = [[] for _ in range(steps)]
     first = 0
     for image, cost in enumerate(costs):

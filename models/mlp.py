@@ -1,7 +1,5 @@
 """A stack of linear layers."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from torch import Tensor, nn

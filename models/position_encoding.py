@@ -14,7 +14,7 @@ def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 100
     """Encode points (..., 2), given as x, y in [0, 1] -> (..., num_channels)."""
     if num_channels % 4:
         raise ValueError(f"a sine position encoding needs a width that 4 divides, not `hidden_dim` {num_channels}")
-    # The periods are float32 whatever the points are: as published, and what the reference figures were made with.
+    # The periods are float32 for any type of points, as published.
     pair = torch.arange(num_channels // 4, dtype=torch.float32, device=points.device)
     period = temperature ** (4 * pair / num_channels)
     angles = (2 * math.pi) * points.flip(-1)[..., None] / period  # (..., 2, C / 4), y first
@@ -32,9 +32,9 @@ def grid_points(padding: Tensor, *, centred: bool = True) -> Tensor:
         if not centred:
             return count / (count.narrow(axis, -1, 1) + 1e-6)
         centre = count - 0.5
-        # The last centre + 0.5 is the number of valid cells. The order of the two additions matters for rows and
-        # columns that are padded as a whole: there all that is left of the divisor is the rounding error of this sum.
-        # These cells are no keys, but RoIAlign at the border of an image sees what the encoder made of them.
+        # The last centre + 0.5 is the number of valid cells. The order of the two additions matters in rows and columns
+        # that are all padding: there the divisor is the rounding error of this sum alone. These cells are no keys, but
+        # RoIAlign at the border of an image sees their encoded features.
         return centre / (centre.narrow(axis, -1, 1) + 1e-6 + 0.5)
 
     return torch.stack([relative(2), relative(1)], -1)

@@ -1,7 +1,5 @@
 """From the detector's dict to detections in pixels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -16,11 +14,11 @@ def postprocess(outputs: dict[str, Any], orig_sizes: Tensor, *, top_k: int = 100
 
     Args:
         outputs: `pred_logits` (B, Q, classes) and `pred_boxes` (B, Q, 4).
-        orig_sizes: (B, 2), height and width of the images whose pixels are wanted.
-        top_k: at most so many; fewer where there are fewer pairs.
+        orig_sizes: (B, 2), height and width of the images in pixels.
+        top_k: at most this number; fewer if there are fewer pairs.
     Returns:
         For each image `scores`, `labels`, `queries` (k,) and `boxes` (k, 4) as left, top, right, bottom in pixels,
-        best first. `queries` tells which query a detection comes from. Boxes are not clipped, as published.
+        best first. `queries` are the indices of the queries. Boxes are not clipped, as published.
     """
     scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q * classes)
     scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)

@@ -1,12 +1,10 @@
 """The Semantics Aligner (SAM-DETR, CVPR 2022): new queries, resampled from the features they will be matched with.
 
-Stands in front of the cross-attention of any DETR-like decoder layer. For each query it looks at the encoded features
-inside the query's reference box, finds salient points there, and hands back the features and the sine positions at
-these points as the query's new content and position - re-weighted by what the old query knew.
+It precedes the cross-attention of any DETR-like decoder layer. For each query it pools the encoded features inside the
+query's reference box, predicts salient points there, and returns the features and the sine positions at these points as
+the query's new content and position, re-weighted by gates computed from the old query.
 Legend: B batch, Q queries, P points (one for each head, or one for all), N heads, C channels, H x W the map.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -23,7 +21,7 @@ ROI_SIZE = 7
 
 @dataclass
 class AlignedQueries:
-    """`content` and `position` (B, Q, N, C), or (B, Q, 1, C) where all heads share them; `points` (B, Q, P, 2), x, y
+    """`content` and `position` (B, Q, N, C), or (B, Q, 1, C) if all heads share them; `points` (B, Q, P, 2), x, y
     relative to the valid image; `scales` (B, Q, P, 2), inverse widths of the spatial prior, or None."""
 
     content: Tensor
@@ -35,7 +33,7 @@ class AlignedQueries:
 class SemanticsAligner(nn.Module):
     """Resample queries from encoded features.
 
-    Its weights start as PyTorch has them; the published xavier initialisation comes from the decoder (SAMDecoder).
+    Its weights start at PyTorch's defaults; SAMDecoder applies the published xavier initialisation.
 
     Args:
         hidden_dim: C, width of queries and features.
@@ -47,7 +45,7 @@ class SemanticsAligner(nn.Module):
         predict_scales: also predict the widths of the spatial prior (SMCA).
 
     Raises:
-        ValueError: widths, or a combination of options, that cannot be built.
+        ValueError: widths or options that do not go together.
     """
 
     def __init__(
@@ -94,7 +92,7 @@ class SemanticsAligner(nn.Module):
             queries: (B, Q, C), the old queries.
             boxes: (B, Q, 4), their reference boxes as cx, cy, w, h in [0, 1] relative to the valid image.
             features: (B, C, H, W), encoded features.
-            valid_ratio: (B, 2), share of the map's width and height that is image; None where nothing is padded.
+            valid_ratio: (B, 2), share of the map's width and height that is image; None if nothing is padded.
         """
         height, width = features.shape[2:]
         if valid_ratio is None:
@@ -129,13 +127,18 @@ class SemanticsAligner(nn.Module):
         return AlignedQueries(content, position, points, scales)
 
     def _narrow(self, x: Tensor) -> Tensor:
-        """The 1 x 1 convolution, (..., C) -> (..., C / 4). Without its bias, which comes after the pooling, because the
-        weights of a bin that hangs over the border do not sum to 1."""
+        """The 1 x 1 convolution, (..., C) -> (..., C / 4). Its bias is added after the pooling, because the
+        weights of a bin across the border do not sum to 1."""
         return nn.functional.linear(x, self.reduce.weight.flatten(1))
 
     def _find_points(self, narrow: Tensor) -> tuple[Tensor, Tensor | None]:
+<<<<<<< HEAD
         """Pooled channels (B, Q, 7, 7, C / 4) -> offsets in [-1, 1] and any scales of the points, (B, Q, P, 2) each."""
         assert self.reduce.bias is not None
+=======
+        """From pooled channels (B, Q, 7, 7, C / 4): offsets in [-1, 1] and, with `predict_scales`, their scales,
+        (B, Q, P, 2) each."""
+>>>>>>> shrinkmodels
         narrow = (narrow + self.reduce.bias).relu().movedim(-1, 2)  # published weights take channels first
         found = self.point_head(narrow.flatten(2)).unflatten(-1, (-1, self.num_points, 2))
         offsets = found[:, :, 0].tanh()

@@ -1,17 +1,16 @@
 """Settings that all families share: the trunk of the network, and the losses."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from samdetr.models.backbone import RESNETS
+from samdetr.models.layers import LayerSizes
 from samdetr.util.settings import Settings, flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk(Settings):
-    """What a detector of any family is made of. Defaults are those published for SAM-DETR; `Family.trunk` gives a
-    family's own."""
+    """What a detector of any family is made of. Defaults are those published for SAM-DETR; `Family.trunk` has those of
+    another family."""
 
     model: str = flag("sam_detr", "family; published defaults go with it", on=("-m",), carried=True)
     num_classes: int = flag(91, "outputs of the class heads", least=1, hidden=True, carried=True)
@@ -47,6 +46,15 @@ class Trunk(Settings):
                 f"`hidden_dim` {self.hidden_dim} cannot be divided by `nheads` {self.nheads}; change one of them"
             )
 
+    @property
+    def layer_sizes(self) -> LayerSizes:
+        return LayerSizes(
+            hidden_dim=self.hidden_dim,
+            num_heads=self.nheads,
+            feedforward_dim=self.dim_feedforward,
+            dropout=self.dropout,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig(Settings):
@@ -65,7 +73,7 @@ class FamilyConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignerConfig(FamilyConfig):
-    """Of families whose decoder layers may have a Semantics Aligner."""
+    """Base class for families whose decoder layers may have a Semantics Aligner."""
 
     sam_resample: str = flag(
         "points",

@@ -1,6 +1,4 @@
-"""Gaussian prior on where a head looks (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
-
-from __future__ import annotations
+"""Gaussian prior on the positions that a head attends (SMCA, Gao et al., ICCV 2021, in SAM-DETR's form)."""
 
 from typing import NamedTuple
 
@@ -9,8 +7,7 @@ from torch import Tensor
 
 
 class SeparablePrior(NamedTuple):
-    """Logarithm of a prior at the cells of a map, the sum of a term of the row and a term of the column: `rows`
-    (..., H), `columns` (..., W). So no tensor with both coordinates of every pair is needed."""
+    """Logarithm of a prior at the cells of a map, as the sum of `rows` (..., H) and `columns` (..., W)."""
 
     rows: Tensor
     columns: Tensor
@@ -19,7 +16,7 @@ class SeparablePrior(NamedTuple):
         """(..., H * W)."""
         return (self.rows[..., :, None] + self.columns[..., None, :]).flatten(-2)
 
-    def transpose(self, first: int, second: int) -> SeparablePrior:
+    def transpose(self, first: int, second: int) -> "SeparablePrior":
         return SeparablePrior(self.rows.transpose(first, second), self.columns.transpose(first, second))
 
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from official import sam_detr as to_official
 
 from samdetr.cli import parse, with_flags
 from samdetr.datasets.build import build_dataset
@@ -19,7 +20,6 @@ from samdetr.datasets.coco import CocoDetection
 from samdetr.models.build import Postprocess, build_model
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
-from samdetr.models.sam_detr.official_weights import to_official
 from samdetr.training.settings import RunSettings
 
 REPOSITORY = Path(__file__).parents[1]

@@ -22,12 +22,12 @@ from helpers import (
     run_main,
     settings,
 )
+from official import deformable_detr as to_official
 from torch import Tensor, nn
 
 from samdetr import demo, hubconf
-from samdetr.models.deformable_detr.official_weights import to_official
-from samdetr.models.deformable_detr.proposals import initial_boxes
-from samdetr.models.layers import FeatureLevel, InputProjection
+from samdetr.models.deformable_detr.queries import initial_boxes
+from samdetr.models.feature_levels import FeatureLevel, InputProjection
 from samdetr.training.optim import parameter_groups
 from samdetr.util.padded_images import pad_images
 

@@ -14,7 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.layers import InputProjection
+from samdetr.models.feature_levels import InputProjection
+from samdetr.models.layers import LayerSizes
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
@@ -108,15 +109,15 @@ def test_permuted_queries_permute_the_outputs(scales):
 
 def transformer(*, num_levels: int = 1, norm: bool = False) -> nn.Sequential:
     """Projection, encoder and decoder on given feature maps, as three modules; reference boxes are not refined."""
-    sizes = {"hidden_dim": 32, "num_heads": 4, "feedforward_dim": 48, "dropout": 0.0}
+    sizes = LayerSizes(hidden_dim=32, num_heads=4, feedforward_dim=48, dropout=0.0)
     aligner = SemanticsAligner(hidden_dim=32, num_heads=4, predict_scales=True)
-    layer = SAMDecoderLayer(**sizes, aligner=aligner)
+    layer = SAMDecoderLayer(sizes, aligner=aligner)
     attended = (0, 0) if num_levels == 1 else range(num_levels)
     parts = [
         InputProjection(in_channels=[8] * num_levels, hidden_dim=32, norm=norm),
-        DenseEncoder(num_layers=2, **sizes)
+        DenseEncoder(sizes, num_layers=2)
         if num_levels == 1
-        else DeformableEncoder(num_layers=2, num_levels=num_levels, **sizes),
+        else DeformableEncoder(sizes, num_layers=2, num_levels=num_levels),
         SAMDecoder(layer=layer, num_queries=5, num_classes=7, levels=attended),
     ]
     network = nn.Sequential(*parts).double().eval()

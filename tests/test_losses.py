@@ -18,7 +18,8 @@ from samdetr.models.criterion import (
     focal_loss,
     sigmoid_focal_loss,
 )
-from samdetr.models.layers import inverse_sigmoid, valid_ratio
+from samdetr.models.feature_levels import valid_ratio
+from samdetr.models.layers import inverse_sigmoid
 from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from samdetr.models.position_encoding import grid_points, sine_encoding
 from samdetr.models.postprocess import postprocess

@@ -20,12 +20,13 @@ import pytest
 import reference_fill
 import torch
 from helpers import from_flags
+from official import sam_detr as to_official
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures, weight
 
 from samdetr.models.ops import kernels
 from samdetr.models.ops.kernels import plain_path
-from samdetr.models.sam_detr.official_weights import convert_official, from_official, is_official, to_official
+from samdetr.models.sam_detr.official_weights import convert_official, from_official, is_official
 
 ms_deform_attn = importlib.import_module("samdetr.models.ops.ms_deform_attn")
 OUTPUTS = {"rtol": 0, "atol": 1e-9 if USUAL_SINE else 1e-5}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import from_flags
+from official import deformable_detr as to_official
 from parity import cases, extract
 
-from samdetr.models.deformable_detr.official_weights import convert_official, from_official, is_official, to_official
+from samdetr.models.deformable_detr.official_weights import convert_official, from_official, is_official
 
 FAMILY = "deformable_detr"
 VARIANTS = extract.FAMILIES[FAMILY]

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import from_flags
+from official import sap_detr as to_official
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures
 
 from samdetr.models.sam_detr import official_weights as sam_detr_weights
-from samdetr.models.sap_detr.official_weights import convert_official, from_official, is_official, to_official
+from samdetr.models.sap_detr.official_weights import convert_official, from_official, is_official
 
 VARIANTS = extract.FAMILIES["sap_detr"]
 # We see 5e-14, 3e-14 (relative) and 1e-12 (relative). As in test_parity.py, other tolerances hold on processors that

@@ -9,6 +9,7 @@ from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
+import official
 import pytest
 import torch
 from helpers import OFFICIAL_TINY, REPOSITORY, TINY_DEFORMABLE, TINY_SAP, build_tiny, damage, evaluate, save
@@ -17,9 +18,6 @@ from PIL import Image
 from samdetr.datasets.images import read_image
 from samdetr.inference.detections import Detections
 from samdetr.inference.predictor import load
-from samdetr.models.deformable_detr.official_weights import to_official as deformable_to_official
-from samdetr.models.sam_detr.official_weights import to_official as sam_to_official
-from samdetr.models.sap_detr.official_weights import to_official as sap_to_official
 
 COLUMNS = ("boxes", "scores", "labels", "queries")
 
@@ -336,9 +334,9 @@ def by_name(to_official):
 
 FROM_IMAGENET = ["--backbone_level", "5", "--backbone_norm", "frozen"]  # as all official networks
 OFFICIAL = {
-    "sam_detr": (OFFICIAL_TINY, by_name(sam_to_official)),
-    "deformable_detr": ([*TINY_DEFORMABLE, *FROM_IMAGENET], deformable_to_official),
-    "sap_detr": ([*TINY_SAP, *FROM_IMAGENET], by_name(sap_to_official)),
+    "sam_detr": (OFFICIAL_TINY, by_name(official.sam_detr)),
+    "deformable_detr": ([*TINY_DEFORMABLE, *FROM_IMAGENET], official.deformable_detr),
+    "sap_detr": ([*TINY_SAP, *FROM_IMAGENET], by_name(official.sap_detr)),
 }
 
 

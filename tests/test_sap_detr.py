@@ -9,7 +9,8 @@ from helpers import TINY_SAP, build_tiny, from_flags
 from torch import Tensor, nn
 
 from samdetr.models.encoder import DenseEncoderLayer
-from samdetr.models.layers import FeatureLevel, FeedForward
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, LayerSizes
 from samdetr.models.matcher import Matches
 from samdetr.models.position_encoding import grid_points
 from samdetr.models.postprocess import postprocess
@@ -138,14 +139,14 @@ def test_grid_of_far_corners():
 
 
 def test_prelu_and_scaled_positions():
-    branch = FeedForward(hidden_dim=2, feedforward_dim=2, dropout=0.0, activation="prelu")
+    branch = FeedForward(LayerSizes(hidden_dim=2, num_heads=1, feedforward_dim=2, dropout=0.0, activation="prelu"))
     for linear in (branch.linear1, branch.linear2):
         nn.init.eye_(linear.weight)
         nn.init.zeros_(linear.bias)
     torch.testing.assert_close(branch(torch.tensor([-2.0, 3.0])), torch.tensor([-0.5, 3.0]))  # slope 0.25
 
-    layer = DenseEncoderLayer(hidden_dim=8, num_heads=2, feedforward_dim=8, dropout=0.0, scale_position=True)
-    plain = DenseEncoderLayer(hidden_dim=8, num_heads=2, feedforward_dim=8, dropout=0.0)
+    sizes = LayerSizes(hidden_dim=8, num_heads=2, feedforward_dim=8, dropout=0.0)
+    layer, plain = DenseEncoderLayer(sizes, scale_position=True), DenseEncoderLayer(sizes)
     plain.load_state_dict({k: v for k, v in layer.state_dict().items() if "position_scale" not in k})
     tokens, position, padding = torch.randn(1, 5, 8), torch.randn(1, 5, 8), torch.zeros(1, 5, dtype=torch.bool)
     scaled = position * layer.position_scale(tokens)

@@ -22,13 +22,13 @@ from helpers import (
     run_process,
     settings,
 )
+from official import sap_detr as to_official
 from test_two_processes import TORCHRUN
 from torch import nn
 
 from samdetr import demo, hubconf
 from samdetr.engine import train_one_epoch
 from samdetr.models.checkpoints import read_checkpoint
-from samdetr.models.sap_detr.official_weights import to_official
 from samdetr.training.optim import learning_rate_factor
 from samdetr.training.update import Update
 from samdetr.util.padded_images import pad_images

@@ -4,38 +4,19 @@ around each query's reference in all levels.
 Legend: B batch, Q queries, C channels, L positions of all levels together.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.deformable_detr.proposals import ProposedQueries
-from samdetr.models.deformable_detr.queries import LearnedQueries
-from samdetr.models.layers import FeatureLevel, FeedForward, copies, inverse_sigmoid, join_levels, xavier_matrices
+from samdetr.models.deformable_detr.queries import LearnedQueries, ProposedQueries
+from samdetr.models.feature_levels import FeatureLevel, JoinedLevels, join_levels
+from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.module import MSDeformAttn
-
-
-@dataclass
-class Memory:
-    """What the decoder layers attend: `levels` as the encoder left them, and the same joined: `tokens` (B, L, C),
-    `padding` (B, L), `shapes` (H, W) and `ratios` (B, levels, 2), the share of each level that is image."""
-
-    levels: list[FeatureLevel]
-    tokens: Tensor
-    padding: Tensor
-    shapes: list[tuple[int, int]]
-    ratios: Tensor
-
-    @classmethod
-    def of(cls, levels: list[FeatureLevel]) -> Memory:
-        return cls(levels, *join_levels(levels), torch.stack([level.valid_ratio for level in levels], 1))
+from samdetr.models.semantics_aligner import SemanticsAligner
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -46,49 +27,37 @@ class DeformableDecoderLayer(nn.Module):
             make the query of the cross-attention, and whose salient point its reference; None as published.
     """
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int,
-        num_heads: int,
-        feedforward_dim: int,
-        dropout: float,
-        num_levels: int,
-        num_points: int,
-        aligner: nn.Module | None = None,
-    ):
+    def __init__(self, sizes: LayerSizes, *, num_levels: int, num_points: int, aligner: SemanticsAligner | None = None):
         super().__init__()
-        self.hidden_dim = hidden_dim
-        self.self_attention = nn.MultiheadAttention(hidden_dim, num_heads, dropout=dropout, batch_first=True)
-        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.hidden_dim = width = sizes.hidden_dim
+        self.self_attention = nn.MultiheadAttention(width, sizes.num_heads, dropout=sizes.dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(width)
         self.aligner = aligner
         self.cross_attention = MSDeformAttn(
-            hidden_dim=hidden_dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
+            hidden_dim=width, num_levels=num_levels, num_heads=sizes.num_heads, num_points=num_points
         )
-        self.norm2 = nn.LayerNorm(hidden_dim)
-        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
-        self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(sizes)
+        self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(
-        self, queries: Tensor, position: Tensor, reference: Tensor, memory: Memory, boxes: Tensor, level: int
+        self,
+        queries: Tensor,
+        position: Tensor,
+        reference: Tensor,
+        memory: JoinedLevels,
+        boxes: Tensor,
+        level: FeatureLevel,
     ) -> Tensor:
-        """
-        Args:
-            queries, position: (B, Q, C).
-            reference: (B, Q, 2 or 4), relative to the valid image.
-            boxes: (B, Q, 4), where an aligner looks for salient points.
-            level: where it looks, too.
-        Returns:
-            (B, Q, C).
-        """
+        """`queries`, `position` (B, Q, C); `reference` (B, Q, 2 or 4), relative to the valid image; `memory`, what
+        queries attend; `boxes` (B, Q, 4) and `level`, where an aligner looks for salient points -> (B, Q, C)."""
         where = queries + position
         attended, _ = self.self_attention(where, where, queries, need_weights=False)
         queries = self.norm1(queries + self.dropout(attended))
         where = queries + position
         if self.aligner is not None:
-            features, ratio = memory.levels[level].features, memory.ratios[:, level]
-            aligned = self.aligner(queries, boxes, features, ratio)  # one head: (B, Q, 1, ...)
+            aligned = self.aligner(queries, boxes, level.features, level.valid_ratio)  # one head: (B, Q, 1, ...)
             where = (aligned.content + aligned.position).squeeze(2)
             reference = torch.cat([aligned.points.squeeze(2), reference[..., 2:]], -1)
         ratios = memory.ratios.tile(reference.shape[-1] // 2)  # sizes shrink with the image, too
@@ -108,18 +77,18 @@ class DeformableDecoder(nn.Module):
             entries.
         num_queries: Q.
         num_classes: outputs of the class heads.
-        refine: each layer has heads of its own, and its boxes are the next layer's references. Otherwise all layers
+        refine: each layer has separate heads, and its boxes are the next layer's references. Otherwise all layers
             share one class head and one box head, and look around the same points.
-        two_stage: queries are the best proposals of the encoder, made with a further pair of heads; needs `refine`.
+        two_stage: queries are the best proposals of the encoder, made by a further pair of heads; needs `refine`.
 
     Weights start as the reference leaves them:
 
-        matrices of the layers      xavier uniform, but for the deformable attention (see MSDeformAttn); biases as
-                                    PyTorch has them, of self-attention 0
+        matrices of the layers      xavier uniform, except the deformable attention's (see MSDeformAttn); biases:
+                                    PyTorch's default, of self-attention 0
         class heads                 bias -log(99), so that every class starts at 1 %
-        box heads                   last layer 0, so that boxes start at their references; where a reference is a point,
+        box heads                   last layer 0, so that boxes start at their references; if a reference is a point,
                                     width and height start at sigmoid(-2), an eighth of the image
-        other weights of heads      as PyTorch has them, the same in every head
+        other weights of heads      PyTorch's default, the same in every head
     """
 
     def __init__(
@@ -143,6 +112,7 @@ class DeformableDecoder(nn.Module):
 
         hidden_dim = layer.hidden_dim
         class_head, box_head = nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, hidden_dim, hidden_dim, 4)
+<<<<<<< HEAD
         nn.init.constant_(class_head.bias, -math.log(99))
         *_, weight, bias = box_head.parameters()
         nn.init.zeros_(weight)
@@ -151,23 +121,29 @@ class DeformableDecoder(nn.Module):
         self.box_heads = copies(box_head, len(self.levels) if refine else 1)
         sizes = {"num_queries": num_queries, "hidden_dim": hidden_dim}
         self.queries: ProposedQueries | LearnedQueries
+=======
+        start_heads([class_head], [box_head])
+        self.class_heads = copies(class_head, len(self.levels) if refine else 1)
+        self.box_heads = copies(box_head, len(self.levels) if refine else 1)
+        given = {"num_queries": num_queries, "hidden_dim": hidden_dim}
+>>>>>>> shrinkmodels
         if two_stage:
-            self.queries = ProposedQueries(**sizes, class_head=class_head, box_head=box_head)
+            self.queries = ProposedQueries(**given, class_head=class_head, box_head=box_head)
         else:
-            self.queries = LearnedQueries(**sizes)
+            self.queries = LearnedQueries(**given)
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
 
     def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Any]]:
         """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4).
         With two stages, `enc_outputs` of the last one has the same of all proposals, (B, L, ...)."""
-        memory = Memory.of(levels)
+        memory = join_levels(levels)
         start = self.queries(levels)
         queries, reference = start.content, start.reference
-        # Where an aligner looks: at a query's latest box. Points have none at first; that of the first head stands in.
+        # An aligner looks at a query's latest box. Points have none at first; the first head's takes its place.
         boxes = reference if reference.shape[-1] == 4 else self._boxes(self.box_heads[0](queries), reference)
         predictions = []
         for index, (layer, level) in enumerate(zip(self.layers, self.levels)):
-            queries = layer(queries, start.position, reference, memory, boxes.detach(), level)
+            queries = layer(queries, start.position, reference, memory, boxes.detach(), levels[level])
             head = index if self.refine else 0
             boxes = self._boxes(self.box_heads[head](queries), reference)
             predictions.append({"pred_logits": self.class_heads[head](queries), "pred_boxes": boxes})

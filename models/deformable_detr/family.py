@@ -1,25 +1,19 @@
 """Deformable DETR (Zhu et al., ICLR 2021): deformable attention in the encoder and in the decoder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from samdetr.models.deformable_detr.decoder import DeformableDecoder, DeformableDecoderLayer
 from samdetr.models.deformable_detr.official_weights import convert_official, is_official
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder
-from samdetr.models.family import Family, build_backbone, build_projection, coarse_to_fine, norm_from_weights
-from samdetr.models.semantics_aligner import SemanticsAligner
+from samdetr.models.family import Family, build_aligner, build_backbone, build_projection, coarse_to_fine, read_settings
 from samdetr.models.settings import AlignerConfig, Trunk
 from samdetr.util.settings import flag, with_default
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AlignerConfig):
-    """Settings of Deformable DETR beside the trunk's. An aligner is an addition of ours."""
+    """Settings of Deformable DETR beside the trunk's. The aligner is ours."""
 
     sam_resample: str = with_default(AlignerConfig, "sam_resample", "off")
     num_feature_levels: int = flag(
@@ -49,47 +43,28 @@ def build(trunk: Trunk, config: Config) -> Detector:
         level_embedding=True,  # of a single level, too
         xavier=True,
     )
-    sizes: dict[str, Any] = {
-        "hidden_dim": trunk.hidden_dim,
-        "num_heads": trunk.nheads,
-        "dropout": trunk.dropout,
-        "feedforward_dim": trunk.dim_feedforward,
-        "num_levels": config.num_feature_levels,
-    }
-    aligner = None
-    if config.sam_resample != "off":  # the heads of deformable attention share one query and its reference
-        aligner = SemanticsAligner(
-            hidden_dim=trunk.hidden_dim,
-            num_heads=1,
-            resample=config.sam_resample,
-            reweight=config.sam_reweight,
-            search_range=config.sam_range,
-        )
+    sizes, num_levels = trunk.layer_sizes, config.num_feature_levels
+    # One head: the heads of deformable attention share one query and its reference.
+    aligner = build_aligner(trunk, config, num_heads=1)
     decoder = DeformableDecoder(
-        layer=DeformableDecoderLayer(**sizes, num_points=config.dec_n_points, aligner=aligner),
-        levels=coarse_to_fine(trunk.dec_layers, config.num_feature_levels),
+        layer=DeformableDecoderLayer(sizes, num_levels=num_levels, num_points=config.dec_n_points, aligner=aligner),
+        levels=coarse_to_fine(trunk.dec_layers, num_levels),
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
         refine=config.with_box_refine,
         two_stage=config.two_stage,
     )
-    encoder = DeformableEncoder(num_layers=trunk.enc_layers, num_points=config.enc_n_points, **sizes)
+    encoder = DeformableEncoder(
+        sizes, num_layers=trunk.enc_layers, num_levels=num_levels, num_points=config.enc_n_points
+    )
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
-
-
-def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What official files do not hold."""
-    found: dict[str, Any] = {"input_proj_norm": norm_from_weights(state)}
-    if "decoder.class_heads.0.bias" in state:
-        found["num_classes"] = len(state["decoder.class_heads.0.bias"])
-    return found
 
 
 FAMILY = Family(
     name="deformable_detr",
     config=Config,
     build=build,
-    from_weights=from_weights,
+    from_weights=read_settings,
     is_official=is_official,
     convert_official=convert_official,
     defaults={

@@ -1,33 +1,29 @@
 """Names of the official Deformable DETR checkpoints <-> names here.
 
-The official model lists one class head and one box head for every layer, also where all layers share them, and hangs
-the heads of refined models in two places; the pair after the last layer's makes proposals. Here each parameter has one
-name.
+The official model lists a class head and a box head for every layer, even if all layers share them, and lists the heads
+of refined models twice. The pair after the last layer's makes proposals. Here each parameter has one name.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
 from torch import Tensor
 
-from samdetr.models.weight_names import translate
+from samdetr.models.weight_names import TRUNK, layer_rules, translate
 
-# (official, ours), for `translate`. The norms are numbered by their use here, and after their making there.
-_RULES = [
-    ("backbone.0.body.", "backbone.body."),
+RULES = [
+    *TRUNK,
     ("input_proj.{i}.", "projection.levels.{i}."),
     ("transformer.level_embed", "projection.level_embedding"),
-    ("transformer.encoder.layers.{i}.self_attn.", "encoder.layers.{i}.self_attention."),
-    ("transformer.encoder.layers.{i}.linear", "encoder.layers.{i}.feed_forward.linear"),
-    ("transformer.encoder.layers.{i}.norm", "encoder.layers.{i}.norm"),
-    ("transformer.decoder.layers.{i}.self_attn.", "decoder.layers.{i}.self_attention."),
-    ("transformer.decoder.layers.{i}.norm2.", "decoder.layers.{i}.norm1."),
-    ("transformer.decoder.layers.{i}.cross_attn.", "decoder.layers.{i}.cross_attention."),
-    ("transformer.decoder.layers.{i}.norm1.", "decoder.layers.{i}.norm2."),
-    ("transformer.decoder.layers.{i}.linear", "decoder.layers.{i}.feed_forward.linear"),
-    ("transformer.decoder.layers.{i}.norm3.", "decoder.layers.{i}.norm3."),
+    *layer_rules(
+        "decoder",
+        ("self_attn.", "self_attention."),
+        ("norm2.", "norm1."),  # numbered by their use here, and by their definition there
+        ("cross_attn.", "cross_attention."),
+        ("norm1.", "norm2."),
+        ("linear", "feed_forward.linear"),
+        ("norm3.", "norm3."),
+    ),
     ("query_embed.weight", "decoder.queries.embedding"),
     ("transformer.reference_points.", "decoder.queries.reference_points."),
     ("transformer.enc_output.", "decoder.queries.memory_projection."),
@@ -36,7 +32,6 @@ _RULES = [
     ("transformer.pos_trans_norm.", "decoder.queries.box_norm."),
 ]
 _HEADS = {"class_embed": "class_head", "bbox_embed": "box_head"}
-_OUR_HEAD_NAME = re.compile(r"decoder\.(queries\.)?(?P<kind>class|box)_heads?\.((?P<number>\d+)\.)?(?P<rest>.*)")
 _HEAD_NAME = re.compile(rf"(transformer\.decoder\.)?({'|'.join(_HEADS)})\.(\d+)\.(.*)")
 
 
@@ -46,7 +41,7 @@ def is_official(names: Iterable[str]) -> bool:
 
 
 def from_official(names: Iterable[str]) -> dict[str, str]:
-    """Our name of each official parameter or buffer of a model; names that are none stay.
+    """Our name of each official parameter or buffer of a model; unknown names stay.
 
     Several official names may be one parameter of ours. They come in the order in which loading the official file
     copies them: the last one wins.
@@ -58,7 +53,7 @@ def from_official(names: Iterable[str]) -> dict[str, str]:
     for name in sorted(names, key=_loading_order):
         head = _HEAD_NAME.fullmatch(name)
         if not head:
-            ours[name] = translate(name, _RULES) or name
+            ours[name] = translate(name, RULES) or name
             continue
         _, kind, number, rest = head.groups()
         if refined and number not in layers:
@@ -74,8 +69,9 @@ def _loading_order(name: str) -> tuple[bool, int]:
 
 
 def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under our names; names without a counterpart stay, to be reported on loading."""
+    """An official state dict under our names. Unknown names stay, and loading reports them."""
     return {name: state[official] for official, name in from_official(state).items()}
+<<<<<<< HEAD
 
 
 def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,3 +95,5 @@ def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if two_stage or (refined and kind == "bbox_embed"):
             official[f"transformer.decoder.{kind}.{number}.{head['rest']}"] = tensor
     return official
+=======
+>>>>>>> shrinkmodels

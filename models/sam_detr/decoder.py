@@ -3,16 +3,14 @@
 Legend: B batch, Q queries, N heads, C channels, L positions of a level.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.layers import FeatureLevel, FeedForward, copies, inverse_sigmoid, xavier_matrices
+from samdetr.models.attention import SelfAttention, merge_heads, split_heads
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding
@@ -20,38 +18,17 @@ from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
-class SelfAttention(nn.Module):
-    """Attention among the queries, content and position projected apart."""
-
-    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.query_content = nn.Linear(hidden_dim, hidden_dim)
-        self.query_position = nn.Linear(hidden_dim, hidden_dim)
-        self.key_content = nn.Linear(hidden_dim, hidden_dim)
-        self.key_position = nn.Linear(hidden_dim, hidden_dim)
-        self.value = nn.Linear(hidden_dim, hidden_dim)
-        self.output = nn.Linear(hidden_dim, hidden_dim)
-
-    def forward(self, queries: Tensor, position: Tensor) -> Tensor:
-        """`queries`, `position` (B, Q, C) -> (B, Q, C)."""
-        query = split_heads(self.query_content(queries) + self.query_position(position), self.num_heads)
-        key = split_heads(self.key_content(queries) + self.key_position(position), self.num_heads)
-        value = split_heads(self.value(queries), self.num_heads)
-        attended = prior_attention(query, key, value, dropout=self.dropout if self.training else 0.0)
-        return self.output(merge_heads(attended))
-
-
 class CrossAttention(nn.Module):
     """Attention of queries to a feature level.
 
-    With aligned queries every head compares whole C-wide queries with one key of C channels that all heads share (the
-    reference repeats this key for each head). Without an aligner it is DETR's: the C channels are split over the heads.
+    With aligned queries every head has a C-wide query, and all heads share one C-wide key (which the reference repeats
+    for each head). Without an aligner, as in DETR, the C channels are split over the heads.
     """
 
-    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float, aligned: bool):
+    def __init__(self, sizes: LayerSizes, *, aligned: bool):
         super().__init__()
-        self.num_heads, self.dropout, self.aligned = num_heads, dropout, aligned
+        self.num_heads, self.dropout, self.aligned = sizes.num_heads, sizes.dropout, aligned
+        hidden_dim = sizes.hidden_dim
         self.query_content = nn.Linear(hidden_dim, hidden_dim)
         self.query_position = MLP(hidden_dim, hidden_dim, hidden_dim)
         self.key_content = nn.Linear(hidden_dim, hidden_dim)
@@ -86,30 +63,20 @@ class SAMDecoderLayer(nn.Module):
     """Self-attention, alignment, cross-attention, feed-forward; post-norm.
 
     Args:
-        aligner: the module that resamples the queries; None leaves them as they are (the paper's baseline).
+        aligner: the module that resamples the queries; None leaves them unchanged (the paper's baseline).
     """
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int,
-        num_heads: int,
-        feedforward_dim: int,
-        dropout: float,
-        aligner: SemanticsAligner | None,
-    ):
+    def __init__(self, sizes: LayerSizes, *, aligner: SemanticsAligner | None):
         super().__init__()
-        self.hidden_dim, self.num_heads = hidden_dim, num_heads
-        self.self_attention = SelfAttention(hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
+        self.hidden_dim = hidden_dim = sizes.hidden_dim
+        self.self_attention = SelfAttention(sizes)
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.aligner = aligner
-        self.cross_attention = CrossAttention(
-            hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout, aligned=aligner is not None
-        )
+        self.cross_attention = CrossAttention(sizes, aligned=aligner is not None)
         self.norm2 = nn.LayerNorm(hidden_dim)
-        self.feed_forward = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout)
+        self.feed_forward = FeedForward(sizes)
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel) -> Tensor:
         """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image -> (B, Q, C)."""
@@ -155,20 +122,16 @@ class SAMDecoder(nn.Module):
     def _init_weights(self) -> None:
         """Every parameter of the decoder, as the reference leaves it:
 
-        matrices of the layers, the aligner's 1 x 1 convolution and last linear layer included: xavier uniform;
+        matrices of the layers, including the aligner's 1 x 1 convolution and last linear layer: xavier uniform;
         attention outputs: bias 0; salient-point head: last bias 0 (set there); other biases: PyTorch's default;
-        class heads: bias -log(99), so that every class starts at 1 %; box heads: last layer 0, so that the first
-        prediction is the reference box; other head weights: PyTorch's default; reference boxes: N(0, 1).
+        heads: see `start_heads` (the first prediction is the reference box), else PyTorch's default; reference boxes:
+        N(0, 1).
         """
         xavier_matrices(self.layers)
         for layer in self.layers:
             nn.init.zeros_(layer.self_attention.output.bias)
             nn.init.zeros_(layer.cross_attention.output.bias)
-        for head in self.class_heads:
-            nn.init.constant_(head.bias, -math.log(99))
-        for head in self.box_heads:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
+        start_heads(self.class_heads, self.box_heads)
         nn.init.normal_(self.reference_boxes)
 
     def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
@@ -183,6 +146,6 @@ class SAMDecoder(nn.Module):
             offset = box_head(queries)
             pred_boxes = (offset + inverse_sigmoid(boxes)).sigmoid()
             predictions.append({"pred_logits": class_head(queries), "pred_boxes": pred_boxes})
-            # On the raw logit, not the clamped one, and cut from the graph; the initial boxes are not cut.
+            # On the raw logit, not the clamped one, and detached; the initial boxes are not detached.
             reference = (offset + reference).detach()
         return predictions

@@ -1,18 +1,12 @@
 """SAM-DETR (Zhang et al., CVPR 2022): a dense or deformable encoder, and a decoder with Semantics Aligners."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from dataclasses import dataclass, replace
 
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.family import Family, build_backbone, build_projection, coarse_to_fine, norm_from_weights
+from samdetr.models.family import Family, build_aligner, build_backbone, build_projection, coarse_to_fine, read_settings
 from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from samdetr.models.sam_detr.official_weights import convert_official, is_official
-from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, Trunk
 from samdetr.util.settings import flag
 
@@ -40,21 +34,23 @@ class Config(AlignerConfig):
 
 def build(trunk: Trunk, config: Config) -> Detector:
     """The network with random weights. Raises ValueError for settings that do not go together."""
-    _check_levels(trunk, config)
+    _check(trunk, config)
     backbone = build_backbone(trunk, levels=(3, 4, 5) if config.multiscale else (trunk.backbone_level,))
     num_levels = len(backbone.num_channels)
-    sizes: dict[str, Any] = {"hidden_dim": trunk.hidden_dim, "num_heads": trunk.nheads, "dropout": trunk.dropout}
     projection = build_projection(trunk, config, backbone)
+    sizes = trunk.layer_sizes
     encoder: DeformableEncoder | DenseEncoder
     if config.multiscale:
-        # Half as wide a feed-forward branch as the setting says, as published: it runs on 21 times as many positions.
-        encoder = DeformableEncoder(
-            num_layers=trunk.enc_layers, feedforward_dim=trunk.dim_feedforward // 2, num_levels=num_levels, **sizes
-        )
+        # The feed-forward branch is half as wide as the setting, as published: it runs on 21 times as many positions.
+        narrow = replace(sizes, feedforward_dim=trunk.dim_feedforward // 2)
+        encoder = DeformableEncoder(narrow, num_layers=trunk.enc_layers, num_levels=num_levels)
     else:
-        encoder = DenseEncoder(num_layers=trunk.enc_layers, feedforward_dim=trunk.dim_feedforward, **sizes)
+        encoder = DenseEncoder(sizes, num_layers=trunk.enc_layers)
+    aligner = build_aligner(
+        trunk, config, num_heads=trunk.nheads, num_points=config.sam_points, predict_scales=config.smca
+    )
     decoder = SAMDecoder(
-        layer=SAMDecoderLayer(**sizes, feedforward_dim=trunk.dim_feedforward, aligner=_build_aligner(trunk, config)),
+        layer=SAMDecoderLayer(sizes, aligner=aligner),
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
         levels=coarse_to_fine(trunk.dec_layers, num_levels),
@@ -62,23 +58,9 @@ def build(trunk: Trunk, config: Config) -> Detector:
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 
 
-def _build_aligner(trunk: Trunk, config: Config) -> SemanticsAligner | None:
+def _check(trunk: Trunk, config: Config) -> None:
     if config.sam_points not in (None, 1, trunk.nheads):
         raise ValueError(f"`sam_points` {config.sam_points} must be 1, or as many as `nheads`, {trunk.nheads}")
-    if config.sam_resample == "off":
-        return None
-    return SemanticsAligner(
-        hidden_dim=trunk.hidden_dim,
-        num_heads=trunk.nheads,
-        resample=config.sam_resample,
-        num_points=config.sam_points,
-        reweight=config.sam_reweight,
-        search_range=config.sam_range,
-        predict_scales=config.smca,
-    )
-
-
-def _check_levels(trunk: Trunk, config: Config) -> None:
     if config.multiscale and trunk.backbone_level != 5:
         raise ValueError(
             f"`multiscale` uses C3, C4 and C5, `backbone_level` {trunk.backbone_level} one of them; leave one flag out"
@@ -90,19 +72,11 @@ def _check_levels(trunk: Trunk, config: Config) -> None:
         )
 
 
-def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What official files do not hold."""
-    found: dict[str, Any] = {"input_proj_norm": norm_from_weights(state)}
-    if "decoder.class_heads.0.bias" in state:
-        found["num_classes"] = len(state["decoder.class_heads.0.bias"])
-    return found
-
-
 FAMILY = Family(
     name="sam_detr",
     config=Config,
     build=build,
-    from_weights=from_weights,
+    from_weights=read_settings,
     is_official=is_official,
     convert_official=convert_official,
 )

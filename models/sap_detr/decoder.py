@@ -3,17 +3,15 @@
 Legend: B batch, Q queries, N heads, C channels, L positions of the level, H x W its size.
 """
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.attention import merge_heads, split_heads
-from samdetr.models.layers import FeatureLevel, FeedForward, GroupNorm, copies, xavier_matrices
+from samdetr.models.attention import SelfAttention, merge_heads, split_heads
+from samdetr.models.feature_levels import FeatureLevel
+from samdetr.models.layers import FeedForward, GroupNorm, LayerSizes, copies, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding
@@ -34,11 +32,11 @@ TEMPERATURE = 20.0  # of every position encoding
 
 @dataclass
 class QueryPositions:
-    """Where queries are, in every form that a layer needs.
+    """Positions of the queries, in every form that a layer needs.
 
     `points` (B, Q, 2) and `distances` (B, Q, 4), relative to the map with its padding. Sine encodings of the point,
-    `point_sine` (B, Q, C), and of the box's corners, `box_sine` (B, Q, 2 C), to compare with those of the map; and what
-    an MLP each made of them, `point` and `box` (B, Q, C), to add to the content.
+    `point_sine` (B, Q, C), and of the box's corners, `box_sine` (B, Q, 2 C), to compare with those of the map. An MLP
+    each maps the encodings to `point` and `box` (B, Q, C), to add to the content.
     """
 
     points: Tensor
@@ -49,66 +47,37 @@ class QueryPositions:
     box: Tensor
 
 
-class SelfAttention(nn.Module):
-    """Attention among the queries; content, point and box are projected apart."""
-
-    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float):
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.query_content = nn.Linear(hidden_dim, hidden_dim)
-        self.query_point = nn.Linear(hidden_dim, hidden_dim)
-        self.query_box = nn.Linear(hidden_dim, hidden_dim)
-        self.key_content = nn.Linear(hidden_dim, hidden_dim)
-        self.key_point = nn.Linear(hidden_dim, hidden_dim)
-        self.key_box = nn.Linear(hidden_dim, hidden_dim)
-        self.value = nn.Linear(hidden_dim, hidden_dim)
-        self.output = nn.Linear(hidden_dim, hidden_dim)
-
-    def forward(self, queries: Tensor, at: QueryPositions) -> Tensor:
-        """`queries` (B, Q, C) -> (B, Q, C)."""
-        query = self.query_content(queries) + self.query_point(at.point) + self.query_box(at.box)
-        key = self.key_content(queries) + self.key_point(at.point) + self.key_box(at.box)
-        query, key, value = (split_heads(x, self.num_heads) for x in (query, key, self.value(queries)))
-        attended = prior_attention(query, key, value, dropout=self.dropout if self.training else 0.0)
-        return self.output(merge_heads(attended))
-
-
-class ContentPositions(nn.Module):
-    """Adds the positions to the queries' content; the first layer alone does, whose queries know nothing yet."""
-
-    def __init__(self, *, hidden_dim: int):
-        super().__init__()
-        self.point = nn.Linear(hidden_dim, hidden_dim)
-        self.box = nn.Linear(hidden_dim, hidden_dim)
-
-    def forward(self, at: QueryPositions) -> Tensor:
-        return self.point(at.point) + self.box(at.box)
-
-
 class CrossAttention(nn.Module):
-    """Attention of queries to the level. Each head compares three parts: content with content, and the point and the
-    box of the query, apart, with the position of the cell."""
+    """Attention of queries to the level. Each head compares three parts: content with content, the query's point with
+    the cell's position, and the query's box with it.
 
-    def __init__(self, *, hidden_dim: int, num_heads: int, dropout: float):
+    `content_positions` also adds point and box to the content, in the first layer alone, whose queries are still equal.
+    """
+
+    def __init__(self, sizes: LayerSizes):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.query_content = nn.Linear(hidden_dim, hidden_dim)
-        self.content_positions: ContentPositions | None = ContentPositions(hidden_dim=hidden_dim)
-        self.query_point = nn.Linear(hidden_dim, hidden_dim)
-        self.query_box = nn.Linear(2 * hidden_dim, hidden_dim)
-        self.key_content = nn.Linear(hidden_dim, hidden_dim)
-        self.key_position = nn.Linear(hidden_dim, hidden_dim)
-        self.value = nn.Linear(hidden_dim, hidden_dim)
-        self.output = nn.Linear(hidden_dim, hidden_dim)
+        self.num_heads, self.dropout = sizes.num_heads, sizes.dropout
+        width = sizes.hidden_dim
+        self.query_content = nn.Linear(width, width)
+        self.content_positions: nn.ModuleDict | None = nn.ModuleDict(
+            {"point": nn.Linear(width, width), "box": nn.Linear(width, width)}
+        )
+        self.query_point = nn.Linear(width, width)
+        self.query_box = nn.Linear(2 * width, width)
+        self.key_content = nn.Linear(width, width)
+        self.key_position = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel, prior: SeparablePrior | None) -> Tensor:
         """`queries` (B, Q, C); `prior` rows (B, N, Q, H) and columns (B, N, Q, W) -> (B, Q, C)."""
         query, key = self.query_content(queries), self.key_content(level.tokens)
         position = self.key_position(level.position_tokens)
         if self.content_positions is not None:
-            query, key = query + self.content_positions(at), key + position
+            known = self.content_positions["point"](at.point) + self.content_positions["box"](at.box)
+            query, key = query + known, key + position
 
-        def heads(*parts: Tensor) -> Tensor:  # (B, N, Q or L, D), the parts of a head beside each other
+        def heads(*parts: Tensor) -> Tensor:  # (B, N, Q or L, D), a head's parts concatenated
             return torch.cat([split_heads(part, self.num_heads) for part in parts], -1)
 
         query = heads(query, self.query_point(at.point_sine), self.query_box(at.box_sine))
@@ -127,36 +96,24 @@ class SAPDecoderLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward; post-norm.
 
     Args:
-        activation: of the feed-forward branch, "relu" or "prelu".
         gaussian: whether cross-attention has the side-directed Gaussian prior.
     """
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int,
-        num_heads: int,
-        feedforward_dim: int,
-        dropout: float,
-        activation: str = "relu",
-        gaussian: bool = True,
-    ):
+    def __init__(self, sizes: LayerSizes, *, gaussian: bool = True):
         super().__init__()
-        self.hidden_dim = hidden_dim
-        self.self_attention = SelfAttention(hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
-        self.norm1 = nn.LayerNorm(hidden_dim)
-        self.gaussian = SideDirectedGaussian(hidden_dim=hidden_dim, num_heads=num_heads) if gaussian else None
-        self.cross_attention = CrossAttention(hidden_dim=hidden_dim, num_heads=num_heads, dropout=dropout)
-        self.norm2 = nn.LayerNorm(hidden_dim)
-        self.feed_forward = FeedForward(
-            hidden_dim=hidden_dim, feedforward_dim=feedforward_dim, dropout=dropout, activation=activation
-        )
-        self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.hidden_dim = width = sizes.hidden_dim
+        self.self_attention = SelfAttention(sizes, positions=("point", "box"))
+        self.norm1 = nn.LayerNorm(width)
+        self.gaussian = SideDirectedGaussian(hidden_dim=width, num_heads=sizes.num_heads) if gaussian else None
+        self.cross_attention = CrossAttention(sizes)
+        self.norm2 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(sizes)
+        self.norm3 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(sizes.dropout)
 
     def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel) -> Tensor:
         """`queries` (B, Q, C) -> (B, Q, C)."""
-        queries = self.norm1(queries + self.dropout(self.self_attention(queries, at)))
+        queries = self.norm1(queries + self.dropout(self.self_attention(queries, at.point, at.box)))
         prior = None
         if self.gaussian is not None:
             height, width = level.features.shape[2:]
@@ -168,22 +125,22 @@ class SAPDecoderLayer(nn.Module):
 class SAPDecoder(nn.Module):
     """Decoder layers, and the points and side distances that they refine.
 
-    The published form is the default. Where it does what hardly was meant, a keyword has the corrected form. One oddity
-    has none: points and boxes are learned relative to the image, as targets are, but address the map with its padding.
-    So a prediction depends on how much padding the batch adds; a batch of images of one size has none.
+    The published form is the default; if it looks like a mistake, a keyword has the corrected form. One has no keyword:
+    points and boxes are learned relative to the image, as targets are, but address the map with its padding, so a
+    prediction depends on the padding. A batch of images of one size has none.
 
     Args:
         layer: the first layer; the others start as copies of it.
         num_layers: number of layers.
         num_queries: Q; 306 or a square number.
         num_classes: outputs of the class heads.
-        content_from_points: whether queries start as the features at their points (three convolutions before), else
-            as zeros.
+        content_from_points: whether queries start as the features at their points, after three convolutions; else as
+            zeros.
         share_box_heads: whether all layers share one head for distances and one for points.
-        point_reference: what the heads of a layer move: "late", the points that entered the layer before, or "current",
-            those that the layer before made - which is what the distances do.
-        head_cell: how far the heads let a point move: "published", 1/20 of the image for all Q but 306, or "grid", the
-            cell of the grid, which the decoder itself uses.
+        point_reference: what the heads of a layer move: "late", the previous layer's input points, or "current", its
+            output points, as for the distances.
+        head_cell: how far the heads can move a point: "published", 1/20 of the image for all Q except 306, or "grid",
+            the cell of the grid, which the decoder itself uses.
 
     Raises:
         ValueError: a number of queries that makes no grid, or a width without 32 groups.
@@ -236,9 +193,8 @@ class SAPDecoder(nn.Module):
         """Every parameter of the decoder, as the reference leaves it:
 
         matrices of the layers and of `position_scale`: xavier uniform; attention outputs: bias 0; convolutions:
-        N(0, 0.01), bias 0; class and object heads: last bias -log(99); distance and point heads: last layer 0, so that
-        the first prediction follows from the reference alone; all else in heads, `point_position` and `box_position`,
-        and all other biases: PyTorch's default; distances: N(0, 1).
+        N(0, 0.01), bias 0; heads: see `start_heads` (the first prediction is the reference); the rest of the heads,
+        `point_position`, `box_position` and all other biases: PyTorch's default; distances: N(0, 1).
         """
         xavier_matrices(self.layers)
         xavier_matrices(self.position_scale)
@@ -248,14 +204,20 @@ class SAPDecoder(nn.Module):
         for convolution in self.initial_content or []:
             if isinstance(convolution, nn.Conv2d):
                 nn.init.normal_(convolution.weight, std=0.01)
+<<<<<<< HEAD
                 nn.init.zeros_(convolution.get_parameter("bias"))
         for last in (*(head.layers[-1] for head in self.class_heads), self.object_head):
             nn.init.constant_(last.bias, -math.log(99))
         for head in (*self.distance_heads, *self.point_heads):
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
+=======
+                nn.init.zeros_(convolution.bias)
+        last = [head.layers[-1] for head in self.class_heads]
+        start_heads([*last, self.object_head], [*self.distance_heads, *self.point_heads])
+>>>>>>> shrinkmodels
         nn.init.normal_(self.distances)
-        self.position_scale.requires_grad_(len(self.layers) > 1)  # the first layer has no use for it
+        self.position_scale.requires_grad_(len(self.layers) > 1)  # the first layer does not use it
 
     def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
         """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes); `pred_objs` (B, Q, 1),
@@ -276,16 +238,11 @@ class SAPDecoder(nn.Module):
             normed = self.norm(queries)
             pred_points = move_points(self.point_heads[index](normed), head_points, start, head_cell)
             pred_distances = move_sides(self.distance_heads[index](normed), head_distances)
-            predictions.append(
-                {
-                    "pred_logits": self.class_heads[index](normed),
-                    "pred_boxes": boxes_around(pred_points, pred_distances),
-                    "pred_objs": self.object_head(normed),
-                    "pred_points": pred_points,
-                }
-            )
-            # The same heads on what is not normed refine the references. The next layer's heads build on the distances
-            # before they are cut from the graph, so a gradient crosses one layer.
+            prediction = {"pred_logits": self.class_heads[index](normed), "pred_objs": self.object_head(normed)}
+            boxes = boxes_around(pred_points, pred_distances)
+            predictions.append(prediction | {"pred_boxes": boxes, "pred_points": pred_points})
+            # The same heads refine the references, from the queries before the norm. The next layer's heads build on
+            # the distances before they are detached, so a gradient crosses one layer.
             head_distances = move_sides(self.distance_heads[index](queries), distances)
             new_points = move_points(self.point_heads[index](queries), points, start, cell)
             head_points = points if self.late else new_points
@@ -301,15 +258,16 @@ class SAPDecoder(nn.Module):
         return F.grid_sample(features, grid, align_corners=False)[:, :, 0].mT  # between cell centres, 0 outside
 
     def _positions(self, points: Tensor, distances: Tensor, queries: Tensor | None) -> QueryPositions:
-        """`queries` (B, Q, C) scale what is compared with the map's positions; None, in the first layer, does not."""
+        """`queries` (B, Q, C) scale the encodings that are compared with the map's; None in the first layer."""
 
         def encode(places: Tensor) -> Tensor:
-            # x before y, while the map's encoding has y first; the layers' projections make up for it.
+            # x before y, unlike the map's encoding; the layers' projections make up for it.
             encoding = sine_encoding(places.flip(-1), num_channels=self.hidden_dim, temperature=TEMPERATURE)
             return encoding.to(points.dtype)
 
         point = encode(points)  # (B, Q, C)
         box = encode(corners_around(points, distances).unflatten(-1, (2, 2))).flatten(-2)  # (B, Q, 2 C)
+<<<<<<< HEAD
         scale = None if queries is None else self.position_scale(queries)
         return QueryPositions(
             points=points,
@@ -319,6 +277,11 @@ class SAPDecoder(nn.Module):
             point=self.point_position(point),
             box=self.box_position(box),
         )
+=======
+        scale = 1 if queries is None else self.position_scale(queries)
+        sines = point * scale, box if queries is None else box * scale.repeat(1, 1, 2)
+        return QueryPositions(points, distances, *sines, self.point_position(point), self.box_position(box))
+>>>>>>> shrinkmodels
 
 
 def _convolutions(width: int) -> nn.Sequential:

@@ -1,30 +1,18 @@
 """SAP-DETR (Liu et al., CVPR 2023): queries are salient points of a grid with distances to the sides of their boxes."""
 
-from __future__ import annotations
-
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samdetr.models.criterion import SetCriterion, class_error, focal_loss
+from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DenseEncoder
-from samdetr.models.family import Family, build_backbone, build_projection, norm_from_weights
-from samdetr.models.matcher import HungarianMatcher
+from samdetr.models.family import Family, build_backbone, build_projection, read_settings, weighted_criterion
+from samdetr.models.sap_detr import losses
 from samdetr.models.sap_detr.decoder import TEMPERATURE, SAPDecoder, SAPDecoderLayer
-from samdetr.models.sap_detr.losses import (
-    OUTSIDE,
-    corner_box_losses,
-    corner_l1_cost,
-    giou_cost,
-    inner_loss,
-    object_class_cost,
-    object_loss,
-    outside_cost,
-)
 from samdetr.models.sap_detr.official_weights import convert_official, is_official
 from samdetr.models.settings import FamilyConfig, Loss, Trunk
 from samdetr.util.settings import flag
@@ -71,15 +59,9 @@ def build(trunk: Trunk, config: Config) -> Detector:
     """The network with random weights. Raises ValueError for settings that do not go together."""
     backbone = build_backbone(trunk, levels=(trunk.backbone_level,))
     projection = build_projection(trunk, config, backbone, temperature=TEMPERATURE, centred=False)
-    sizes: dict[str, Any] = {
-        "hidden_dim": trunk.hidden_dim,
-        "num_heads": trunk.nheads,
-        "feedforward_dim": trunk.dim_feedforward,
-        "dropout": trunk.dropout,
-        "activation": config.transformer_activation,
-    }
+    sizes = replace(trunk.layer_sizes, activation=config.transformer_activation)
     decoder = SAPDecoder(
-        layer=SAPDecoderLayer(**sizes, gaussian=config.sdg),
+        layer=SAPDecoderLayer(sizes, gaussian=config.sdg),
         num_layers=trunk.dec_layers,
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
@@ -88,50 +70,32 @@ def build(trunk: Trunk, config: Config) -> Detector:
         point_reference=config.point_reference,
         head_cell=config.head_cell,
     )
-    encoder = DenseEncoder(num_layers=trunk.enc_layers, **sizes, scale_position=True)
+    encoder = DenseEncoder(sizes, num_layers=trunk.enc_layers, scale_position=True)
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 
 
 def build_criterion(loss: Loss, config: Config) -> SetCriterion:
     """Focal loss, corner L1 and generalised IoU, objectness, and the count of points outside their boxes."""
-    matcher = HungarianMatcher(
-        costs=[
-            (loss.set_cost_class, object_class_cost(alpha=loss.focal_alpha)),
-            (loss.set_cost_bbox, corner_l1_cost),
-            (loss.set_cost_giou, giou_cost),
-            (OUTSIDE, outside_cost),
-        ]
-    )
-    return SetCriterion(
-        matcher=matcher,
+    return weighted_criterion(
+        loss,
+        costs=[losses.object_class_cost(alpha=loss.focal_alpha), losses.corner_l1_cost, losses.giou_cost],
+        more_costs=[(losses.OUTSIDE, losses.outside_cost)],
         losses=[
-            focal_loss(alpha=loss.focal_alpha),
-            corner_box_losses,
-            object_loss(alpha=loss.focal_alpha, detach_target=config.objectness_target == "detached"),
-            inner_loss,
+            losses.corner_box_losses,
+            losses.object_loss(alpha=loss.focal_alpha, detach_target=config.objectness_target == "detached"),
+            losses.inner_loss,
         ],
-        final_losses=[class_error],
-        weights={
-            "loss_ce": loss.cls_loss_coef,
-            "loss_bbox": loss.bbox_loss_coef,
-            "loss_giou": loss.giou_loss_coef,
-            "loss_ce_obj": config.obj_loss_coef,
-            "loss_inner": config.inner_loss_coef,
-        },
-        auxiliary=loss.aux_loss,
+        more_weights={"loss_ce_obj": config.obj_loss_coef, "loss_inner": config.inner_loss_coef},
     )
 
 
 def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What official files do not hold, or only under other names."""
-    found: dict[str, Any] = {
-        "input_proj_norm": norm_from_weights(state),
+    """Settings that official files do not hold, or only under other names."""
+    found = read_settings(state) | {
         "sdg": "decoder.layers.0.gaussian.head.layers.0.bias" in state,
         "newconvinit": "decoder.initial_content.0.bias" in state,
         "transformer_activation": "prelu" if "decoder.layers.0.feed_forward.activation.weight" in state else "relu",
     }
-    if "decoder.class_heads.0.layers.2.bias" in state:
-        found["num_classes"] = len(state["decoder.class_heads.0.layers.2.bias"])
     heads = [state[name] for name in state if re.fullmatch(r"decoder\.distance_heads\.\d+\.layers\.2\.bias", name)]
     if any(not torch.equal(head, heads[0]) for head in heads):
         found["bbox_embed_diff_each_layer"] = True

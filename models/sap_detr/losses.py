@@ -3,19 +3,20 @@
 Legend: S predictions matched at once, Q queries, n objects of one image, M matched pairs.
 """
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samdetr.models.criterion import Loss, Targets, sigmoid_focal_loss
+from samdetr.models import matcher
+from samdetr.models.criterion import Loss, Targets, matched_boxes, sigmoid_focal_loss
 from samdetr.models.matcher import Cost, Matches, focal_change
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou, iou
 
 EPS = 1e-6  # added to the divisors of IoU and GIoU
-OUTSIDE = 9999.0  # published weight of `outside_cost`: no object takes a point outside it while there is one inside
+OUTSIDE = 9999.0  # published weight of `outside_cost`: a point outside an object matches it only if none is inside
+giou_cost = partial(matcher.giou_cost, eps=EPS)
 
 
 def object_class_cost(*, alpha: float) -> Cost:
@@ -32,12 +33,6 @@ def corner_l1_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Te
     """Sum of absolute differences of left, top, right, bottom."""
     predicted, wanted = cxcywh_to_xyxy(outputs["pred_boxes"]), cxcywh_to_xyxy(targets["boxes"])
     return (predicted[..., :, None, :] - wanted).abs().sum(-1)
-
-
-def giou_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    """Negative generalised IoU."""
-    predicted, wanted = cxcywh_to_xyxy(outputs["pred_boxes"]), cxcywh_to_xyxy(targets["boxes"])
-    return -generalized_iou(predicted[..., :, None, :], wanted, eps=EPS)
 
 
 def outside_cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
@@ -62,11 +57,11 @@ def corner_box_losses(
 
 
 def object_loss(*, alpha: float, detach_target: bool = False) -> Loss:
-    """`loss_ce_obj`: focal loss of being an object over all queries, divided by the number of boxes. A matched query
-    ought to tell the IoU of its box, all others 0.
+    """`loss_ce_obj`: focal loss of being an object over all queries, divided by the number of boxes. The target
+    of a matched query is the IoU of its box, of all others 0.
 
-    As published the wanted IoU is part of the graph, so boxes move to where the loss is less, which may be a smaller
-    IoU; `detach_target` cuts it off.
+    As published the target is part of the graph, so boxes also learn from this loss, perhaps towards a smaller IoU;
+    `detach_target` detaches it.
     """
 
     def loss(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
@@ -82,12 +77,10 @@ def object_loss(*, alpha: float, detach_target: bool = False) -> Loss:
 def inner_loss(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
     """`loss_inner`: matched points outside their object's box, divided by the number of boxes. A count: no gradient."""
     points = outputs["pred_points"][matches.image, matches.query]  # (M, 2)
-    boxes = torch.cat([t["boxes"] for t in targets])[matches.target]
+    _, boxes = matched_boxes(outputs, targets, matches)
     return {"loss_inner": _outside(points, boxes).sum().to(points.dtype) / num_boxes}
 
 
-def _matched_corners(outputs: dict[str, Any], targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
-    """Predicted and wanted boxes (M, 4) as left, top, right, bottom."""
-    predicted = outputs["pred_boxes"][matches.image, matches.query]
-    wanted = torch.cat([t["boxes"] for t in targets])[matches.target]
-    return cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+def _matched_corners(outputs: dict[str, Any], targets: Targets, matches: Matches) -> tuple[Tensor, ...]:
+    """Predicted and target boxes (M, 4) as left, top, right, bottom."""
+    return tuple(cxcywh_to_xyxy(boxes) for boxes in matched_boxes(outputs, targets, matches))

@@ -3,8 +3,6 @@
 Legend: B batch, Q queries. Points are x, y and distances left, top, right, bottom, in widths and heights of the image.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from samdetr.models.layers import inverse_sigmoid
 
-# Logits end here, so that a coordinate of 0 becomes 0.001 and not 0.00001 as in the other families.
+# Clamps logits: a coordinate of 0 becomes 0.001, not 0.00001 as in the other families.
 EPS = 1e-3
 PUBLISHED_QUERIES = 306
 
@@ -46,8 +44,8 @@ def grid_logits(num_queries: int) -> Tensor:
 def move_points(offset: Tensor, points: Tensor, start: Tensor, cell: Tensor) -> Tensor:
     """Points moved by offsets (B, Q, 2), right and down from their `start` and less than `cell` (2,).
 
-    As published, how far a point has moved is not divided by the cell before the offset is added to its logit. With an
-    offset of 0 a point therefore falls back to about its share of the cell times the cell.
+    As published, the distance that a point has moved is not divided by the cell before the offset is added to its
+    logit. With an offset of 0 a point therefore moves back, to about its share of the cell times the cell.
     """
     return start + cell * (offset + inverse_sigmoid(points - start, EPS)).sigmoid()
 

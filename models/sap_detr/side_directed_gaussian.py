@@ -1,6 +1,4 @@
-"""Side-directed Gaussian (SAP-DETR): each head looks around a point between the salient point and the box's sides."""
-
-from __future__ import annotations
+"""Side-directed Gaussian (SAP-DETR): each head attends around a point between the salient point and the box's sides."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +8,10 @@ from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
 class SideDirectedGaussian(nn.Module):
-    """Predicts, for each head, where between the salient point and the sides of its box to look, and how closely.
+    """Predicts the centre and the widths of each head's Gaussian.
 
-    `head` gives 4 numbers for each of N heads: first N x (x, y), shares of the way to a side - left and top where
-    negative, right and bottom where positive - then N x (x, y) inverse widths, not squashed.
+    `head` gives 4 numbers for each of N heads: first N x (x, y), shares of the way to a side - left and top if
+    negative, right and bottom if positive - then N x (x, y) inverse widths, not squashed.
     """
 
     def __init__(self, *, hidden_dim: int, num_heads: int):
