@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
@@ -23,29 +24,6 @@ Batch = tuple[Any, TargetBatch]
 Targets = list[dict[str, Tensor]]
 
 
-class Loader(Sized, Iterable[Batch], Protocol):
-    """Batches of images and packed targets, of known number."""
-
-
-class Step(Protocol):
-    """A training step: see training.update.Step."""
-
-    lr: float
-    metrics: list[dict[str, Tensor | float]]
-
-    def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None: ...
-
-
-class Update(Protocol):
-    """What makes steps of gradients: training.update.Update."""
-
-    def step(
-        self, parts: list[tuple[Any, Targets]], *, epoch: int, iteration: int, num_boxes: Tensor
-    ) -> AbstractContextManager[Step]: ...
-
-    def check(self) -> None: ...
-
-
 def ignore(*_: Any) -> None:
     """The callback that does nothing."""
 
@@ -54,8 +32,8 @@ def train_one_epoch(
     *,
     model: nn.Module,
     criterion: SetCriterion,
-    loader: Loader,
-    update: Update,
+    loader: DataLoader,
+    update: Any,
     device: torch.device,
     epoch: int,
     start: int = 0,
@@ -72,11 +50,11 @@ def train_one_epoch(
 
     Args:
         model: the detector, or DistributedDataParallel around it.
-        update: makes a step of the gradients.
+        update: training.update.Update, which makes a step of the gradients.
         start: steps of this epoch that are already done; `loader` leaves their batches out.
         accumulate: batches per step, whose gradients are those of one large batch; an incomplete rest is left out.
         amp: autocast dtype of the network; matching and losses stay float32. None: no autocast.
-        averager: averages the metrics; one that has seen the steps that are already done, if any.
+        averager: averages the metrics; it has seen the steps that are already done.
         on_batch: called with the targets of each batch that arrives, and with None after the last.
         after_step: called after every step. May raise to end the training.
         print_every: iterations between two lines if the output is no terminal.
@@ -119,7 +97,7 @@ def evaluate(
     model: nn.Module,
     criterion: SetCriterion,
     postprocess: Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]],
-    loader: Loader,
+    loader: DataLoader,
     evaluator: CocoEvaluator,
     device: torch.device,
     amp: torch.dtype | None = None,

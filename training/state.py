@@ -32,37 +32,23 @@ class TrainingState:
     `restore_place()` undo it.
 
     The learning rate is no part: it follows from the settings and the position, so a run may resume with others.
-
-    Args:
-        model: the network itself, without DDP's wrapper.
-        ema: averaged weights, if any.
-        seed: of the order of the images, which is a function of it and the epoch.
-        batch: images per step, over all processes.
-        scaler: of float16.
-        keep_gradients: whether the next step adds to the gradients of the last one.
-        extras: further parts by name (counters and the like). If a checkpoint lacks one, it is left as it is. They must
-            be equal in all processes; those of the main process are saved. A checkpoint at the end of an epoch is
-            written before the epoch is evaluated, so results of an evaluation belong into log.txt, not here.
-        facts: plain values to save as well: `settings`, `categories`.
-        epoch: the current epoch, counted from 0.
-        iteration: steps of the optimiser done in it; all of them at its end.
-        averager: sums for the log line of this epoch, in this process.
+    Results of an evaluation are no part either: an epoch is saved before it is evaluated.
     """
 
-    model: nn.Module
+    model: nn.Module  # without DDP's wrapper
     optimizer: Optimizer
     scheduler: LRScheduler
-    seed: int
-    batch: int
+    seed: int  # of the order of the images, which is a function of it and the epoch
+    batch: int  # images per step, over all processes
     ema: Stateful | None = None
     scaler: GradScaler | None = None
-    keep_gradients: bool = False
-    extras: dict[str, Stateful] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    epoch: int = 0
-    iteration: int = 0
+    keep_gradients: bool = False  # whether the next step adds to the gradients of the last one
+    extras: dict[str, Stateful] = field(default_factory=dict)  # further parts by name, equal in all processes
+    facts: dict[str, Any] = field(default_factory=dict)  # plain values to save as well: settings, categories
+    epoch: int = 0  # the current one, counted from 0
+    iteration: int = 0  # steps done in it; all of them at its end
     samples_seen: int = 0
-    averager: MetricAverager = field(default_factory=MetricAverager)
+    averager: MetricAverager = field(default_factory=MetricAverager)  # of the epoch's log line, in this process
 
     def capture(self) -> dict[str, Any]:
         """The checkpoint. Every process must call this, for its random numbers and sums; waits for the device."""
@@ -92,26 +78,32 @@ class TrainingState:
         return content
 
     def restore(self, checkpoint: dict[str, Any], *, source: str) -> None:
-        """Restore everything except the weights, which are loaded where the network is made, and the position.
-
-        Parts that the file lacks, as early files of this project do, are left as they are.
+        """Restore everything except weights, learning rates and the position. Parts that the file lacks, as early files
+        of this project do, are left as they are.
 
         Raises:
             ValueError: the file has other groups of parameters.
         """
-        restore_optimizer(self.optimizer, checkpoint, source=source)
+        rates = [(group["lr"], group["initial_lr"]) for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError:
+            raise ValueError(
+                f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
+                "`lr_linear_proj_names` that it was trained with"
+            ) from None
+        for group, (lr, initial_lr) in zip(self.optimizer.param_groups, rates):
+            group["lr"], group["initial_lr"] = lr, initial_lr
         if self.keep_gradients:
             gradients = checkpoint.get("gradients", {})
             for name, weight in self.model.named_parameters():
                 if name in gradients:
                     weight.grad = gradients[name].to(weight)
-        parts: dict[str, Stateful | None] = {"scaler": self.scaler, "ema": self.ema}
+        parts: dict[str, Stateful | None] = {"scaler": self.scaler, "ema": self.ema, **self.extras}
+        saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
         for name, part in parts.items():
-            if part is not None and checkpoint.get(name):
-                part.load_state_dict(checkpoint[name])
-        for name, part in self.extras.items():
-            if name in checkpoint.get("extras", {}):
-                part.load_state_dict(checkpoint["extras"][name])
+            if part is not None and saved.get(name):
+                part.load_state_dict(saved[name])
         self.samples_seen = checkpoint.get("samples_seen", 0)
 
     def restore_place(self, checkpoint: dict[str, Any], *, iteration: int) -> bool:
@@ -162,17 +154,3 @@ def versions() -> dict[str, str | None]:
         "torchvision": str(torchvision.__version__),
         "cuda": torch.version.cuda,
     }
-
-
-def restore_optimizer(optimizer: Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Load the optimiser's state, except the learning rates, which follow from the schedule. Raises ValueError."""
-    scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError:
-        raise ValueError(
-            f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
-            "`lr_linear_proj_names` that it was trained with"
-        ) from None
-    for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
-        group["lr"], group["initial_lr"] = lr, initial_lr

@@ -8,7 +8,7 @@ with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,9 +34,6 @@ class Update:
         clip_max_norm: largest norm of all gradients together; 0: no clipping.
         max_bad_steps: consecutive steps with a non-finite loss or gradient at which training stops.
         keep_gradients: each step adds to the gradients that the last one left, clipped, instead of starting from zero.
-        scaler: scales the loss so that gradients of float16 do not vanish; skips a step whose gradients overflow.
-        average: follows the weights.
-        profiler: times the first steps.
     """
 
     def __init__(
@@ -64,11 +61,8 @@ class Update:
     ) -> Iterator[Step]:
         """A step for the body to call `backward` on, once for each part of the batch; it is made when the body ends.
 
-        Args:
-            parts: images and targets of each part, kept to repeat the step if it is the last bad one.
-            num_boxes: the losses' divisor.
-        Raises:
-            BadSteps, a ValueError: too many steps in a row were bad; names the terms, epoch, iteration and images.
+        `parts` (images and targets) and `num_boxes`, the losses' divisor, repeat the step if it is the last bad one.
+        Raises BadSteps, a ValueError: too many steps in a row were bad; names terms, epoch, iteration and images.
         """
         random = self.guard.begin()
         if not self.keep_gradients:
@@ -76,7 +70,9 @@ class Update:
         step = Step(self)
         yield step
         step.lr = self.optimizer.param_groups[0]["lr"]
-        terms, scale = list(step.metrics), self._one()
+        terms, scale = step.metrics, None
+        if self.scaler:  # what it makes of 1 is its scale, on the device
+            scale = self.scaler.scale(torch.ones((), device=self.device))
         with section("optimiser"):
             bad = self._take(step.losses, scale)
         ids = [target["image_id"] for _, targets in parts for target in targets]
@@ -84,10 +80,6 @@ class Update:
         step.metrics = [*(_zero_if(bad, metrics) for metrics in terms), {"lr": step.lr, "good": 1 - bad}]
         if self.profiler and (table := self.profiler.step()):
             log(table)
-
-    def watch(self) -> AbstractContextManager[None]:
-        """Let the profiler, if any, time the sections inside the body."""
-        return self.profiler.watch() if self.profiler else nullcontext()
 
     def check(self) -> None:
         """Report the last step if it was bad; waits for the device. All processes must call this together.
@@ -113,24 +105,15 @@ class Update:
         self.scheduler.step()
         return bad
 
-    def _one(self) -> Tensor | None:
-        """What the scaler makes of 1: its scale, on the device."""
-        return self.scaler.scale(torch.ones((), device=self.device)) if self.scaler else None
-
 
 class Step:
-    """A step that is open.
-
-    Args:
-        lr: learning rate of the first group; once the step is made.
-        metrics: for each part what `backward` was given, for the log; once the step is made, 0 if it is bad, and last
-            `lr` and `good`, 1 or 0.
-    """
+    """A step that is open."""
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self.lr = 0.0
+        self.lr = 0.0  # of the first group, once the step is made
         self.losses: list[Tensor] = []
+        # For each part what `backward` was given; once the step is made, 0 if it is bad, and last `lr` and `good`.
         self.metrics: list[dict[str, Any]] = []
 
     def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:

@@ -161,12 +161,6 @@ class Votes:
         self._group: Any = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
         self._cast: tuple[torch.Tensor, distributed.Work] | None = None
 
-    def cast(self, request: Request) -> None:
-        ballot = torch.tensor(int(request))
-        work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._cast = ballot, work
-
     def result(self) -> Request:
         """Of the last cast, once."""
         if self._cast is None:
@@ -181,4 +175,7 @@ class Votes:
             act(request())
             return
         act(self.result())
-        self.cast(request())
+        ballot = torch.tensor(int(request()))
+        work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._cast = ballot, work
