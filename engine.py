@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
@@ -49,7 +49,6 @@ def train_one_epoch(
     The host waits for a GPU once in each batch, in the matching; metrics are read when they are shown.
 
     Args:
-        model: the detector, or DistributedDataParallel around it.
         update: training.update.Update, which makes a step of the gradients.
         start: steps of this epoch that are already done; `loader` leaves their batches out.
         accumulate: batches per step, whose gradients are those of one large batch; an incomplete rest is left out.
@@ -57,7 +56,6 @@ def train_one_epoch(
         averager: averages the metrics; it has seen the steps that are already done.
         on_batch: called with the targets of each batch that arrives, and with None after the last.
         after_step: called after every step. May raise to end the training.
-        print_every: iterations between two lines if the output is no terminal.
     Returns:
         Averages over the epoch and all processes, without bad steps: `loss`, each weighted term, each unweighted one
         with the suffix `_unscaled`, `class_error`; of all steps `lr`; and `bad_steps`, the number of bad steps.
@@ -77,7 +75,9 @@ def train_one_epoch(
         num_boxes = criterion.count(together, torch.empty(0, device=device))
         with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) as step:
             for number, (images, targets) in enumerate(parts, 1):
-                with _exchange(model, last=number == accumulate):
+                # The processes exchange gradients in the last part of a step only.
+                alone = isinstance(model, DistributedDataParallel) and number < accumulate
+                with model.no_sync() if alone else nullcontext():
                     with section("forward"):
                         outputs = predict(model, images, amp)
                     with section("loss"):
@@ -145,11 +145,6 @@ def _groups(
     on_batch(None)
 
 
-def _exchange(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Let the processes exchange gradients in the last part of a step only."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-
 def _averages(averager: MetricAverager, total: int) -> dict[str, float]:
     averages = averager.averages()
     good, lr = averages.pop("good"), averages.pop("lr")
@@ -163,15 +158,15 @@ def predict(model: nn.Module, images: Any, amp: torch.dtype | None) -> dict[str,
         return model(images)
     with torch.autocast(images.images.device.type, dtype=amp):
         outputs = model(images)
-    return _widen(outputs)
 
+    def widen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: widen(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [widen(part) for part in value]
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
-def _widen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _widen(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_widen(part) for part in value]
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return widen(outputs)
 
 
 def compute_losses(

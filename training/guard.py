@@ -65,11 +65,7 @@ class StepGuard:
 
     A skipped step leaves as they were: weights, the optimiser's moments and step count, statistics of learned norms,
     and the gradients that the next step adds to. The schedule of the learning rate counts iterations and advances.
-
-    Args:
-        network: without DDP's wrapper.
-        limit: consecutive bad steps at which to stop.
-        keep_gradients: whether steps add to the gradients that the last step left.
+    Arguments as of `Update`; `limit` is its `max_bad_steps`.
     """
 
     def __init__(self, network: nn.Module, *, device: torch.device, limit: int = 10, keep_gradients: bool = False):

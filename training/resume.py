@@ -50,16 +50,16 @@ class Source:
 
         Raises ValueError.
         """
-        if self.checkpoint:
-            settings = settings.with_checkpoint(self.checkpoint["settings"], given)
-            if "sampler" in self.checkpoint and "seed" not in given:
-                settings = settings.replace(seed=self.checkpoint["sampler"]["seed"])
-            if settings.run.eval:
-                saved = self.checkpoint["run_settings"]
-                settings = settings.replace(
-                    **{name: saved[name] for name in AS_TRAINED if name in saved and name not in given}
-                )
-        return settings.replace(resume=self.path)
+        if not self.checkpoint:
+            return settings.replace(resume=self.path)
+        saved: dict[str, Any] = {}
+        if "sampler" in self.checkpoint:
+            saved["seed"] = self.checkpoint["sampler"]["seed"]
+        if settings.run.eval:
+            found = self.checkpoint["run_settings"]
+            saved |= {name: found[name] for name in AS_TRAINED if name in found}
+        saved = {name: value for name, value in saved.items() if name not in given}
+        return settings.with_checkpoint(self.checkpoint["settings"], given).replace(**saved, resume=self.path)
 
     def evaluating_processes(self, given: Mapping[str, Any]) -> int:
         """The number of processes whose batches an evaluation repeats."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torchvision
@@ -13,17 +13,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from samdetr.training.ema import WeightAverage
 from samdetr.util.checkpoint import SCHEMA_VERSION
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
-
-
-class Stateful(Protocol):
-    """What a checkpoint can hold: its state is plain numbers, text, lists, dicts and tensors."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -40,10 +33,11 @@ class TrainingState:
     scheduler: LRScheduler
     seed: int  # of the order of the images, which is a function of it and the epoch
     batch: int  # images per step, over all processes
-    ema: Stateful | None = None
+    ema: WeightAverage | None = None
     scaler: GradScaler | None = None
     keep_gradients: bool = False  # whether the next step adds to the gradients of the last one
-    extras: dict[str, Stateful] = field(default_factory=dict)  # further parts by name, equal in all processes
+    # Further parts with a state_dict of plain values, by name; equal in all processes.
+    extras: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # plain values to save as well: settings, categories
     epoch: int = 0  # the current one, counted from 0
     iteration: int = 0  # steps done in it; all of them at its end
@@ -94,12 +88,10 @@ class TrainingState:
             ) from None
         for group, (lr, initial_lr) in zip(self.optimizer.param_groups, rates):
             group["lr"], group["initial_lr"] = lr, initial_lr
-        if self.keep_gradients:
-            gradients = checkpoint.get("gradients", {})
-            for name, weight in self.model.named_parameters():
-                if name in gradients:
-                    weight.grad = gradients[name].to(weight)
-        parts: dict[str, Stateful | None] = {"scaler": self.scaler, "ema": self.ema, **self.extras}
+        for name, gradient in checkpoint.get("gradients", {}).items() if self.keep_gradients else ():
+            weight = self.model.get_parameter(name)
+            weight.grad = gradient.to(weight)
+        parts = {"scaler": self.scaler, "ema": self.ema, **self.extras}
         saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
         for name, part in parts.items():
             if part is not None and saved.get(name):
@@ -113,13 +105,12 @@ class TrainingState:
         """
         self.epoch, self.iteration = checkpoint["epoch"], iteration
         sums = checkpoint["averages"]
-        same_world_size = len(sums) == get_world_size()
-        if same_world_size:
-            self.averager.load_state_dict(sums[get_rank()])
-            set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
-        else:
+        if len(sums) != get_world_size():
             self.averager.load_state_dict(mean_state(sums))
-        return same_world_size
+            return False
+        self.averager.load_state_dict(sums[get_rank()])
+        set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
+        return True
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
