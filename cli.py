@@ -6,7 +6,6 @@ import argparse
 import difflib
 import importlib
 import importlib.util
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 from samdetr.models.build import FAMILIES
 from samdetr.models.settings import AlignerConfig
 from samdetr.training.settings import PARTS, RunSettings
-from samdetr.util.command_line import program_name
+from samdetr.util.command_line import as_flags, program_name
 from samdetr.util.settings import Settings, flags, value_type
 
 # What people need first, in this order; the rest follows by subject.
@@ -42,8 +41,7 @@ class CommandLine:
 
 def with_flags(text: str, typed: Mapping[str, str] | None = None) -> str:
     """A message of a part below the programs, which names arguments in backticks, with flags instead."""
-    spelled = {**_spellings(), **(typed or {})}
-    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: spelled.get(found[1], f"--{found[1]}"), text)
+    return as_flags(text, {**_spellings(), **(typed or {})})
 
 
 def parse(argv: Sequence[str] | None = None) -> CommandLine:

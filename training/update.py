@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -24,36 +25,28 @@ from samdetr.util.logger import log
 from samdetr.util.sections import section
 
 
+@dataclass
 class Update:
     """Makes the steps of a training. Only `Step.backward` and `check` wait for the device, and only if the caller has
-    not just waited for it.
+    not just waited for it."""
 
-    Args:
-        network: without DDP's wrapper.
-        scheduler: steps after every step, taken or skipped.
-        clip_max_norm: largest norm of all gradients together; 0: no clipping.
-        max_bad_steps: consecutive steps with a non-finite loss or gradient at which training stops.
-        keep_gradients: each step adds to the gradients that the last one left, clipped, instead of starting from zero.
-    """
+    network: nn.Module  # without DDP's wrapper
+    optimizer: Optimizer
+    scheduler: LRScheduler  # steps after every step, taken or skipped
+    _: KW_ONLY
+    clip_max_norm: float  # of all gradients together; 0: no clipping
+    max_bad_steps: int = 10  # consecutive steps with a non-finite loss or gradient at which training stops
+    keep_gradients: bool = False  # each step adds to the clipped gradients of the last one
+    scaler: GradScaler | None = None
+    average: WeightAverage | None = None
+    profiler: StepProfiler | None = None
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        *,
-        clip_max_norm: float,
-        max_bad_steps: int = 10,
-        keep_gradients: bool = False,
-        scaler: GradScaler | None = None,
-        average: WeightAverage | None = None,
-        profiler: StepProfiler | None = None,
-    ) -> None:
-        self.optimizer, self.scheduler, self.clip_max_norm = optimizer, scheduler, clip_max_norm
-        self.keep_gradients, self.scaler, self.average, self.profiler = keep_gradients, scaler, average, profiler
-        self.weights = [weight for weight in network.parameters() if weight.requires_grad]
+    def __post_init__(self) -> None:
+        self.weights = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.device = self.weights[0].device
-        self.guard = StepGuard(network, device=self.device, limit=max_bad_steps, keep_gradients=keep_gradients)
+        self.guard = StepGuard(
+            self.network, device=self.device, limit=self.max_bad_steps, keep_gradients=self.keep_gradients
+        )
 
     @contextmanager
     def step(

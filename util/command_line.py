@@ -7,8 +7,9 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from samdetr.util.distributed import get_rank
 
@@ -17,9 +18,9 @@ _IN_WORKER = "DataLoader worker process"
 _NOBODY_READS = 141  # as of shells: 128 + SIGPIPE
 
 
-def as_flags(text: str) -> str:
-    """A message with the arguments that it names in backticks as flags: `top_k` -> --top_k."""
-    return re.sub(r"`([a-z][a-z0-9_]*)`", r"--\1", text)
+def as_flags(text: str, spelled: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A message with the arguments that it names in backticks as flags: `top_k` -> --top_k, or as in `spelled`."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: spelled.get(found[1], f"--{found[1]}"), text)
 
 
 def program_name(file: str) -> str:
