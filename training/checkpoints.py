@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.util.checkpoint import save_file
-from samdetr.util.files import append_json_line, flush_folder, read_json_lines, whole_file
+from samdetr.util.files import append_json_line, read_json_lines, whole_file
 from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -172,16 +172,9 @@ def _position(path: Path) -> tuple[int, float]:
 
 def _also_name(path: Path, name: Path) -> None:
     """Make `name` a second name of the file `path`, atomically."""
-    temporary = name.with_name(f".{os.getpid()}.{name.name}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # no hard links here
-        with whole_file(name) as temporary:
-            shutil.copyfile(path, temporary)
-        return
-    try:
-        os.replace(temporary, name)
-        flush_folder(name.parent)
-    finally:
+    with whole_file(name) as temporary:
         temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # no hard links here
+            shutil.copyfile(path, temporary)

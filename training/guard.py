@@ -127,12 +127,9 @@ class StepGuard:
                 del optimizer.found_inf  # type: ignore[attr-defined]
         elif not skip:
             optimizer.step()
-        for tensor, before in self._saved:
+        gradients = [(weight.grad, before) for weight, before in self._gradients if weight.grad is not None]
+        for tensor, before in (*self._saved, *gradients):
             torch.where(skip.bool(), before, tensor, out=tensor)
-        if self.keep_gradients:
-            for weight, before in self._gradients:
-                if weight.grad is not None:
-                    torch.where(skip.bool(), before, weight.grad, out=weight.grad)
 
     def end(self, step: StepRecord) -> None:
         """After a step. Its batch is kept only if it may be the last one allowed to be bad."""
@@ -160,10 +157,8 @@ class StepGuard:
         with torch.no_grad():
             for tensor, before in self._saved:
                 tensor.copy_(before)
-        what = (
-            f"{self.limit} steps in a row were not finite, the last one" if self.limit > 1 else "a step is not finite"
-        )
-        raise BadSteps(f"{what} in {text}", step=step, rank=rank)
+        row = f"{self.limit} steps in a row were not finite, the last one"
+        raise BadSteps(f"{row if self.limit > 1 else 'a step is not finite'} in {text}", step=step, rank=rank)
 
     def state_dict(self) -> dict[str, int]:
         """Call `look` first: it reports a bad step while its batch is still known."""
