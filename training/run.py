@@ -148,12 +148,10 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
         network.compile(dynamic=True)
     model: nn.Module = network
     if get_world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(
-            network,
-            # Without auxiliary losses the heads of the earlier layers get no gradient.
-            find_unused_parameters=not settings.loss.aux_loss,
-            broadcast_buffers=settings.trunk.backbone_norm == "learned",  # frozen norms never differ
-        )
+        # Without auxiliary losses the heads of the earlier layers get no gradient.
+        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not settings.loss.aux_loss)
+        # Frozen norms never differ. PyTorch warns of the argument of this name since 2.14.
+        model.broadcast_buffers = settings.trunk.backbone_norm == "learned"
     return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)
 
 
