@@ -6,7 +6,6 @@ import argparse
 import difflib
 import importlib
 import importlib.util
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,36 +15,24 @@ from typing import Any, NoReturn
 from samdetr.models.build import FAMILIES
 from samdetr.models.settings import AlignerConfig
 from samdetr.training.settings import PARTS, RunSettings
-from samdetr.util.settings import Flag, Settings, flags, value_type
+from samdetr.util.command_line import as_flags, program_name
+from samdetr.util.settings import Settings, flags, value_type
 
 # What people need first, in this order; the rest follows by subject.
 FIRST = (
     "coco_path", "output_dir", "model", "resume", "eval", "batch_size", "epochs", "lr", "device", "num_workers",
 )  # fmt: skip
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-TITLES = {
-    "optimisation": "optimisation",
-    "trunk": "network (with --resume, values that are not given come from the checkpoint)",
-    "loss": "loss",
-    "data": "data",
-    "speed": "speed",
-    "run": "run",
-}
+TITLES = {"trunk": "network (with --resume, values that are not given come from the checkpoint)"}  # others: their name
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What the user typed.
+    """What the user typed."""
 
-    Args:
-        settings: all settings, checked one by one and together.
-        given: the values of the flags that were typed, by the names of the settings.
-        typed: their spelling, e.g. {"aux_loss": "--no_aux_loss"}.
-    """
-
-    settings: RunSettings
-    given: Mapping[str, Any]
-    typed: Mapping[str, str]
+    settings: RunSettings  # all of them, checked one by one and together
+    given: Mapping[str, Any]  # the values of the flags that were typed, by the names of the settings
+    typed: Mapping[str, str]  # their spelling, e.g. {"aux_loss": "--no_aux_loss"}
 
     def with_flags(self, text: str) -> str:
         """A message with its arguments, `hidden_dim`, as flags, --hidden_dim: as typed, if they were."""
@@ -54,8 +41,7 @@ class CommandLine:
 
 def with_flags(text: str, typed: Mapping[str, str] | None = None) -> str:
     """A message of a part below the programs, which names arguments in backticks, with flags instead."""
-    spelled = {**_spellings(), **(typed or {})}
-    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: spelled.get(found[1], f"--{found[1]}"), text)
+    return as_flags(text, {**_spellings(), **(typed or {})})
 
 
 def parse(argv: Sequence[str] | None = None) -> CommandLine:
@@ -125,8 +111,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self) -> None:
         super().__init__(
-            "main.py",
-            usage="main.py [FLAGS]",
+            program_name("main.py"),
+            usage=f"{program_name('main.py')} [FLAGS]",
             description="Train or evaluate a detector. Examples are in README.md and docs/.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -147,14 +133,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line; the usage of all flags would hide it."""
-        self.exit(2, f"{self.prog}: error: {message}; --help lists all flags\n")
+        end = "" if message.endswith("?") else ";"
+        self.exit(2, f"{self.prog}: error: {message}{end} --help lists all flags\n")
 
 
 def build_parser() -> Parser:
     """The parser of all settings, of all families that are registered."""
     parser = Parser()
     first = parser.add_argument_group("start here")
-    groups = {part: parser.add_argument_group(title) for part, title in TITLES.items()}
+    groups = {part: parser.add_argument_group(TITLES.get(part, part)) for part in PARTS}
     declared = {name: (kind, groups[part]) for part, kind in PARTS.items() for name, _ in flags(kind)}
     aligner = parser.add_argument_group("Semantics Aligner")
     declared |= {name: (AlignerConfig, aligner) for name, _ in flags(AlignerConfig)}
@@ -217,12 +204,7 @@ def _shown(default: Any) -> str:
 
 
 def _spellings() -> dict[str, str]:
-    """How each field is spelled on the command line if it was not typed."""
+    """How the switches that are on by default are spelled if they were not typed: as what turns them off."""
     kinds = [*PARTS.values(), *(family.config for family in FAMILIES.values())]
-    return {name: _spelling(kind, name, declared) for kind in kinds for name, declared in flags(kind)}
-
-
-def _spelling(kind: type[Settings], name: str, declared: Flag) -> str:
-    if getattr(kind, name) is True:
-        return declared.off[0] if declared.off else f"--no_{name}"
-    return f"--{name}"
+    switches = {n: declared for kind in kinds for n, declared in flags(kind) if getattr(kind, n) is True}
+    return {name: declared.off[0] if declared.off else f"--no_{name}" for name, declared in switches.items()}

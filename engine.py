@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
@@ -23,29 +24,6 @@ Batch = tuple[Any, TargetBatch]
 Targets = list[dict[str, Tensor]]
 
 
-class Loader(Sized, Iterable[Batch], Protocol):
-    """Batches of images and packed targets, of known number."""
-
-
-class Step(Protocol):
-    """A training step: see training.update.Step."""
-
-    lr: float
-    metrics: list[dict[str, Tensor | float]]
-
-    def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None: ...
-
-
-class Update(Protocol):
-    """What makes steps of gradients: training.update.Update."""
-
-    def step(
-        self, parts: list[tuple[Any, Targets]], *, epoch: int, iteration: int, num_boxes: Tensor
-    ) -> AbstractContextManager[Step]: ...
-
-    def check(self) -> None: ...
-
-
 def ignore(*_: Any) -> None:
     """The callback that does nothing."""
 
@@ -54,8 +32,8 @@ def train_one_epoch(
     *,
     model: nn.Module,
     criterion: SetCriterion,
-    loader: Loader,
-    update: Update,
+    loader: DataLoader,
+    update: Any,
     device: torch.device,
     epoch: int,
     start: int = 0,
@@ -71,15 +49,13 @@ def train_one_epoch(
     The host waits for a GPU once in each batch, in the matching; metrics are read when they are shown.
 
     Args:
-        model: the detector, or DistributedDataParallel around it.
-        update: makes a step of the gradients.
+        update: training.update.Update, which makes a step of the gradients.
         start: steps of this epoch that are already done; `loader` leaves their batches out.
         accumulate: batches per step, whose gradients are those of one large batch; an incomplete rest is left out.
         amp: autocast dtype of the network; matching and losses stay float32. None: no autocast.
-        averager: averages the metrics; one that has seen the steps that are already done, if any.
+        averager: averages the metrics; it has seen the steps that are already done.
         on_batch: called with the targets of each batch that arrives, and with None after the last.
         after_step: called after every step. May raise to end the training.
-        print_every: iterations between two lines if the output is no terminal.
     Returns:
         Averages over the epoch and all processes, without bad steps: `loss`, each weighted term, each unweighted one
         with the suffix `_unscaled`, `class_error`; of all steps `lr`; and `bad_steps`, the number of bad steps.
@@ -99,7 +75,9 @@ def train_one_epoch(
         num_boxes = criterion.count(together, torch.empty(0, device=device))
         with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) as step:
             for number, (images, targets) in enumerate(parts, 1):
-                with _exchange(model, last=number == accumulate):
+                # The processes exchange gradients in the last part of a step only.
+                alone = isinstance(model, DistributedDataParallel) and number < accumulate
+                with model.no_sync() if alone else nullcontext():
                     with section("forward"):
                         outputs = predict(model, images, amp)
                     with section("loss"):
@@ -119,7 +97,7 @@ def evaluate(
     model: nn.Module,
     criterion: SetCriterion,
     postprocess: Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]],
-    loader: Loader,
+    loader: DataLoader,
     evaluator: CocoEvaluator,
     device: torch.device,
     amp: torch.dtype | None = None,
@@ -167,11 +145,6 @@ def _groups(
     on_batch(None)
 
 
-def _exchange(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Let the processes exchange gradients in the last part of a step only."""
-    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
-
-
 def _averages(averager: MetricAverager, total: int) -> dict[str, float]:
     averages = averager.averages()
     good, lr = averages.pop("good"), averages.pop("lr")
@@ -185,15 +158,15 @@ def predict(model: nn.Module, images: Any, amp: torch.dtype | None) -> dict[str,
         return model(images)
     with torch.autocast(images.images.device.type, dtype=amp):
         outputs = model(images)
-    return _widen(outputs)
 
+    def widen(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: widen(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [widen(part) for part in value]
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
-def _widen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _widen(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_widen(part) for part in value]
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return widen(outputs)
 
 
 def compute_losses(

@@ -6,7 +6,7 @@ python main.py --coco_path data/coco --resume output/run/checkpoint.pth --eval
 python main.py --replay output/run/replay.pth
 
 Exit status: 0, or 1 for a --replay that is not finite, 2 after one line about wrong input, 75 if the run asks to be
-started again, 130 after Ctrl-C.
+started again, 130 after Ctrl-C, 141 if nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from samdetr.cli import CommandLine, parse, with_flags
+from samdetr.cli import CommandLine, parse
 from samdetr.training import replay
 from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Signals, Stopped, end_now
@@ -40,15 +40,16 @@ from samdetr.util.logger import describe_by, log
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on the words of a command line, `sys.argv` if None. Returns the exit status."""
-    commands: list[CommandLine] = []
+    command: CommandLine | None = None
 
     def program() -> int:
-        commands.append(parse(argv))
-        describe_by(commands[0].with_flags)
-        return run(commands[0])
+        nonlocal command
+        command = parse(argv)
+        describe_by(command.with_flags)
+        return run(command)
 
     try:
-        return run_command("main.py", program, lambda text: (commands[0].with_flags if commands else with_flags)(text))
+        return run_command("main.py", program, lambda text: command.with_flags(text) if command else text)
     finally:
         shutdown()
 

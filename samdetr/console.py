@@ -27,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else "--help"
     if command in ("--help", "-h", "help"):
-        print(usage())
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:{width}}  {text}\n" for name, (_, _, text) in COMMANDS.items()]
+        print(
+            f"usage: samdetr COMMAND [FLAGS]\n\n{''.join(lines)}\n"
+            "samdetr COMMAND --help lists the flags of a command, samdetr --version the version."
+        )
     elif command == "--version":
         print(samdetr.__version__)
     elif command in COMMANDS:
@@ -40,21 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"samdetr: error: {command} is no command; {hint}", file=sys.stderr)
         return 2
     return 0
-
-
-def usage() -> str:
-    """The commands, a line each."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: samdetr COMMAND [FLAGS]",
-            "",
-            *lines,
-            "",
-            "samdetr COMMAND --help lists the flags of a command, samdetr --version the version.",
-        ]
-    )
 
 
 if __name__ == "__main__":

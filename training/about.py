@@ -22,14 +22,14 @@ def about(*, device: torch.device, data: Path) -> dict[str, Any]:
     """Command line, commit, versions, device, and hashes of the annotation files below `data`."""
     commit = _git("rev-parse", "HEAD")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    files = [split_paths(data, split)[1] for split in ("train", "val")]
+    files = [file for split in ("train", "val") if (file := split_paths(data, split)[1]).is_file()]
     return {
         "command": f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",  # "samdetr train" is one word there
         "commit": commit,
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "versions": versions(),
         "device": f"{device.type}, {name}",
-        "annotations_sha256": {file.name: _sha256(file) for file in files if file.is_file()},
+        "annotations_sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
     }
 
 
@@ -42,11 +42,3 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.util.checkpoint import save_file
-from samdetr.util.files import append_json_line, flush_folder, read_json_lines, whole_file
+from samdetr.util.files import append_json_line, read_json_lines, whole_file
 from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -36,11 +36,9 @@ _LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|replay\.pth|settings\.json|l
 class CheckpointFolder:
     """Writes and finds checkpoints. Only the main process may write.
 
-    Args:
-        path: the folder, made by the first write. If it disappears later, that is an error.
-        keep: number of older checkpoints that are kept beside the newest; None: all of whole epochs and one other.
-
-    Every method that writes raises ValueError, in one line, if the disk is full or the folder has disappeared.
+    The first write makes the folder `path`. `keep` is the number of older checkpoints kept beside the newest; None: all
+    of whole epochs and one other. Every method that writes raises ValueError if the disk is full or the folder has
+    disappeared.
     """
 
     def __init__(self, path: str | os.PathLike, *, keep: int | None = None) -> None:
@@ -114,40 +112,39 @@ class CheckpointFolder:
         `read` raises ValueError for a damaged file. Warns of damaged ones that are newer.
         """
         damaged: list[ValueError] = []
+        found, instead = None, "there is no other checkpoint"
         # checkpoint.pth first: a run that resumed from an earlier file has left files of higher numbers.
         for path in [self.path / NEWEST, *self._named()]:
-            if not path.is_file():
-                continue
-            try:
-                content = read(str(path))
-            except ValueError as error:
-                damaged.append(error)
-                continue
-            for reason in damaged:
-                log(f"warning: {reason}; resuming from {path} instead")
-            return path, content
+            if path.is_file():
+                try:
+                    found, instead = (path, read(str(path))), f"resuming from {path} instead"
+                    break
+                except ValueError as error:
+                    damaged.append(error)
         for reason in damaged:
-            log(f"warning: {reason}; there is no other checkpoint")
-        return None
+            log(f"warning: {reason}; {instead}")
+        return found
 
     def forget_log(self, epoch: int) -> None:
         """Remove the lines of `epoch` and later ones, which will be written again, and an incomplete last line."""
+        kept = "".join(f"{json.dumps(line)}\n" for line in self._log() if line["epoch"] < epoch)
         file = self.path / "log.txt"
-        if file.is_file():
-            lines = file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) < epoch]
-            if kept != lines:
-                with self.writing(), whole_file(file) as temporary:
-                    temporary.write_text("".join(kept))
+        if file.is_file() and kept != file.read_text():
+            with self.writing(), whole_file(file) as temporary:
+                temporary.write_text(kept)
 
     def logged(self) -> list[dict[str, Any]]:
         """The lines of log.txt in the order of epochs; of each epoch the last."""
-        file = self.path / "log.txt"
-        lines = {line["epoch"]: line for line in read_json_lines(file)} if file.is_file() else {}
+        lines = {line["epoch"]: line for line in self._log()}
         return [lines[epoch] for epoch in sorted(lines)]
 
     def has_logged(self, epoch: int) -> bool:
         return any(line["epoch"] == epoch for line in self.logged())
+
+    def _log(self) -> list[dict[str, Any]]:
+        file = self.path / "log.txt"
+        lines = read_json_lines(file) if file.is_file() else []
+        return [line for line in lines if isinstance(line, dict) and "epoch" in line]
 
     def _named(self) -> list[Path]:
         """Checkpoints under their first names, the newest first."""
@@ -173,26 +170,11 @@ def _position(path: Path) -> tuple[int, float]:
     return int(epoch), int(iteration) if iteration else float("inf")
 
 
-def _epoch_of(line: str) -> float:
-    """Epoch of a line of the log; infinity if it is no record of an epoch."""
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, TypeError, KeyError):
-        return float("inf")
-
-
 def _also_name(path: Path, name: Path) -> None:
     """Make `name` a second name of the file `path`, atomically."""
-    temporary = name.with_name(f".{os.getpid()}.{name.name}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # no hard links here
-        with whole_file(name) as temporary:
-            shutil.copyfile(path, temporary)
-        return
-    try:
-        os.replace(temporary, name)
-        flush_folder(name.parent)
-    finally:
+    with whole_file(name) as temporary:
         temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # no hard links here
+            shutil.copyfile(path, temporary)

@@ -26,25 +26,18 @@ _SAVING = ("keep", "overwrite", "save_every_epoch", "save_every_iterations", "sa
 
 def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
     """A line for each flag that has no effect in this combination. `given`: values of the flags that were typed."""
-    run, found = settings.run, []
-
-    def note(name: str, why: str) -> None:
-        if name in given:
-            found.append(f"note: `{name}` has no effect {why}")
-
+    run, why = settings.run, dict[str, str]()
     if run.eval:
-        for name in _TRAINING:
-            note(name, "with `eval`")
+        why |= dict.fromkeys(_TRAINING, "with `eval`")
     else:
-        note("raw_weights", "without `eval`")
+        why["raw_weights"] = "without `eval`"
         if not run.output_dir:
-            for name in _SAVING:
-                note(name, "without `output_dir`")
+            why |= dict.fromkeys(_SAVING, "without `output_dir`")
     if settings.optimisation.lr_schedule != "step":
-        note("lr_drop", f"with `lr_schedule` {settings.optimisation.lr_schedule}")
+        why["lr_drop"] = f"with `lr_schedule` {settings.optimisation.lr_schedule}"
     if run.resume and not is_auto(run.resume):
-        note("backbone_weights", "with `resume`, whose file has them")
-    return found
+        why["backbone_weights"] = "with `resume`, whose file has them"
+    return [f"note: `{name}` has no effect {reason}" for name, reason in why.items() if name in given]
 
 
 def start_block(parts: Parts, resume: Resume | None) -> str:
@@ -59,17 +52,18 @@ def start_block(parts: Parts, resume: Resume | None) -> str:
     device = f"{get_world_size()} process(es) on {parts.device.type}"
     if parts.device.type == "cuda":
         device += f", {torch.cuda.get_device_name(parts.device)}"
+    nowhere = "nowhere; `output_dir` FOLDER keeps detections and metrics"
+    if resume:
+        nowhere = "nowhere: nothing will be kept; pass `output_dir` FOLDER"
     rows = {
         "data": f"{settings.data.coco_path}: {images}",
         "classes": f"{len(names)}: {', '.join(names[:_NAMES])}{more}",
         "model": f"{settings.trunk.model}, {settings.trunk.backbone}, {settings.trunk.num_queries} queries, "
         f"{n_parameters:,} trainable parameters",
         "weights": parts.source.path or f"random; backbone: {settings.run.backbone_weights}",
-        "output": str(parts.folder.path) if parts.folder else "nowhere: nothing will be kept; pass `output_dir` FOLDER",
+        "output": str(parts.folder.path) if parts.folder else nowhere,
         "device": device,
     }
-    if not resume and not parts.folder:
-        rows["output"] = "nowhere; `output_dir` FOLDER keeps detections and metrics"
     if resume and data.train:
         batch, accumulate = settings.optimisation.batch_size, settings.optimisation.accumulate
         rows["epochs"] = (
@@ -89,13 +83,10 @@ def epoch_line(
     where: Path | None,
     seconds_left: float,
 ) -> str:
-    """The epoch's mean losses, its AP, the best so far, and how long the rest takes.
+    """The epoch's mean losses, from its `line` of the log, its AP, the best so far, and how long the rest takes.
 
-    Args:
-        line: of the log.
-        metrics: the 12 of COCO, if the epoch was evaluated.
-        best: epoch and AP of the best evaluation so far.
-        where: file of the best checkpoint, if it is saved.
+    `metrics` are the 12 of COCO, if the epoch was evaluated; `best` the epoch and AP of the best evaluation so far;
+    `where` the file of that checkpoint, if it is saved.
     """
     prefix = "train_loss_"
     terms = {name.removeprefix(prefix): v for name, v in line.items() if name.startswith(prefix)}

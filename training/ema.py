@@ -35,8 +35,8 @@ class WeightAverage:
         taken = torch.ones_like(self.updates) if skip is None else 1 - skip.to(self.updates.dtype)
         share = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * taken
         self.updates += taken
-        average, weights = list(self._average.values()), self._followed()
-        change = list(torch._foreach_sub(weights, average))  # type: ignore[arg-type]  # the stub lacks tensors
+        average = list(self._average.values())
+        change = list(torch._foreach_sub(list(self._weights.values()), average))  # type: ignore[arg-type]  # wrong stub
         torch._foreach_mul_(change, share)
         torch._foreach_add_(average, change)
 
@@ -44,16 +44,13 @@ class WeightAverage:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Let the network compute with the averages while the body runs."""
-        weights = self._followed()
+        weights = list(self._weights.values())
         own = [weight.detach().clone() for weight in weights]
         torch._foreach_copy_(weights, list(self._average.values()))
         try:
             yield
         finally:
             torch._foreach_copy_(weights, own)
-
-    def _followed(self) -> list[Tensor]:
-        return list(self._weights.values())
 
     def weights(self) -> dict[str, Tensor]:
         """The network's state_dict with averages in place of the weights that are averaged."""

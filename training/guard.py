@@ -24,25 +24,16 @@ MOST = 6  # loss terms that are named
 
 @dataclass
 class StepRecord:
-    """What is needed to report a step, and to repeat it.
-
-    Args:
-        metrics: for each part of the batch, loss and terms by their names in the log; on the device.
-        image_ids: of all parts, on the device.
-        num_boxes: the losses' divisor.
-        parts: images and targets of each part; None if they were not kept.
-        random: `random_state` before the step.
-        scale: of the gradient scaler, if any.
-    """
+    """What is needed to report a step, and to repeat it. All tensors are on the device."""
 
     epoch: int
     iteration: int
-    metrics: list[dict[str, Tensor]]
+    metrics: list[dict[str, Tensor]]  # of each part of the batch, by their names in the log
     image_ids: list[Tensor]
-    num_boxes: Tensor
-    parts: list[tuple[Any, Any]] | None
-    random: dict[str, Tensor]
-    scale: Tensor | None
+    num_boxes: Tensor  # the losses' divisor
+    parts: list[tuple[Any, Any]] | None  # images and targets of each part; None: not kept
+    random: dict[str, Tensor]  # `random_state` before the step
+    scale: Tensor | None  # of the gradient scaler, if any
 
     def faults(self) -> list[str]:
         """Non-finite terms of this process, as "loss_ce = nan"; the loss itself if no single term is at fault."""
@@ -57,12 +48,8 @@ class StepRecord:
 
 
 class BadSteps(ValueError):
-    """`max_bad_steps` steps in a row were bad.
-
-    Args:
-        step: the last of them; the network is as it was before it.
-        rank: of the first process whose loss was non-finite; None if gradients alone were.
-    """
+    """`max_bad_steps` steps in a row were bad, `step` the last of them; the network is as it was before it. `rank` is
+    that of the first process whose loss was non-finite; None if gradients alone were."""
 
     def __init__(self, message: str, *, step: StepRecord, rank: int | None):
         super().__init__(message)
@@ -78,11 +65,7 @@ class StepGuard:
 
     A skipped step leaves as they were: weights, the optimiser's moments and step count, statistics of learned norms,
     and the gradients that the next step adds to. The schedule of the learning rate counts iterations and advances.
-
-    Args:
-        network: without DDP's wrapper.
-        limit: consecutive bad steps at which to stop.
-        keep_gradients: whether steps add to the gradients that the last step left.
+    Arguments as of `Update`; `limit` is its `max_bad_steps`.
     """
 
     def __init__(self, network: nn.Module, *, device: torch.device, limit: int = 10, keep_gradients: bool = False):
@@ -92,7 +75,7 @@ class StepGuard:
         self._statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
-        # Skipped steps, bad ones among them, consecutive bad ones.
+        # Steps that were skipped, bad, and bad in a row.
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
         copy = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._on_host, self._read = copy, copy.numpy()
@@ -115,10 +98,7 @@ class StepGuard:
     def judge(self, losses: Sequence[Tensor], norm: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Whether to skip the step, and whether it is bad: 1.0 or 0.0, on the device, the same in all processes.
 
-        Args:
-            losses: of this process, one for each part of the batch.
-            norm: of all gradients, which the processes share.
-            scale: of the gradient scaler.
+        `losses` are those of this process, one for each part of the batch; `norm` that of the shared gradients.
         """
         bad_loss = ~torch.isfinite(torch.stack(list(losses))).all()
         bad_norm = ~torch.isfinite(norm)
@@ -147,12 +127,9 @@ class StepGuard:
                 del optimizer.found_inf  # type: ignore[attr-defined]
         elif not skip:
             optimizer.step()
-        for tensor, before in self._saved:
+        gradients = [(weight.grad, before) for weight, before in self._gradients if weight.grad is not None]
+        for tensor, before in (*self._saved, *gradients):
             torch.where(skip.bool(), before, tensor, out=tensor)
-        if self.keep_gradients:
-            for weight, before in self._gradients:
-                if weight.grad is not None:
-                    torch.where(skip.bool(), before, weight.grad, out=weight.grad)
 
     def end(self, step: StepRecord) -> None:
         """After a step. Its batch is kept only if it may be the last one allowed to be bad."""
@@ -180,10 +157,8 @@ class StepGuard:
         with torch.no_grad():
             for tensor, before in self._saved:
                 tensor.copy_(before)
-        what = (
-            f"{self.limit} steps in a row were not finite, the last one" if self.limit > 1 else "a step is not finite"
-        )
-        raise BadSteps(f"{what} in {text}", step=step, rank=rank)
+        row = f"{self.limit} steps in a row were not finite, the last one"
+        raise BadSteps(f"{row if self.limit > 1 else 'a step is not finite'} in {text}", step=step, rank=rank)
 
     def state_dict(self) -> dict[str, int]:
         """Call `look` first: it reports a bad step while its batch is still known."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,12 @@ from samdetr.util.curves import plot_training_curves
 from samdetr.util.distributed import barrier, get_rank, is_main
 from samdetr.util.files import read_json_lines, write_json
 from samdetr.util.logger import MetricAverager, log
+from samdetr.util.sections import timed_by
 from samdetr.util.targets import TargetBatch
 
 
 def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
-    """Train to the last epoch.
-
-    Args:
-        given: values of the flags that the user typed.
+    """Train to the last epoch. `given` are the values of the flags that the user typed.
 
     Raises:
         Stopped: the run ended early, after a checkpoint.
@@ -70,10 +69,8 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
     if clock and clock.is_up:
         log(f"`max_hours` {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
         return
-    requests = [signals.request, *([clock.request] if clock else [])]
-    trainer = Trainer(parts, state=state, update=update, signals=signals, requests=requests, earlier=earlier)
     try:
-        trainer.run(same_random_numbers=same_random_numbers)
+        Trainer(parts, state, update, signals, clock, earlier).run(same_random_numbers=same_random_numbers)
     except BadSteps as error:
         text = replay.keep(
             error, state=state, criterion=parts.criterion, device=parts.device, amp=parts.amp, folder=parts.folder
@@ -93,7 +90,7 @@ def build_update(parts: Parts, resume: Resume, *, steps: int) -> Update:
         warmup_steps=settings.warmup_iters,
         first_step=resume.epoch * steps + (resume.step or 0),
     )
-    amp = parts.settings.speed.amp
+    amp, profile = parts.settings.speed.amp, parts.settings.speed.profile
     return Update(
         network,
         optimizer,
@@ -103,17 +100,16 @@ def build_update(parts: Parts, resume: Resume, *, steps: int) -> Update:
         keep_gradients=settings.legacy_no_zero_grad and amp == "off",  # with --amp the published loop zeroes them
         scaler=torch.amp.GradScaler(device.type) if amp == "fp16" else None,
         average=WeightAverage(network, decay=settings.ema) if settings.ema else None,
-        profiler=StepProfiler(steps=parts.settings.speed.profile, device=device),
+        profiler=StepProfiler(steps=profile, device=device) if profile else None,
     )
 
 
 def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
-    """The 12 metrics in a line of the log, those of averaged weights if any; None if there was no evaluation."""
+    """The 12 metrics in a line of the log, those of averaged weights if any; None without an evaluation."""
     return line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
 
 
 def average_precision(line: Mapping[str, Any]) -> float | None:
-    """The AP of `coco_metrics`."""
     metrics = coco_metrics(line)
     return metrics[0] if metrics else None
 
@@ -126,59 +122,40 @@ def compiled_graphs() -> int:
 
 
 class Trainer:
-    """Trains from the position of `state` to the last epoch.
-
-    Args:
-        signals: of the cluster.
-        requests: what this process requests after a step.
-        earlier: lines of the log that this run has already written.
-    """
+    """Trains from the position of `state` to the last epoch. `earlier` are the lines that the log has already."""
 
     def __init__(
         self,
         parts: Parts,
-        *,
         state: TrainingState,
         update: Update,
         signals: Signals,
-        requests: Sequence[Callable[[], Request]],
-        earlier: Sequence[dict[str, Any]] = (),
+        clock: WallClock | None,
+        earlier: Sequence[dict[str, Any]],
     ) -> None:
         assert parts.data.train is not None
-        self.parts, self.state, self.update, self.signals = parts, state, update, signals
-        self.folder, self.data = parts.folder, parts.data.train
-        self.epochs = parts.settings.optimisation.epochs
-        self.requests = [*requests, self._save_if_late]
+        self.parts, self.state, self.update, self.signals, self.clock = parts, state, update, signals, clock
+        self.folder, self.data, self.settings = parts.folder, parts.data.train, parts.settings.run
         self.history = [(line["epoch"], ap) for line in earlier if (ap := average_precision(line)) is not None]
         self.votes = Votes()
         self.saved_at = time.monotonic()
-        self.about = (
-            about(device=parts.device, data=Path(parts.settings.data.coco_path)) if self.folder and is_main() else {}
-        )
+        data = Path(parts.settings.data.coco_path)
+        self.about = about(device=parts.device, data=data) if self.folder and is_main() else {}
         self._arrived = 0  # batches of this epoch
         self._tables = ""  # of the last evaluation
 
-    @property
-    def steps(self) -> int:
-        """Of an epoch."""
-        return self.data.sampler.steps
+    def run(self, *, same_random_numbers: bool) -> None:
+        """Train. The first epoch is not seeded if its random numbers were restored.
 
-    def run(self, *, same_random_numbers: bool = False) -> None:
-        """Train.
-
-        Args:
-            same_random_numbers: do not seed the first epoch: its random numbers were restored.
-
-        Raises:
-            Stopped: a request ended the run early, after a checkpoint.
+        Raises Stopped: a request ended the run early, after a checkpoint.
         """
-        state = self.state
+        state, epochs = self.state, self.parts.settings.optimisation.epochs
         first, start = state.epoch, time.monotonic()
         self.saved_at = start
-        for epoch in range(state.epoch, self.epochs):
+        for epoch in range(first, epochs):
             if self._lost_patience():
                 break
-            if epoch > state.epoch:
+            if epoch > first:
                 state.epoch, state.iteration, state.averager = epoch, 0, MetricAverager()
             if not same_random_numbers:
                 # Reseed per epoch, so that resuming between epochs is exact. Resuming inside an epoch with another
@@ -187,10 +164,10 @@ class Trainer:
             same_random_numbers = False
             line: dict[str, Any] = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
             self._act(self.votes.result())
-            if (epoch + 1) % self.parts.settings.run.eval_every_epoch == 0 or epoch + 1 == self.epochs:
+            if (epoch + 1) % self.settings.eval_every_epoch == 0 or epoch + 1 == epochs:
                 line |= self._evaluate()
             self._write_log(line)
-            seconds = (time.monotonic() - start) / (epoch + 1 - first) * (self.epochs - epoch - 1)
+            seconds = (time.monotonic() - start) / (epoch + 1 - first) * (epochs - epoch - 1)
             best, where = self._best(), self.folder.path / BEST if self.folder else None
             log(epoch_line(line, metrics=coco_metrics(line), best=best, where=where, epoch=epoch, seconds_left=seconds))
         log(f"{self._tables}training took {timedelta(seconds=round(time.monotonic() - start))}")
@@ -201,22 +178,14 @@ class Trainer:
         self.data.images.set_epoch(state.epoch)
         self._arrived = 0
         parts.watchdog.begin_round()
-        with self.update.watch():
+        profiler = self.update.profiler
+        with timed_by(profiler.section) if profiler else nullcontext():
             metrics = train_one_epoch(
-                model=parts.model,
-                criterion=parts.criterion,
-                loader=self.data.loader,
-                update=self.update,
-                device=parts.device,
-                epoch=state.epoch,
-                start=state.iteration,
-                accumulate=parts.settings.optimisation.accumulate,
-                amp=parts.amp,
-                averager=state.averager,
-                on_batch=self._on_batch,
-                after_step=self._after_step,
-                print_every=parts.settings.run.print_every,
-            )
+                model=parts.model, criterion=parts.criterion, loader=self.data.loader, update=self.update,
+                device=parts.device, epoch=state.epoch, start=state.iteration,
+                accumulate=parts.settings.optimisation.accumulate, amp=parts.amp, averager=state.averager,
+                on_batch=self._on_batch, after_step=self._after_step, print_every=self.settings.print_every,
+            )  # fmt: skip
         if parts.settings.speed.compile:
             log(f"torch.compile: {compiled_graphs()} graphs so far")
         return metrics
@@ -250,7 +219,7 @@ class Trainer:
                 averaged, evaluator = self.parts.evaluate()
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
             self._tables += f"and with averaged weights:\n{evaluator.table()}\n"
-        if self.parts.settings.run.verbose:
+        if self.settings.verbose:
             log(self._tables.rstrip())
             self._tables = ""
         return metrics
@@ -266,8 +235,7 @@ class Trainer:
             self.data.bad_images.note(targets.unreadable, last=self._arrived == len(self.data.loader))
 
     def _lost_patience(self) -> bool:
-        patience = self.parts.settings.run.patience
-        best = self._best()
+        patience, best = self.settings.patience, self._best()
         if not patience or not best:
             return False
         since = len(self.history) - 1 - self.history.index(best)
@@ -276,7 +244,8 @@ class Trainer:
         return since >= patience
 
     def save(self) -> None:
-        """Write a checkpoint. Every process must call this."""
+        """Write a checkpoint, once the last step is known to be good or skipped. Every process must call this."""
+        self.update.check()
         state = self.state
         if not self.folder:
             return
@@ -284,8 +253,8 @@ class Trainer:
         if is_main():
             with self.folder.writing() as folder:
                 write_json(folder / "settings.json", {**state.facts["settings"], "about": self.about})
-            every = self.parts.settings.run.save_every_epoch
-            whole = state.iteration == self.steps and (state.epoch + 1) % every == 0
+            every = self.settings.save_every_epoch
+            whole = state.iteration == self.data.sampler.steps and (state.epoch + 1) % every == 0
             self.folder.save(content, epoch=state.epoch, iteration=None if whole else state.iteration)
         self.saved_at = time.monotonic()
 
@@ -293,19 +262,24 @@ class Trainer:
         state = self.state
         state.iteration += 1
         state.samples_seen += state.batch
-        every = self.parts.settings.run.save_every_iterations
-        due = state.iteration == self.steps or (every and state.iteration % every == 0)
+        every = self.settings.save_every_iterations
+        due = state.iteration == self.data.sampler.steps or (every and state.iteration % every == 0)
         if due:
-            self.update.check()
             self.save()
 
         def act(request: Request) -> None:
             if request > Request.CONTINUE and not due:
-                self.update.check()
                 self.save()
             self._act(request)
 
-        self.votes.agree(lambda: max(request() for request in self.requests), act)
+        self.votes.agree(self._request, act)
+
+    def _request(self) -> Request:
+        """What this process asks for after a step."""
+        minutes = self.settings.save_every_minutes
+        late = minutes and time.monotonic() - self.saved_at >= 60 * minutes
+        hours = self.clock.request() if self.clock else Request.CONTINUE
+        return max(self.signals.request(), hours, Request.SAVE if late else Request.CONTINUE)
 
     def _act(self, request: Request) -> None:
         if request < Request.FINISH:
@@ -313,8 +287,3 @@ class Trainer:
         barrier()  # once one process ends, the launcher may end the others: the checkpoint must be written before
         log(f"stopped after step {self.state.iteration} of epoch {self.state.epoch}; `resume` auto resumes there")
         raise Stopped({Request.PREEMPT: PREEMPTED, Request.INTERRUPT: INTERRUPTED}.get(request, 0))
-
-    def _save_if_late(self) -> Request:
-        minutes = self.parts.settings.run.save_every_minutes
-        late = minutes and time.monotonic() - self.saved_at >= 60 * minutes
-        return Request.SAVE if late else Request.CONTINUE

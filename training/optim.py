@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
@@ -46,10 +45,6 @@ def parameter_groups(
     for name, parameter in trainable.items():
         group = "backbone" if name in backbone else "linear_proj" if name in projection else "main"
         members[group].append(parameter)
-
-    grouped = Counter(id(parameter) for parameters in members.values() for parameter in parameters)
-    expected = Counter({id(parameter) for parameter in model.parameters() if parameter.requires_grad})
-    assert grouped == expected, f"{grouped.total()} parameters in groups, {expected.total()} different ones to train"
     return [
         {"name": group, "params": parameters, "lr": learning_rates[group]}
         for group, parameters in members.items()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
-
-from samdetr.util.sections import timed_by
 
 SECTIONS = ("data", "transfer", "forward", "matching", "loss", "backward", "optimiser")
 
@@ -31,12 +29,9 @@ class StepProfiler:
     def active(self) -> bool:
         return len(self.rows) < self.steps
 
-    def watch(self) -> AbstractContextManager[None]:
-        """Time the sections inside the body."""
-        return timed_by(self._section)
-
     @contextmanager
-    def _section(self, name: str) -> Iterator[None]:
+    def section(self, name: str) -> Iterator[None]:
+        """Time the body, for `util.sections.timed_by`."""
         if not self.active:
             yield
             return

@@ -10,12 +10,11 @@ import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from samdetr.engine import compute_losses, predict
 from samdetr.models.criterion import SetCriterion
@@ -102,36 +101,50 @@ class Repeated:
     """The result of a step.
 
     Args:
+        same_numbers: whether the device drew the random numbers of the original.
         terms: `loss` and its weighted terms.
         norm: of the gradients, before clipping.
-        same_numbers: whether the device drew the random numbers of the original.
         nan, infinite: name of the first value with a NaN and with an infinity, in the order of computation, if any.
         gradient: name of the first parameter, in the order of backward, whose gradient is non-finite, if any.
     """
 
-    terms: dict[str, float]
-    norm: float
     same_numbers: bool
-    nan: str | None
-    infinite: str | None
-    gradient: str | None
+    terms: dict[str, float] = field(default_factory=dict)
+    norm: float = 0.0
+    nan: str | None = None
+    infinite: str | None = None
+    gradient: str | None = None
+
+    def see(self, name: str, value: Any) -> None:
+        """Examine the tensors in a value: nested dicts, lists and dataclasses."""
+        for tensor in _tensors(value):
+            if self.nan is None and tensor.isnan().any():
+                self.nan = name
+            if self.infinite is None and tensor.isinf().any():
+                self.infinite = name
+
+    def see_gradient(self, name: str, weight: Tensor) -> None:
+        if self.gradient is None and weight.grad is not None and not torch.isfinite(weight.grad).all():
+            self.gradient = name
 
     @property
     def finite(self) -> bool:
         return all(map(math.isfinite, (*self.terms.values(), self.norm)))
 
+    def _faults(self) -> dict[str, str | None]:
+        # An infinity may be intended, such as that of positions that propose nothing; a NaN is not.
+        return {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
+
     def first_fault(self) -> str:
-        """Where it began. An infinity may be intended, such as that of positions that propose nothing; a NaN is not."""
-        found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
-        return next((f"first {what}: {where}" for what, where in found.items() if where), "the norm overflows")
+        """Where it began."""
+        return next((f"first {what}: {where}" for what, where in self._faults().items() if where), "the norm overflows")
 
     def lines(self) -> list[str]:
         """A report."""
         values = {**self.terms, "norm of the gradients": self.norm}
         width = max(map(len, values))
         lines = [f"{n:{width}}  {v:.7g}{'' if math.isfinite(v) else '   <- not finite'}" for n, v in values.items()]
-        found = {"NaN": self.nan, "infinity": self.infinite, "gradient that is not finite": self.gradient}
-        lines += [f"first {what}: {where or 'none'}" for what, where in found.items()]
+        lines += [f"first {what}: {where or 'none'}" for what, where in self._faults().items()]
         if not self.same_numbers:
             lines.append("this device draws other random numbers (dropout) than that of the run")
         return lines
@@ -155,27 +168,27 @@ def repeat(
     for name, weight in network.named_parameters():
         weight.grad = gradients.get(name)
     set_random_state(content["random"], device)
-    same_numbers = (device.type == "cuda") == ("cuda" in content["random"])
-    terms: dict[str, float] = {}
-    with _watched(network) as watch:
+    repeated = Repeated(same_numbers=(device.type == "cuda") == ("cuda" in content["random"]))
+    terms = repeated.terms
+    with _watched(network, repeated):
         for number, part in enumerate(parts):
             name = f" of part {number}" if len(parts) > 1 else ""
-            watch.see(f"the images{name}", part["images"])
-            watch.see(f"the boxes{name}", [target["boxes"] for target in part["targets"]])
+            repeated.see(f"the images{name}", part["images"])
+            repeated.see(f"the boxes{name}", [target["boxes"] for target in part["targets"]])
             outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp)
-            watch.see("the predictions", outputs)
+            repeated.see("the predictions", outputs)
             loss, values = compute_losses(criterion, outputs, part["targets"], num_boxes=num_boxes, parts=len(parts))
             values["loss"] = values.pop("loss")  # list the total last
             for term, value in values.items():
                 if term.startswith("loss") and not term.endswith("_unscaled"):
-                    watch.see(term, value)
+                    repeated.see(term, value)
                     terms[term] = terms.get(term, 0.0) + value.item() / len(parts)
             (loss * scale).backward()
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
     for gradient in gradients:
         gradient /= scale
-    norm = nn.utils.get_total_norm(gradients).item()
-    return Repeated(terms, norm, same_numbers, watch.nan, watch.infinite, watch.gradient)
+    repeated.norm = nn.utils.get_total_norm(gradients).item()
+    return repeated
 
 
 def run(source: str, *, device: torch.device) -> int:
@@ -192,61 +205,36 @@ def run(source: str, *, device: torch.device) -> int:
     repeated = repeat(content, network=network, criterion=criterion, device=device, amp=AMP[settings.speed.amp])
     for line in repeated.lines():
         log(line)
-    if repeated.finite:
-        log(f"the step is finite; {take(network, optimizer, clip_max_norm=settings.optimisation.clip_max_norm)}")
-    return 0 if repeated.finite else 1
+    if not repeated.finite:
+        return 1
+    if settings.optimisation.clip_max_norm > 0:
+        nn.utils.clip_grad_norm_(network.parameters(), settings.optimisation.clip_max_norm)
+    optimizer.step()
+    bad = [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]
+    after = f"the optimiser makes {bad[0]} infinite" if bad else "after it all weights are finite, too"
+    log(f"the step is finite; {after}")
+    return 0
 
 
 def image_ids(content: dict[str, Any]) -> list[int]:
     return [int(target["image_id"]) for part in content["parts"] for target in part["targets"]]
 
 
-@torch.no_grad()
-def take(network: nn.Module, optimizer: Optimizer, *, clip_max_norm: float) -> str:
-    """Let the optimiser take a repeated step, and report whether the weights are finite."""
-    if clip_max_norm > 0:
-        nn.utils.clip_grad_norm_(network.parameters(), clip_max_norm)
-    optimizer.step()
-    bad = [name for name, weight in network.named_parameters() if not torch.isfinite(weight).all()]
-    return f"the optimiser makes {bad[0]} infinite" if bad else "after it all weights are finite, too"
-
-
-class _Watch:
-    """Records the first non-finite values."""
-
-    def __init__(self) -> None:
-        self.nan: str | None = None
-        self.infinite: str | None = None
-        self.gradient: str | None = None
-
-    def see(self, name: str, value: Any) -> None:
-        for tensor in _tensors(value):
-            if self.nan is None and tensor.isnan().any():
-                self.nan = name
-            if self.infinite is None and tensor.isinf().any():
-                self.infinite = name
-
-    def see_gradient(self, name: str, weight: Tensor) -> None:
-        if self.gradient is None and weight.grad is not None and not torch.isfinite(weight.grad).all():
-            self.gradient = name
-
-
 @contextmanager
-def _watched(network: nn.Module) -> Iterator[_Watch]:
-    """Watch the output of every module, inner ones first, and every gradient in the order of backward."""
-    watch = _Watch()
+def _watched(network: nn.Module, repeated: Repeated) -> Iterator[None]:
+    """Show `repeated` the output of every module, inner ones first, and every gradient in the order of backward."""
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: watch.see(f"output of {name}", output))
+        module.register_forward_hook(lambda _, __, output, name=name: repeated.see(f"output of {name}", output))
         for name, module in network.named_modules()
         if name
     ]
     hooks += [
-        weight.register_post_accumulate_grad_hook(lambda weight, name=name: watch.see_gradient(name, weight))
+        weight.register_post_accumulate_grad_hook(lambda weight, name=name: repeated.see_gradient(name, weight))
         for name, weight in network.named_parameters()
         if weight.requires_grad
     ]
     try:
-        yield watch
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -254,14 +242,13 @@ def _watched(network: nn.Module) -> Iterator[_Watch]:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value.detach()
+        yield value.detach()
         return
     if is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value)]
-    if isinstance(value, dict):
-        value = value.values()
-    if isinstance(value, (list, tuple, type({}.values()))):
+        value = [getattr(value, each.name) for each in fields(value)]
+    elif isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
         for part in value:
             yield from _tensors(part)
 

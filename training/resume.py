@@ -36,15 +36,12 @@ AS_TRAINED = ("batch_size", "pad_to_multiple", "amp")
 class Source:
     """The checkpoint that a run starts from.
 
-    Args:
-        path: file or URL; "" if there is none.
-        checkpoint: its content, of `read_checkpoint`.
-        same_run: whether training continues the run whose log and checkpoints are in the output folder.
-        in_folder: whether the file is in the output folder, and training starts where it ends.
+    `same_run`: training continues the run whose log and checkpoints are in the output folder. `in_folder`: the file is
+    in the output folder, and training starts where it ends.
     """
 
-    path: str
-    checkpoint: dict[str, Any] | None
+    path: str  # or URL; "" if there is none
+    checkpoint: dict[str, Any] | None  # its content, of `read_checkpoint`
     same_run: bool
     in_folder: bool = False
 
@@ -53,16 +50,16 @@ class Source:
 
         Raises ValueError.
         """
-        if self.checkpoint:
-            settings = settings.with_checkpoint(self.checkpoint["settings"], given)
-            if "sampler" in self.checkpoint and "seed" not in given:
-                settings = settings.replace(seed=self.checkpoint["sampler"]["seed"])
-            if settings.run.eval:
-                saved = self.checkpoint["run_settings"]
-                settings = settings.replace(
-                    **{name: saved[name] for name in AS_TRAINED if name in saved and name not in given}
-                )
-        return settings.replace(resume=self.path)
+        if not self.checkpoint:
+            return settings.replace(resume=self.path)
+        saved: dict[str, Any] = {}
+        if "sampler" in self.checkpoint:
+            saved["seed"] = self.checkpoint["sampler"]["seed"]
+        if settings.run.eval:
+            found = self.checkpoint["run_settings"]
+            saved |= {name: found[name] for name in AS_TRAINED if name in found}
+        saved = {name: value for name, value in saved.items() if name not in given}
+        return settings.with_checkpoint(self.checkpoint["settings"], given).replace(**saved, resume=self.path)
 
     def evaluating_processes(self, given: Mapping[str, Any]) -> int:
         """The number of processes whose batches an evaluation repeats."""
@@ -73,14 +70,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where training starts.
-
-    Args:
-        source: the checkpoint.
-        epoch: the first epoch to train, counted from 0.
-        step: how many of its steps are done, all if only its evaluation is missing; None: the epoch starts from its
-            first step, and random numbers are seeded.
-    """
+    """Where training starts: at `epoch`, counted from 0, of which `step` steps are done, all if only its evaluation is
+    missing. None: the epoch starts from its first step, and random numbers are seeded."""
 
     source: Source
     epoch: int
@@ -131,22 +122,18 @@ def find_checkpoint(settings: RunSettings, given: Mapping[str, Any], folder: Che
             raise ValueError(f"`resume` auto: no good checkpoint is in {folder.path}; pass a file")
         log(f"no checkpoint in {folder.path} yet; the run starts {f'from {otherwise}' if otherwise else 'afresh'}")
     path = path or otherwise
-    checkpoint = None
-    if path:
-        checkpoint = found[1] if found else read_checkpoint(path)
-    in_folder = bool(path) and folder is not None and Path(path).parent.resolve() == folder.path.resolve()
-    in_folder = in_folder and "start_epoch" not in given
-    if checkpoint:  # early files lack the iteration
-        return Source(path, checkpoint, same_run=in_folder and "iteration" in checkpoint, in_folder=in_folder)
-    return Source(path, None, same_run=auto and "start_epoch" not in given)
+    follows = "start_epoch" not in given
+    if not path:
+        return Source(path, None, same_run=auto and follows)
+    checkpoint = found[1] if found else read_checkpoint(path)
+    in_folder = follows and folder is not None and Path(path).parent.resolve() == folder.path.resolve()
+    # Early files lack the iteration.
+    return Source(path, checkpoint, same_run=in_folder and "iteration" in checkpoint, in_folder=in_folder)
 
 
 def claim_folder(source: Source, folder: CheckpointFolder, *, overwrite: bool) -> None:
-    """Before training writes into the folder: protect another run's files in it.
-
-    Raises:
-        ValueError: there are some, and neither does training continue that run nor is `overwrite` given.
-    """
+    """Before training writes into the folder: protect another run's files in it. Raises ValueError: there are some, and
+    neither does training continue that run nor is `overwrite` given."""
 
     def claim() -> None:
         names = folder.holds_run()

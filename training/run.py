@@ -54,7 +54,7 @@ class TrainData:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads. `train` is None if it only evaluates."""
+    """What a run reads; no `train` if it only evaluates."""
 
     categories: Categories
     train: TrainData | None
@@ -66,12 +66,8 @@ class Data:
 class Parts:
     """What both training and evaluation need.
 
-    Args:
-        settings: with what the checkpoint and the data decide.
-        source: the checkpoint that the run starts from.
-        network: the detector on its device.
-        model: the network, or DistributedDataParallel around it.
-        folder: where files are written; None: nowhere.
+    `settings` include what checkpoint and data decide; `model` is the network, or DistributedDataParallel around it;
+    without a `folder` nothing is written.
     """
 
     settings: RunSettings
@@ -100,16 +96,10 @@ class Parts:
         evaluator = CocoEvaluator(self.data.val_images.ground_truth, self.data.categories)
         self.watchdog.begin_round()
         metrics = evaluate(
-            model=self.model,
-            criterion=self.criterion,
-            postprocess=self.postprocess,
-            loader=self.data.val_loader,
-            evaluator=evaluator,
-            device=self.device,
-            amp=self.amp,
-            on_batch=self.watchdog.on_batch,
+            model=self.model, criterion=self.criterion, postprocess=self.postprocess, loader=self.data.val_loader,
+            evaluator=evaluator, device=self.device, amp=self.amp, on_batch=self.watchdog.on_batch,
             print_every=self.settings.run.print_every,
-        )
+        )  # fmt: skip
         return metrics, evaluator
 
 
@@ -122,42 +112,27 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if is_auto(run.resume) and run.overwrite:
         raise ValueError("`overwrite` starts anew, `resume` auto continues: pass one of them")
-    if run.output_dir and not _is_writable(Path(run.output_dir)):
-        raise ValueError(f"`output_dir` {run.output_dir} is not a folder that can be written to")
-
-
-def _is_writable(folder: Path) -> bool:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    if run.output_dir:
+        folder = Path(run.output_dir).absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(f"`output_dir` {run.output_dir} is not a folder that can be written to")
 
 
 def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog) -> Parts:
     """Data, network and losses, with the weights that the run starts from.
 
-    Args:
-        given: values of the flags that the user typed.
-
-    Raises:
-        ValueError: settings, checkpoint or data that no run can use; one line.
+    `given` are the values of the flags that the user typed. Raises ValueError: settings, checkpoint or data that no run
+    can use.
     """
-    device = choose_device(settings.run.device)
-    folder = None
-    if settings.run.output_dir:
-        keep = settings.run.keep
-        folder = CheckpointFolder(settings.run.output_dir, keep=None if keep == -1 else keep)
+    device, run = choose_device(settings.run.device), settings.run
+    folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
     settings.check_family(given)
-    if folder and not settings.run.eval:
-        claim_folder(source, folder, overwrite=settings.run.overwrite)
-    data = load_data(
-        settings,
-        checkpoint=source.checkpoint,
-        folder=folder,
-        evaluating_processes=source.evaluating_processes(given) if settings.run.eval else None,
-    )
+    if folder and not run.eval:
+        claim_folder(source, folder, overwrite=run.overwrite)
+    data = load_data(settings, source, given, folder)
     if not source.checkpoint:
         settings = settings.replace(num_classes=data.categories.num_classes)
     elif data.categories.num_classes > settings.trunk.num_classes:
@@ -167,25 +142,17 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
         )
     settings = settings.with_resolved_norm()
     network, criterion, postprocess = build_network(settings)
-    if source.checkpoint:
-        _load_checkpoint(network, source, raw=settings.run.raw_weights or not settings.run.eval)
-    else:
-        _load_backbone(network, settings)
+    _load_weights(network, source, settings)
     place(network, settings, device)
     if settings.speed.compile:
         network.compile(dynamic=True)
-    return Parts(
-        settings=settings,
-        source=source,
-        data=data,
-        device=device,
-        network=network,
-        model=_distributed(network, settings) if get_world_size() > 1 else network,
-        criterion=criterion,
-        postprocess=postprocess,
-        folder=folder,
-        watchdog=watchdog,
-    )
+    model: nn.Module = network
+    if get_world_size() > 1:
+        # Without auxiliary losses the heads of the earlier layers get no gradient.
+        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not settings.loss.aux_loss)
+        # Frozen norms never differ. PyTorch warns of the argument of this name since 2.14.
+        model.broadcast_buffers = settings.trunk.backbone_norm == "learned"
+    return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)
 
 
 def build_network(settings: RunSettings) -> tuple[Detector, SetCriterion, Callable[..., Any]]:
@@ -207,61 +174,43 @@ def place(network: nn.Module, settings: RunSettings, device: torch.device) -> No
 
 def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW with the groups of `parameter_groups`. Raises ValueError."""
-    optimisation = settings.optimisation
+    how = settings.optimisation
     groups = parameter_groups(
-        network,
-        lr=optimisation.lr,
-        lr_backbone=optimisation.lr_backbone,
-        lr_linear_proj_names=optimisation.lr_linear_proj_names,
-        lr_linear_proj_mult=optimisation.lr_linear_proj_mult,
-    )
-    return torch.optim.AdamW(
-        groups, lr=optimisation.lr, weight_decay=optimisation.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
+        network, lr=how.lr, lr_backbone=how.lr_backbone, lr_linear_proj_names=how.lr_linear_proj_names,
+        lr_linear_proj_mult=how.lr_linear_proj_mult,
+    )  # fmt: skip
+    return torch.optim.AdamW(groups, lr=how.lr, weight_decay=how.weight_decay, fused=device.type in ("cpu", "cuda"))
 
 
-def load_data(
-    settings: RunSettings,
-    *,
-    checkpoint: dict[str, Any] | None,
-    folder: CheckpointFolder | None,
-    evaluating_processes: int | None = None,
-) -> Data:
+def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], folder: CheckpointFolder | None) -> Data:
     """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
     checked: list[Split] = []
 
     def load(split: str, categories: Categories | None) -> CocoDetection:
         annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
         dataset = build_dataset(
-            split,
-            settings.data,
-            annotations=annotations,
-            categories=categories,
-            max_objects=queries,
+            split, settings.data, annotations=annotations, categories=categories, max_objects=queries,
             seed=settings.run.seed,
-        )
+        )  # fmt: skip
         if is_main():
             checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
         return dataset
 
-    categories = checkpoint_categories(checkpoint) if checkpoint else None
+    categories = checkpoint_categories(source.checkpoint) if source.checkpoint else None
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = load("val", categories)
     for line in start_lines(checked):
         log(line)
-    bad_images = None
-    if train_set:
-        bad_images = BadImages(
-            train_set,
-            largest_share=settings.data.max_bad_images,
-            folder=folder.path if folder else None,
-            every=settings.run.print_every,
-        )
-    train_loader, val_loader = build_loaders(settings, train_set, val_set, evaluating_processes=evaluating_processes)
+    processes = source.evaluating_processes(given) if settings.run.eval else None
+    train_loader, val_loader = build_loaders(settings, train_set, val_set, evaluating_processes=processes)
     train = None
-    if train_set and train_loader and bad_images:
+    if train_set and train_loader:
         assert isinstance(train_loader.sampler, TrainSampler)
+        bad_images = BadImages(
+            train_set, largest_share=settings.data.max_bad_images, folder=folder.path if folder else None,
+            every=settings.run.print_every,
+        )  # fmt: skip
         train = TrainData(train_set, train_loader.sampler, train_loader, bad_images)
     return Data(categories or val_set.categories, train, val_set, val_loader)
 
@@ -275,11 +224,8 @@ def build_loaders(
 ) -> tuple[DataLoader | None, DataLoader]:
     """Batches for training, without the incomplete last one, as published, and for evaluation.
 
-    Args:
-        evaluating_processes: as of `Source.evaluating_processes`; None: those of this run.
-
-    Raises:
-        ValueError: a step needs more images than there are.
+    `evaluating_processes` as of `Source.evaluating_processes`; None: those of this run. Raises ValueError: a step needs
+    more images than there are.
     """
     batch_size, accumulate = settings.optimisation.batch_size, settings.optimisation.accumulate
     rank, world_size = get_rank(), get_world_size()
@@ -294,12 +240,9 @@ def build_loaders(
         "generator": torch.Generator(),
     }
     batches = evaluation_batches(
-        length=len(val_set),
-        batch_size=batch_size,
-        processes=evaluating_processes or world_size,
-        rank=rank,
+        length=len(val_set), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
         world_size=world_size,
-    )
+    )  # fmt: skip
     val_loader = DataLoader(val_set, batch_sampler=batches, **options)
     if train_set is None:
         return None, val_loader
@@ -321,28 +264,18 @@ def _init_worker(number: int) -> None:
     leave_lock_to_parent()
 
 
-def _load_checkpoint(network: Detector, source: Source, *, raw: bool) -> None:
-    assert source.checkpoint is not None
-    weights = chosen_weights(source.checkpoint, raw=raw)
-    if weights is not source.checkpoint["model"]:
-        log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
-    load_weights(network, weights, source=source.path)
-
-
-def _load_backbone(network: Detector, settings: RunSettings) -> None:
+def _load_weights(network: Detector, source: Source, settings: RunSettings) -> None:
+    """Those of the checkpoint; without one, those of the backbone."""
+    if source.checkpoint:
+        weights = chosen_weights(source.checkpoint, raw=settings.run.raw_weights or not settings.run.eval)
+        if weights is not source.checkpoint["model"]:
+            log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+        load_weights(network, weights, source=source.path)
+        return
     with main_process_first():
         load_backbone_weights(network, settings.run.backbone_weights)
     if settings.run.backbone_weights == "none" and settings.trunk.backbone_norm == "frozen":
         log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
-
-
-def _distributed(network: Detector, settings: RunSettings) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(
-        network,
-        # Without auxiliary losses the heads of the earlier layers get no gradient.
-        find_unused_parameters=not settings.loss.aux_loss,
-        broadcast_buffers=settings.trunk.backbone_norm == "learned",  # frozen norms never differ
-    )
 
 
 def write_evaluation(parts: Parts) -> None:

@@ -158,15 +158,10 @@ class RunSettings:
         return dataclasses.replace(self, **parts)
 
     def with_checkpoint(self, saved: Mapping[str, Any], given: Mapping[str, Any]) -> RunSettings:
-        """Let a checkpoint decide what shapes the network, except for values the user gave: if these do not fit,
-        loading the weights reports it. What the weights themselves show always follows them.
+        """Let the settings `saved` in a checkpoint decide what shapes the network, except for the values that the user
+        gave: if these do not fit, loading the weights reports it. What the weights themselves show always follows them.
 
-        Args:
-            saved: settings of `read_checkpoint`.
-            given: values of the flags that the user typed.
-
-        Raises:
-            ValueError: the user asked for another family.
+        Raises ValueError: the user asked for another family.
         """
         if "model" in given and given["model"] != saved["model"]:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torchvision
@@ -13,17 +13,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from samdetr.training.ema import WeightAverage
 from samdetr.util.checkpoint import SCHEMA_VERSION
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
-
-
-class Stateful(Protocol):
-    """What a checkpoint can hold: its state is plain numbers, text, lists, dicts and tensors."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -32,37 +25,24 @@ class TrainingState:
     `restore_place()` undo it.
 
     The learning rate is no part: it follows from the settings and the position, so a run may resume with others.
-
-    Args:
-        model: the network itself, without DDP's wrapper.
-        ema: averaged weights, if any.
-        seed: of the order of the images, which is a function of it and the epoch.
-        batch: images per step, over all processes.
-        scaler: of float16.
-        keep_gradients: whether the next step adds to the gradients of the last one.
-        extras: further parts by name (counters and the like). If a checkpoint lacks one, it is left as it is. They must
-            be equal in all processes; those of the main process are saved. A checkpoint at the end of an epoch is
-            written before the epoch is evaluated, so results of an evaluation belong into log.txt, not here.
-        facts: plain values to save as well: `settings`, `categories`.
-        epoch: the current epoch, counted from 0.
-        iteration: steps of the optimiser done in it; all of them at its end.
-        averager: sums for the log line of this epoch, in this process.
+    Results of an evaluation are no part either: an epoch is saved before it is evaluated.
     """
 
-    model: nn.Module
+    model: nn.Module  # without DDP's wrapper
     optimizer: Optimizer
     scheduler: LRScheduler
-    seed: int
-    batch: int
-    ema: Stateful | None = None
+    seed: int  # of the order of the images, which is a function of it and the epoch
+    batch: int  # images per step, over all processes
+    ema: WeightAverage | None = None
     scaler: GradScaler | None = None
-    keep_gradients: bool = False
-    extras: dict[str, Stateful] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    epoch: int = 0
-    iteration: int = 0
+    keep_gradients: bool = False  # whether the next step adds to the gradients of the last one
+    # Further parts with a state_dict of plain values, by name; equal in all processes.
+    extras: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)  # plain values to save as well: settings, categories
+    epoch: int = 0  # the current one, counted from 0
+    iteration: int = 0  # steps done in it; all of them at its end
     samples_seen: int = 0
-    averager: MetricAverager = field(default_factory=MetricAverager)
+    averager: MetricAverager = field(default_factory=MetricAverager)  # of the epoch's log line, in this process
 
     def capture(self) -> dict[str, Any]:
         """The checkpoint. Every process must call this, for its random numbers and sums; waits for the device."""
@@ -92,26 +72,30 @@ class TrainingState:
         return content
 
     def restore(self, checkpoint: dict[str, Any], *, source: str) -> None:
-        """Restore everything except the weights, which are loaded where the network is made, and the position.
-
-        Parts that the file lacks, as early files of this project do, are left as they are.
+        """Restore everything except weights, learning rates and the position. Parts that the file lacks, as early files
+        of this project do, are left as they are.
 
         Raises:
             ValueError: the file has other groups of parameters.
         """
-        restore_optimizer(self.optimizer, checkpoint, source=source)
-        if self.keep_gradients:
-            gradients = checkpoint.get("gradients", {})
-            for name, weight in self.model.named_parameters():
-                if name in gradients:
-                    weight.grad = gradients[name].to(weight)
-        parts: dict[str, Stateful | None] = {"scaler": self.scaler, "ema": self.ema}
+        rates = [(group["lr"], group["initial_lr"]) for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError:
+            raise ValueError(
+                f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
+                "`lr_linear_proj_names` that it was trained with"
+            ) from None
+        for group, (lr, initial_lr) in zip(self.optimizer.param_groups, rates):
+            group["lr"], group["initial_lr"] = lr, initial_lr
+        for name, gradient in checkpoint.get("gradients", {}).items() if self.keep_gradients else ():
+            weight = self.model.get_parameter(name)
+            weight.grad = gradient.to(weight)
+        parts = {"scaler": self.scaler, "ema": self.ema, **self.extras}
+        saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
         for name, part in parts.items():
-            if part is not None and checkpoint.get(name):
-                part.load_state_dict(checkpoint[name])
-        for name, part in self.extras.items():
-            if name in checkpoint.get("extras", {}):
-                part.load_state_dict(checkpoint["extras"][name])
+            if part is not None and saved.get(name):
+                part.load_state_dict(saved[name])
         self.samples_seen = checkpoint.get("samples_seen", 0)
 
     def restore_place(self, checkpoint: dict[str, Any], *, iteration: int) -> bool:
@@ -121,13 +105,12 @@ class TrainingState:
         """
         self.epoch, self.iteration = checkpoint["epoch"], iteration
         sums = checkpoint["averages"]
-        same_world_size = len(sums) == get_world_size()
-        if same_world_size:
-            self.averager.load_state_dict(sums[get_rank()])
-            set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
-        else:
+        if len(sums) != get_world_size():
             self.averager.load_state_dict(mean_state(sums))
-        return same_world_size
+            return False
+        self.averager.load_state_dict(sums[get_rank()])
+        set_random_state(checkpoint["random_states"][get_rank()], next(self.model.parameters()).device)
+        return True
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -162,17 +145,3 @@ def versions() -> dict[str, str | None]:
         "torchvision": str(torchvision.__version__),
         "cuda": torch.version.cuda,
     }
-
-
-def restore_optimizer(optimizer: Optimizer, checkpoint: dict[str, Any], *, source: str) -> None:
-    """Load the optimiser's state, except the learning rates, which follow from the schedule. Raises ValueError."""
-    scheduled = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except ValueError:
-        raise ValueError(
-            f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
-            "`lr_linear_proj_names` that it was trained with"
-        ) from None
-    for group, (lr, initial_lr) in zip(optimizer.param_groups, scheduled):
-        group["lr"], group["initial_lr"] = lr, initial_lr

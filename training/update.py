@@ -8,7 +8,8 @@ with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -24,39 +25,28 @@ from samdetr.util.logger import log
 from samdetr.util.sections import section
 
 
+@dataclass
 class Update:
     """Makes the steps of a training. Only `Step.backward` and `check` wait for the device, and only if the caller has
-    not just waited for it.
+    not just waited for it."""
 
-    Args:
-        network: without DDP's wrapper.
-        scheduler: steps after every step, taken or skipped.
-        clip_max_norm: largest norm of all gradients together; 0: no clipping.
-        max_bad_steps: consecutive steps with a non-finite loss or gradient at which training stops.
-        keep_gradients: each step adds to the gradients that the last one left, clipped, instead of starting from zero.
-        scaler: scales the loss so that gradients of float16 do not vanish; skips a step whose gradients overflow.
-        average: follows the weights.
-        profiler: times the first steps.
-    """
+    network: nn.Module  # without DDP's wrapper
+    optimizer: Optimizer
+    scheduler: LRScheduler  # steps after every step, taken or skipped
+    _: KW_ONLY
+    clip_max_norm: float  # of all gradients together; 0: no clipping
+    max_bad_steps: int = 10  # consecutive steps with a non-finite loss or gradient at which training stops
+    keep_gradients: bool = False  # each step adds to the clipped gradients of the last one
+    scaler: GradScaler | None = None
+    average: WeightAverage | None = None
+    profiler: StepProfiler | None = None
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        *,
-        clip_max_norm: float,
-        max_bad_steps: int = 10,
-        keep_gradients: bool = False,
-        scaler: GradScaler | None = None,
-        average: WeightAverage | None = None,
-        profiler: StepProfiler | None = None,
-    ) -> None:
-        self.optimizer, self.scheduler, self.clip_max_norm = optimizer, scheduler, clip_max_norm
-        self.keep_gradients, self.scaler, self.average, self.profiler = keep_gradients, scaler, average, profiler
-        self.weights = [weight for weight in network.parameters() if weight.requires_grad]
+    def __post_init__(self) -> None:
+        self.weights = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.device = self.weights[0].device
-        self.guard = StepGuard(network, device=self.device, limit=max_bad_steps, keep_gradients=keep_gradients)
+        self.guard = StepGuard(
+            self.network, device=self.device, limit=self.max_bad_steps, keep_gradients=self.keep_gradients
+        )
 
     @contextmanager
     def step(
@@ -64,11 +54,8 @@ class Update:
     ) -> Iterator[Step]:
         """A step for the body to call `backward` on, once for each part of the batch; it is made when the body ends.
 
-        Args:
-            parts: images and targets of each part, kept to repeat the step if it is the last bad one.
-            num_boxes: the losses' divisor.
-        Raises:
-            BadSteps, a ValueError: too many steps in a row were bad; names the terms, epoch, iteration and images.
+        `parts` (images and targets) and `num_boxes`, the losses' divisor, repeat the step if it is the last bad one.
+        Raises BadSteps, a ValueError: too many steps in a row were bad; names terms, epoch, iteration and images.
         """
         random = self.guard.begin()
         if not self.keep_gradients:
@@ -76,7 +63,9 @@ class Update:
         step = Step(self)
         yield step
         step.lr = self.optimizer.param_groups[0]["lr"]
-        terms, scale = list(step.metrics), self._one()
+        terms, scale = step.metrics, None
+        if self.scaler:  # what it makes of 1 is its scale, on the device
+            scale = self.scaler.scale(torch.ones((), device=self.device))
         with section("optimiser"):
             bad = self._take(step.losses, scale)
         ids = [target["image_id"] for _, targets in parts for target in targets]
@@ -84,10 +73,6 @@ class Update:
         step.metrics = [*(_zero_if(bad, metrics) for metrics in terms), {"lr": step.lr, "good": 1 - bad}]
         if self.profiler and (table := self.profiler.step()):
             log(table)
-
-    def watch(self) -> AbstractContextManager[None]:
-        """Let the profiler, if any, time the sections inside the body."""
-        return self.profiler.watch() if self.profiler else nullcontext()
 
     def check(self) -> None:
         """Report the last step if it was bad; waits for the device. All processes must call this together.
@@ -113,24 +98,15 @@ class Update:
         self.scheduler.step()
         return bad
 
-    def _one(self) -> Tensor | None:
-        """What the scaler makes of 1: its scale, on the device."""
-        return self.scaler.scale(torch.ones((), device=self.device)) if self.scaler else None
-
 
 class Step:
-    """A step that is open.
-
-    Args:
-        lr: learning rate of the first group; once the step is made.
-        metrics: for each part what `backward` was given, for the log; once the step is made, 0 if it is bad, and last
-            `lr` and `good`, 1 or 0.
-    """
+    """A step that is open."""
 
     def __init__(self, update: Update) -> None:
         self._update = update
-        self.lr = 0.0
+        self.lr = 0.0  # of the first group, once the step is made
         self.losses: list[Tensor] = []
+        # For each part what `backward` was given; once the step is made, 0 if it is bad, and last `lr` and `good`.
         self.metrics: list[dict[str, Any]] = []
 
     def backward(self, loss: Tensor, metrics: dict[str, Tensor]) -> None:

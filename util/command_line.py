@@ -2,51 +2,73 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from samdetr.util.distributed import get_rank
 
-WRAPPED = "DataLoader worker process"
 _PROJECT = Path(__file__).resolve().parents[1]
+_IN_WORKER = "DataLoader worker process"
+_NOBODY_READS = 141  # as of shells: 128 + SIGPIPE
 
 
-def as_flags(text: str) -> str:
-    """A message with the arguments that it names in backticks as flags: `top_k` -> --top_k."""
-    return re.sub(r"`([a-z][a-z0-9_]*)`", r"--\1", text)
+def as_flags(text: str, spelled: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A message with the arguments that it names in backticks as flags: `top_k` -> --top_k, or as in `spelled`."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda found: spelled.get(found[1], f"--{found[1]}"), text)
 
 
-def run_command(program: str, function: Callable[[], int | None], describe: Callable[[str], str] = as_flags) -> int:
+def program_name(file: str) -> str:
+    """What the user typed: "samdetr train" if that command runs the program, else its `file`."""
+    return sys.argv[0] if sys.argv[0].startswith("samdetr ") else file
+
+
+def run_command(file: str, function: Callable[[], int | None], describe: Callable[[str], str] = as_flags) -> int:
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
     A ValueError raised in this project means bad input; `describe` turns names of arguments into flags. A ValueError of
     another package is a bug and keeps its traceback. A data loading worker that was killed is reported in one line,
-    too, with status 1.
+    too, with status 1. If nobody reads the output any more (`| head`), the status is 141.
     """
     try:
-        return function() or 0
+        try:
+            return function() or 0
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not any(event & select.POLLERR for _, event in output.poll(0)):
+            raise  # another pipe is broken
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+        return _NOBODY_READS
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
         hint = "if memory ran out, pass a smaller `num_workers`; `resume` auto resumes from the last checkpoint"
-        text, status = f"{reason}; {describe(hint)}", 1
+        _print_error(file, f"{reason}; {describe(hint)}")
+        return 1
     except ValueError as error:
         if not _is_ours(error):
             raise
-        # A DataLoader puts the traceback of its worker into the message.
-        reason = str(error).rsplit("ValueError: ", 1)[-1] if WRAPPED in str(error) else str(error)
-        text, status = describe(" ".join(reason.split())), 2
-    who = f"rank {get_rank()}: " if get_rank() else ""
-    print(f"{program}: error: {who}{text}", file=sys.stderr)
-    return status
+        # A DataLoader wraps what its workers raise into the text of their traceback.
+        text = str(error).rsplit("ValueError: ", 1)[-1] if _IN_WORKER in str(error) else str(error)
+        _print_error(file, describe(" ".join(text.split())))
+        return 2
+
+
+def _print_error(file: str, message: str) -> None:
+    print(f"{program_name(file)}: error: {f'rank {get_rank()}: ' if get_rank() else ''}{message}", file=sys.stderr)
 
 
 def _is_ours(error: ValueError) -> bool:
-    if WRAPPED in str(error):
+    if _IN_WORKER in str(error):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     # A checkout may hold a virtual environment.

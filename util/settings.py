@@ -21,28 +21,18 @@ S = TypeVar("S", bound="Settings")
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """What the command line and the checks know of a field.
+    """What the command line and the checks know of a field."""
 
-    Args:
-        help: one phrase for `--help`.
-        least, most: smallest and largest value allowed; `below` is the smallest one that is too large.
-        choices: the values allowed.
-        metavar: what stands for the value in `--help`.
-        on, off: further spellings; of a switch, those that turn it on and off.
-        carried: whether a checkpoint brings its value, because it shapes the network or its input.
-        hidden: whether there is no such flag, because programs set the field.
-    """
-
-    help: str
+    help: str  # one phrase
     least: float | None = None
     most: float | None = None
-    below: float | None = None
+    below: float | None = None  # the smallest value that is too large
     choices: tuple[str | int, ...] | None = None
-    metavar: str | None = None
-    on: tuple[str, ...] = ()
-    off: tuple[str, ...] = ()
-    carried: bool = False
-    hidden: bool = False
+    metavar: str | None = None  # what stands for the value in `--help`
+    on: tuple[str, ...] = ()  # further spellings; of a switch, those that turn it on ...
+    off: tuple[str, ...] = ()  # ... and off
+    carried: bool = False  # a checkpoint brings its value, since it shapes the network or its input
+    hidden: bool = False  # there is no such flag: programs set the field
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -52,8 +42,7 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
 def with_default(settings: type, name: str, default: Any) -> Any:
     """The field `name` of another settings class with another default, for a subclass."""
-    (found,) = (each for each in dataclasses.fields(settings) if each.name == name)
-    return field(default=default, metadata=found.metadata)
+    return field(default=default, metadata=settings.__dataclass_fields__[name].metadata)
 
 
 def flags(settings: type | Settings) -> Iterator[tuple[str, Flag]]:

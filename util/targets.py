@@ -25,7 +25,7 @@ class TargetBatch:
     unreadable: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def pack(cls, targets: Sequence[dict[str, Tensor]]) -> TargetBatch:
+    def pack(cls, targets: Sequence[dict[str, Any]]) -> TargetBatch:
         """Targets of datasets.coco: PER_OBJECT values have one row for each object, the others one for the image."""
         names = [name for name in targets[0] if name != "unreadable"]
         fields = {

@@ -71,29 +71,3 @@ def _loading_order(name: str) -> tuple[bool, int]:
 def convert_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An official state dict under our names. Unknown names stay, and loading reports them."""
     return {name: state[official] for official, name in from_official(state).items()}
-<<<<<<< HEAD
-
-
-def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the official names, every alias included."""
-    numbers = {match[1] for match in map(re.compile(r"decoder\.layers\.(\d+)\.").match, state) if match}
-    two_stage = any(name.startswith("decoder.queries.box_head.") for name in state)
-    refined = two_stage or any(name.startswith("decoder.box_heads.1.") for name in state)
-    ours_to_theirs = [(ours, official) for official, ours in _RULES]
-    official = {}
-    for name, tensor in state.items():
-        head = _OUR_HEAD_NAME.fullmatch(name)
-        if not head:
-            theirs = translate(name, ours_to_theirs)
-            assert theirs is not None, f"{name} has no official name"
-            official[theirs] = tensor
-            continue
-        kind = "class_embed" if head["kind"] == "class" else "bbox_embed"
-        number = head["number"] or str(len(numbers))
-        for alias in [number] if refined else numbers:
-            official[f"{kind}.{alias}.{head['rest']}"] = tensor
-        if two_stage or (refined and kind == "bbox_embed"):
-            official[f"transformer.decoder.{kind}.{number}.{head['rest']}"] = tensor
-    return official
-=======
->>>>>>> shrinkmodels

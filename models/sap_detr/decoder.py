@@ -204,18 +204,9 @@ class SAPDecoder(nn.Module):
         for convolution in self.initial_content or []:
             if isinstance(convolution, nn.Conv2d):
                 nn.init.normal_(convolution.weight, std=0.01)
-<<<<<<< HEAD
-                nn.init.zeros_(convolution.get_parameter("bias"))
-        for last in (*(head.layers[-1] for head in self.class_heads), self.object_head):
-            nn.init.constant_(last.bias, -math.log(99))
-        for head in (*self.distance_heads, *self.point_heads):
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
-=======
                 nn.init.zeros_(convolution.bias)
         last = [head.layers[-1] for head in self.class_heads]
         start_heads([*last, self.object_head], [*self.distance_heads, *self.point_heads])
->>>>>>> shrinkmodels
         nn.init.normal_(self.distances)
         self.position_scale.requires_grad_(len(self.layers) > 1)  # the first layer does not use it
 
@@ -267,21 +258,9 @@ class SAPDecoder(nn.Module):
 
         point = encode(points)  # (B, Q, C)
         box = encode(corners_around(points, distances).unflatten(-1, (2, 2))).flatten(-2)  # (B, Q, 2 C)
-<<<<<<< HEAD
-        scale = None if queries is None else self.position_scale(queries)
-        return QueryPositions(
-            points=points,
-            distances=distances,
-            point_sine=point if scale is None else point * scale,
-            box_sine=box if scale is None else box * scale.repeat(1, 1, 2),
-            point=self.point_position(point),
-            box=self.box_position(box),
-        )
-=======
         scale = 1 if queries is None else self.position_scale(queries)
         sines = point * scale, box if queries is None else box * scale.repeat(1, 1, 2)
         return QueryPositions(points, distances, *sines, self.point_position(point), self.box_position(box))
->>>>>>> shrinkmodels
 
 
 def _convolutions(width: int) -> nn.Sequential:

@@ -58,13 +58,12 @@ class FolderLock:
         descriptor = os.open(path, flags, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            return descriptor
+        except OSError as error:
             os.close(descriptor)
-            raise
-        except OSError:
-            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise
             return None
-        return descriptor
 
 
 def leave_lock_to_parent() -> None:

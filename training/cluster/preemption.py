@@ -53,11 +53,11 @@ class Signals:
 
     Args:
         announce: called with a message and the exit status before this process ends by itself, to inform the others.
-        saves: whether the run has an output folder. If not, there is never anything to save: Ctrl-C ends the process
-            with a line, and the other signals keep their default behaviour.
+        saves: whether the run has an output folder. If not, Ctrl-C ends the process with a line, and the other signals
+            keep their default behaviour.
     """
 
-    def __init__(self, announce: Callable[[str, int], None] = lambda message, status: None, *, saves: bool) -> None:
+    def __init__(self, announce: Callable[[str, int], None], *, saves: bool) -> None:
         self.announce, self.saves = announce, saves
         self.numbers = SIGNALS if saves else (signal.SIGINT,)
         self.received: signal.Signals | None = None
@@ -115,8 +115,9 @@ class Signals:
 
     def _leave(self) -> None:
         assert self.received is not None
-        status = INTERRUPTED if self.received == signal.SIGINT else PREEMPTED
-        if status == INTERRUPTED:
+        status = PREEMPTED
+        if self.received == signal.SIGINT:
+            status = INTERRUPTED
             then = "`resume` auto resumes from the last checkpoint, if any" if self.saves else "nothing was saved"
             log(f"interrupted; {then}")
         self.announce(f"{self.received.name}: nothing to save; exit status {status}", status)
@@ -161,12 +162,6 @@ class Votes:
         self._group: Any = distributed.new_group(backend="gloo") if get_world_size() > 1 else None
         self._cast: tuple[torch.Tensor, distributed.Work] | None = None
 
-    def cast(self, request: Request) -> None:
-        ballot = torch.tensor(int(request))
-        work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None
-        self._cast = ballot, work
-
     def result(self) -> Request:
         """Of the last cast, once."""
         if self._cast is None:
@@ -181,4 +176,7 @@ class Votes:
             act(request())
             return
         act(self.result())
-        self.cast(request())
+        ballot = torch.tensor(int(request()))
+        work = distributed.all_reduce(ballot, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._cast = ballot, work

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Stopped, end_now
 from samdetr.util import distributed
+from samdetr.util.command_line import program_name
 from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 
 _END = 10**9  # the place after the last batch of a loader
@@ -186,5 +187,6 @@ class Watchdog:
             threading.Event().wait()  # the other thread ends the process
         # The other process has shown its own report; only the main process repeats it, for the log.
         if is_main() or not fault.reported:
-            print(f"main.py: error: {fault.message}; rank {self.rank} stops", file=sys.stderr, flush=True)
+            program = program_name("main.py")
+            print(f"{program}: error: {fault.message}; rank {self.rank} stops", file=sys.stderr, flush=True)
         end_now(fault.status)
