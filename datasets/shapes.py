@@ -87,7 +87,8 @@ def write_dataset(folder: Path, *, num_train: int, num_val: int, size: int, seed
     for split, count in zip(SPLITS, (num_train, num_val)):
         image_folder = folder / f"{split}2017"
         image_folder.mkdir()
-        images, annotations = [], []
+        images: list[dict] = []
+        annotations: list[dict] = []
         for index in range(count):
             pixels, shapes = draw_image(seed=seed, split=split, index=index, size=size)
             image_id, name = first_image + index, f"{first_image + index:012d}.jpg"

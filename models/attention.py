@@ -27,6 +27,9 @@ class SelfAttention(nn.Module):
         positions: names of the positions; projections are called query_NAME and key_NAME.
     """
 
+    value: nn.Linear
+    output: nn.Linear
+
     def __init__(self, sizes: LayerSizes, *, positions: Sequence[str] = ("position",)):
         super().__init__()
         self.num_heads, self.dropout, self.parts = sizes.num_heads, sizes.dropout, ("content", *positions)

@@ -67,7 +67,7 @@ def join_levels(levels: Sequence[FeatureLevel]) -> JoinedLevels:
     return JoinedLevels(
         torch.cat([level.tokens for level in levels], 1),
         torch.cat([level.token_padding for level in levels], 1),
-        [tuple(level.features.shape[2:]) for level in levels],
+        [(level.features.shape[2], level.features.shape[3]) for level in levels],
         torch.stack([level.valid_ratio for level in levels], 1),
     )
 
@@ -125,7 +125,7 @@ class InputProjection(nn.Module):
         if xavier:
             for convolution in convolutions:
                 nn.init.xavier_uniform_(convolution.weight)
-                nn.init.zeros_(convolution.bias)
+                nn.init.zeros_(convolution.get_parameter("bias"))
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor) -> list[FeatureLevel]:
         """`maps`: (B, C_l, H_l, W_l) each; `padding` (B, H, W) at the images' size."""

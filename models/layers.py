@@ -87,8 +87,11 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     return x.clamp(min=eps).log() - (1 - x).clamp(min=eps).log()
 
 
-def copies(module: nn.Module, number: int) -> nn.ModuleList:
-    """`number` independent modules that start equal, as the reference clones its layers and heads."""
+def copies(module: nn.Module, number: int) -> Any:
+    """A ModuleList of `number` independent modules that start equal, as the reference clones its layers and heads.
+
+    Any, because a ModuleList does not know the class of its modules.
+    """
     return nn.ModuleList(copy.deepcopy(module) for _ in range(number))
 
 
@@ -97,8 +100,9 @@ def start_heads(class_heads: Iterable[nn.Linear], box_heads: Iterable[MLP]) -> N
     for head in class_heads:
         nn.init.constant_(head.bias, -math.log(99))
     for mlp in box_heads:
-        nn.init.zeros_(mlp.layers[-1].weight)
-        nn.init.zeros_(mlp.layers[-1].bias)
+        *_, weight, bias = mlp.parameters()
+        nn.init.zeros_(weight)
+        nn.init.zeros_(bias)
 
 
 def xavier_matrices(module: nn.Module) -> None:

@@ -78,7 +78,7 @@ class SemanticsAligner(nn.Module):
             self.reduce = nn.Conv2d(hidden_dim, narrow, 1)
             outputs = num_points * (4 if predict_scales else 2)
             self.point_head = MLP(narrow * ROI_SIZE**2, hidden_dim, 2 * hidden_dim, 2 * hidden_dim, outputs)
-            nn.init.zeros_(self.point_head.layers[-1].bias)
+            nn.init.zeros_([*self.point_head.parameters()][-1])  # its last bias
         if reweight:
             self.content_gate = nn.Linear(hidden_dim, num_heads * hidden_dim)
             self.position_gate = nn.Linear(hidden_dim, num_heads * hidden_dim)
@@ -132,8 +132,8 @@ class SemanticsAligner(nn.Module):
         return nn.functional.linear(x, self.reduce.weight.flatten(1))
 
     def _find_points(self, narrow: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From pooled channels (B, Q, 7, 7, C / 4): offsets in [-1, 1] and, with `predict_scales`, their scales,
-        (B, Q, P, 2) each."""
+        """Pooled channels (B, Q, 7, 7, C / 4) -> offsets in [-1, 1] and any scales of the points, (B, Q, P, 2) each."""
+        assert self.reduce.bias is not None
         narrow = (narrow + self.reduce.bias).relu().movedim(-1, 2)  # published weights take channels first
         found = self.point_head(narrow.flatten(2)).unflatten(-1, (-1, self.num_points, 2))
         offsets = found[:, :, 0].tanh()

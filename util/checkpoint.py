@@ -45,9 +45,8 @@ def checksum(content: Any) -> str:
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, (dict, list, tuple)):
-            pairs = isinstance(value, dict)
-            sha.update(f"{'dict' if pairs else 'list'}{len(value)}".encode())
-            for item in chain.from_iterable(value.items()) if pairs else value:
+            sha.update(f"{'dict' if isinstance(value, dict) else 'list'}{len(value)}".encode())
+            for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
                 add(item)
         else:
             sha.update(f"{value!r};".encode())

@@ -42,7 +42,8 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
 def with_default(settings: type, name: str, default: Any) -> Any:
     """The field `name` of another settings class with another default, for a subclass."""
-    return field(default=default, metadata=settings.__dataclass_fields__[name].metadata)
+    (found,) = (each for each in dataclasses.fields(settings) if each.name == name)
+    return field(default=default, metadata=found.metadata)
 
 
 def flags(settings: type | Settings) -> Iterator[tuple[str, Flag]]:

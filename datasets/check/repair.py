@@ -16,7 +16,7 @@ from samdetr.datasets.check.splits import Split, all_findings, check_split, list
 
 UNUSABLE = ("missing_image", "zero_byte_image", "truncated_image", "unreadable_image")
 # Annotations of these kinds are removed.
-HOPELESS = ("box_entry", "box_not_finite", "box_negative_size", "box_zero_size", "box_outside")
+HOPELESS: tuple[str, ...] = ("box_entry", "box_not_finite", "box_negative_size", "box_zero_size", "box_outside")
 HOPELESS += ("unknown_image", "unknown_category", "annotations of removed images")
 
 

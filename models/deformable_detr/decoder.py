@@ -107,8 +107,8 @@ class DeformableDecoder(nn.Module):
         self.refine, self.levels = refine, tuple(levels)
         self.layers = copies(layer, len(self.levels))
         xavier_matrices(self.layers)
-        for layer in self.layers:
-            layer.cross_attention.reset_parameters()
+        for each in self.layers:
+            each.cross_attention.reset_parameters()
 
         hidden_dim = layer.hidden_dim
         class_head, box_head = nn.Linear(hidden_dim, num_classes), MLP(hidden_dim, hidden_dim, hidden_dim, 4)
@@ -116,6 +116,7 @@ class DeformableDecoder(nn.Module):
         self.class_heads = copies(class_head, len(self.levels) if refine else 1)
         self.box_heads = copies(box_head, len(self.levels) if refine else 1)
         given = {"num_queries": num_queries, "hidden_dim": hidden_dim}
+        self.queries: ProposedQueries | LearnedQueries
         if two_stage:
             self.queries = ProposedQueries(**given, class_head=class_head, box_head=box_head)
         else:

@@ -86,16 +86,16 @@ class ProposedQueries(nn.Module):
 def initial_boxes(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:
     """The boxes of positions before the box head moves them: logits of cx, cy, w, h (B, L, 4), infinite if not usable,
     and whether they are usable (B, L). In float32, as published."""
-    boxes, paddings = [], []
+    places, paddings = [], []
     for index, level in enumerate(levels):
         valid = ~level.padding
         cells = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1)  # (B, 2), columns and rows of the image
         height, width = valid.shape[1:]
         centres = cell_centres(height, width, valid.device) / cells[:, None, None]
         sides = torch.full_like(centres, FINEST_SIDE * 2**index)
-        boxes.append(torch.cat([centres, sides], -1).flatten(1, 2))
+        places.append(torch.cat([centres, sides], -1).flatten(1, 2))
         paddings.append(level.token_padding)
-    boxes, padding = torch.cat(boxes, 1), torch.cat(paddings, 1)
+    boxes, padding = torch.cat(places, 1), torch.cat(paddings, 1)
     usable = ~padding & ((boxes > BORDER) & (boxes < 1 - BORDER)).all(-1)
     logits = (boxes / (1 - boxes)).log()
     return logits.masked_fill(~usable[..., None], torch.inf), usable

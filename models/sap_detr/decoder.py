@@ -204,7 +204,7 @@ class SAPDecoder(nn.Module):
         for convolution in self.initial_content or []:
             if isinstance(convolution, nn.Conv2d):
                 nn.init.normal_(convolution.weight, std=0.01)
-                nn.init.zeros_(convolution.bias)
+                nn.init.zeros_(convolution.get_parameter("bias"))
         last = [head.layers[-1] for head in self.class_heads]
         start_heads([*last, self.object_head], [*self.distance_heads, *self.point_heads])
         nn.init.normal_(self.distances)
@@ -258,8 +258,10 @@ class SAPDecoder(nn.Module):
 
         point = encode(points)  # (B, Q, C)
         box = encode(corners_around(points, distances).unflatten(-1, (2, 2))).flatten(-2)  # (B, Q, 2 C)
-        scale = 1 if queries is None else self.position_scale(queries)
-        sines = point * scale, box if queries is None else box * scale.repeat(1, 1, 2)
+        sines = point, box
+        if queries is not None:
+            scale = self.position_scale(queries)
+            sines = point * scale, box * scale.repeat(1, 1, 2)
         return QueryPositions(points, distances, *sines, self.point_position(point), self.box_position(box))
 
 
