@@ -44,7 +44,7 @@ class WeightAverage:
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
         """Let the network compute with the averages while the body runs."""
-        weights = list(self._weights.values())
+        weights: list[Tensor] = list(self._weights.values())
         own = [weight.detach().clone() for weight in weights]
         torch._foreach_copy_(weights, list(self._average.values()))
         try:
