@@ -76,8 +76,8 @@ def train_one_epoch(
         with update.step(parts, epoch=epoch, iteration=iteration, num_boxes=num_boxes) as step:
             for number, (images, targets) in enumerate(parts, 1):
                 # The processes exchange gradients in the last part of a step only.
-                wrapped = model if isinstance(model, DistributedDataParallel) else None
-                with wrapped.no_sync() if wrapped and number < accumulate else nullcontext():
+                ddp = model if isinstance(model, DistributedDataParallel) and number < accumulate else None
+                with ddp.no_sync() if ddp else nullcontext():
                     with section("forward"):
                         outputs = predict(model, images, amp)
                     with section("loss"):

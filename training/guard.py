@@ -86,13 +86,10 @@ class StepGuard:
     def begin(self) -> dict[str, Tensor]:
         """Before a step's forward. Returns the state of the random numbers that it will draw."""
         self._saved = [(tensor, tensor.clone()) for tensor in self._statistics]
-        return random_state(self.device)
-
-    def before_backward(self) -> None:
-        """Before a step's first backward."""
         if self.keep_gradients:
             weights = [weight for weight in self.network.parameters() if weight.requires_grad]
             self._gradients = [(w, torch.zeros_like(w) if w.grad is None else w.grad.clone()) for w in weights]
+        return random_state(self.device)
 
     @torch.no_grad()
     def judge(self, losses: Sequence[Tensor], norm: Tensor, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,6 @@ class Step:
         update = self._update
         if not self.losses:
             update.guard.look()  # the device has finished the step before, so reading its flags costs nothing
-            update.guard.before_backward()
         with section("backward"):
             (update.scaler.scale(loss) if update.scaler else loss).backward()
         self.losses.append(loss.detach())
