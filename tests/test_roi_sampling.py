@@ -9,7 +9,7 @@ from torchvision.ops import roi_align
 
 from samdetr.models.ops import kernels
 from samdetr.models.ops.kernels import plain_path
-from samdetr.models.ops.roi_sampling import roi_sampling
+from samdetr.models.ops.roi_sampling import binding, roi_sampling
 from samdetr.models.semantics_aligner import SemanticsAligner
 
 pytestmark = pytest.mark.skipif(bool(kernels.why_not("cpu")), reason="no compiled kernels here")
@@ -24,8 +24,8 @@ def _seed():
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The kernels that ran, in order."""
-    kernels.correct("roi_sampling", "cpu", None, torch.float32)  # which calls them, too
-    kernels.correct("roi_sampling", "cpu", None, torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        kernels.correct(binding.KERNELS.name, "cpu", None, dtype)  # which calls them, too
     names, call = [], kernels.call
     monkeypatch.setattr(kernels, "call", lambda name, *rest: (names.append(name), call(name, *rest)))
     return names
