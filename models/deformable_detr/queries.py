@@ -91,7 +91,7 @@ def initial_boxes(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:
         valid = ~level.padding
         cells = torch.stack([valid[:, 0].sum(1), valid[:, :, 0].sum(1)], -1)  # (B, 2), columns and rows of the image
         height, width = valid.shape[1:]
-        centres = cell_centres(height, width, valid.device) / cells[:, None, None]
+        centres = cell_centres(height, width, valid.device, torch.float32) / cells[:, None, None]
         sides = torch.full_like(centres, FINEST_SIDE * 2**index)
         places.append(torch.cat([centres, sides], -1).flatten(1, 2))
         paddings.append(level.token_padding)
