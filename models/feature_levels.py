@@ -73,7 +73,7 @@ def join_levels(levels: Sequence[FeatureLevel]) -> JoinedLevels:
 
 
 def cell_centres(height: int, width: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Centres of the cells of a map as x, y in cells: (height, width, 2), of PyTorch's default type if none is given."""
+    """Centres of the cells of a map as x, y in cells: (height, width, 2); PyTorch's default type unless given."""
     y, x = (torch.arange(n, dtype=dtype, device=device) + 0.5 for n in (height, width))
     return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)
 
