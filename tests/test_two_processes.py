@@ -123,7 +123,10 @@ def test_torchrun_trains_and_launch_evaluates(shapes, tmp_path):
     assert read_json(again / "detections.json") == detections
 
 
-@pytest.mark.parametrize("network", [TINY, MULTISCALE], ids=["one scale", "three scales"])
+# One scale is slow: its gradients are compared above.
+@pytest.mark.parametrize(
+    "network", [pytest.param(TINY, marks=pytest.mark.slow), MULTISCALE], ids=["one scale", "three scales"]
+)
 def test_slurm_starts_training(network, shapes, tmp_path):
     """Without auxiliary losses, where some parameters get no gradient."""
     output = tmp_path / "output"
