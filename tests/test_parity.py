@@ -57,6 +57,8 @@ def take(path: str) -> Iterator[Counter]:
     """Run deformable attention through one path, and count what is called; skips where there is no compiled kernel."""
     if path == "compiled" and kernels.why_not("cpu"):
         pytest.skip(f"no compiled kernel: {kernels.why_not('cpu')}")
+    for dtype in (torch.float32, torch.float64):
+        kernels.correct(ms_deform_attn.KERNELS.name, "cpu", None, dtype)  # the first check calls them, too
     calls = Counter()
     names = {"ms_deform_attn_forward": "compiled forward", "ms_deform_attn_backward": "compiled backward"}
     call_kernel, plain_kernel = kernels.call, ms_deform_attn.KERNELS.plain
