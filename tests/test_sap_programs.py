@@ -260,7 +260,7 @@ def test_training_goes_on_from_an_official_file(shapes, tmp_path, capsys):
     detector, settings = build_tiny(network=OFFICIAL_TINY)
     file = official_file(detector, settings, tmp_path / "official.pth")
     run_main(shapes, "--resume", str(file), "--epochs", "2", "--output_dir", str(tmp_path / "output"), network=[])
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     (line,) = read_log(tmp_path / "output")
     assert line["epoch"] == 1
     # Iterations 4 to 7 of a warm-up over 1000; the log holds their mean.

@@ -168,8 +168,7 @@ class RunSettings:
                 f"`model` {given['model']} does not fit the checkpoint, a {saved['model']}; leave the flag out"
             )
         shown = {name: saved[name] for name in ("model", "input_proj_norm", "num_classes") if name in saved}
-        kept = {name: value for name, value in self.flat().items() if name in given}
-        return RunSettings.from_flat({**saved, **kept, **shown})
+        return RunSettings.from_flat({**saved, **given, **shown})
 
     def with_resolved_norm(self) -> RunSettings:
         """`input_proj_norm` as "group" or "none". The reference has a GroupNorm in multi-scale models and if the
