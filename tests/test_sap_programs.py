@@ -349,7 +349,7 @@ def test_bad_settings(flags, expected, shapes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("-m sam_detr", "--model sam_detr does not fit the checkpoint, a sap_detr; leave the flag out"),
+        ("-m sam_detr", "-m sam_detr does not fit the checkpoint, a sap_detr; leave the flag out"),
         ("--num_queries 25", "of another shape 2 (decoder.distances (16, 4) in the file, (25, 4) here, decoder.points"),
         ("--dec_layers 2", "missing 0; unexpected 64 (decoder.class_heads.2.layers.0.bias, "),
     ],
