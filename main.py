@@ -11,10 +11,14 @@ started again, 130 after Ctrl-C, 141 if nobody reads the output any more.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":
+    # Read when PyTorch is imported. Threads that spin while they wait slow each other down on a busy machine.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes while the imports run
 
 from collections.abc import Sequence
