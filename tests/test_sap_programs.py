@@ -334,9 +334,9 @@ def test_detections_are_drawn(trained_sap, shapes, tmp_path):
         ("--obj_loss_coef -1", "--obj_loss_coef -1.0 must be at least 0"),
         ("--inner_loss_coef nan", "--inner_loss_coef nan must be at least 0"),
         ("--hidden_dim 48", "--newconvinit normalises in 32 groups, which do not divide --hidden_dim 48"),
-        ("--smca", "--smca has no effect on --model sap_detr; leave it out, or choose another model"),
-        ("--sam_range image", "--sam_range has no effect on --model sap_detr; leave it out"),
-        ("-m sam_detr", "--bbox_embed_diff_each_layer has no effect on --model sam_detr"),
+        ("--smca", "--smca has no effect on -m sap_detr; leave it out, or choose another model"),
+        ("--sam_range image", "--sam_range has no effect on -m sap_detr; leave it out"),
+        ("-m sam_detr", "--bbox_embed_diff_each_layer has no effect on -m sam_detr"),
     ],
 )
 def test_bad_settings(flags, expected, shapes, tmp_path, capsys):
