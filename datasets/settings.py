@@ -16,8 +16,8 @@ class Data(Settings):
     train_sizes: tuple[int, ...] = flag(
         tuple(range(480, 801, 32)), "short sides drawn from in training", least=1, metavar="PIXELS"
     )
-    eval_size: int = flag(800, "short side in evaluation", least=1, metavar="PIXELS", carried=True)
-    max_size: int = flag(1333, "longest side", least=1, metavar="PIXELS", carried=True)
+    eval_size: int = flag(800, "short side in evaluation", least=1, metavar="PIXELS")
+    max_size: int = flag(1333, "longest side", least=1, metavar="PIXELS")
     crop_augmentation: bool = flag(True, "no random crops in training", off=("--no_crop",))
     cache_mode: bool = flag(False, "hold the image files in memory, once per node")
     num_workers: int = flag(2, "processes that load images, for each training process", least=0)

@@ -97,8 +97,3 @@ class Loss(Settings):
     bbox_loss_coef: float = flag(5.0, "weight of the L1 loss of boxes", least=0)
     giou_loss_coef: float = flag(2.0, "weight of the generalised IoU loss", least=0)
     focal_alpha: float = flag(0.25, "weight of the positive class in the focal loss", least=0, most=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.set_cost_class == self.set_cost_bbox == self.set_cost_giou == 0:
-            raise ValueError("the matching costs are all 0; give `set_cost_class`, `set_cost_bbox` or `set_cost_giou`")
