@@ -151,9 +151,15 @@ def _with_gradients(function: Callable[..., Tensor], arguments: list) -> list[Te
 
 @torch.compiler.assume_constant_result
 def _run(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> bool:
-    if _plain_wanted or dtype not in OPERATORS[name].dtypes.get(device_type, ()):
+    if _plain_wanted or _transformed() or dtype not in OPERATORS[name].dtypes.get(device_type, ()):
         return False
     return available(device_type, index) and correct(name, device_type, index, dtype)
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation transforms the operation: the kernels have no rules for it."""
+    in_func = torch._C._functorch.peek_interpreter_stack() is not None
+    return in_func or torch.autograd.forward_ad._current_level >= 0
 
 
 @functools.cache
@@ -161,7 +167,7 @@ def correct(name: str, device_type: str, index: int | None, dtype: torch.dtype) 
     """Whether the kernels of an operator agree with its plain path on an example, which takes milliseconds; where they
     do not, the first call warns."""
     device = torch.device(device_type if index is None else f"{device_type}:{index}")
-    # In a thread of its own: gradients, autocast and tracing are turned on and off for a thread.
+    # In a separate thread: gradients, autocast and tracing are turned on and off for a thread.
     with ThreadPoolExecutor(1) as thread:
         try:
             difference = thread.submit(OPERATORS[name].difference, device, dtype).result()
