@@ -45,6 +45,7 @@ from benchmarks.plain import plain
 from samdetr.cli import parse
 from samdetr.models.build import build_model
 from samdetr.training.optim import parameter_groups
+from samdetr.util.device import place
 from samdetr.util.padded_images import PaddedImages
 
 _SAP = "--model sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer"
@@ -78,10 +79,9 @@ class Bench:
         self.clip = args.clip_max_norm
         if path == "plain":
             network, criterion = plain(network), plain(criterion)
-        self.network, self.criterion = network.to(device), criterion
+        self.network, self.criterion = network, criterion
         fast = path == "fast"
-        if fast and device == "cpu":
-            self.network.to(memory_format=torch.channels_last)  # as main.py does
+        place(network, torch.device(device), channels_last=None if fast else False)
         rates = ("lr", "lr_backbone", "lr_linear_proj_names", "lr_linear_proj_mult")
         groups = parameter_groups(self.network, **{name: getattr(args, name) for name in rates})
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=fast)

@@ -26,7 +26,7 @@ from samdetr.models.build import build_model
 from samdetr.models.checkpoints import INPUT_SETTINGS, chosen_weights, network_settings, read_checkpoint
 from samdetr.models.detector import Detector
 from samdetr.util.checkpoint import load_weights
-from samdetr.util.device import choose_device
+from samdetr.util.device import choose_device, place
 from samdetr.util.padded_images import pad_images
 
 
@@ -79,9 +79,8 @@ class Predictor:
         device: torch.device,
         source: str = "the network",
     ) -> None:
-        self.model, self.settings, self.device, self.source = model.to(device), settings, device, source
-        if device.type == "cpu":  # convolutions are faster in this layout; evaluation uses it, too
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # new in PyTorch's types
+        self.model, self.settings, self.device, self.source = model, settings, device, source
+        place(model, device)  # in the memory format of an evaluation
         self.has_names = categories is not None
         self.categories = categories or _numbered(settings["num_classes"])
         self.transforms = EvalTransforms(

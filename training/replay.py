@@ -20,11 +20,11 @@ from samdetr.engine import compute_losses, predict
 from samdetr.models.criterion import SetCriterion
 from samdetr.training.checkpoints import REPLAY, CheckpointFolder
 from samdetr.training.guard import BadSteps, StepRecord
-from samdetr.training.run import AMP, build_network, build_optimizer, place
+from samdetr.training.run import AMP, build_network, build_optimizer
 from samdetr.training.settings import RunSettings
 from samdetr.training.state import TrainingState, set_random_state
 from samdetr.util.checkpoint import load_weights, read_file, save_file
-from samdetr.util.device import set_arithmetic
+from samdetr.util.device import place, set_arithmetic
 from samdetr.util.distributed import all_gather_object, barrier, get_rank
 from samdetr.util.logger import log
 from samdetr.util.padded_images import PaddedImages
@@ -198,7 +198,7 @@ def run(source: str, *, device: torch.device) -> int:
     set_arithmetic(tf32=settings.speed.tf32, deterministic=settings.speed.deterministic)
     network, criterion, _ = build_network(settings)
     load_weights(network, content["model"], source=source)
-    place(network, settings, device)
+    place(network, device, channels_last=settings.speed.channels_last)
     optimizer = build_optimizer(network, settings, device)
     optimizer.load_state_dict(content["optimizer"])
     log(f"epoch {content['epoch']}, iteration {content['iteration']}, image ids {image_ids(content)}")

@@ -34,7 +34,7 @@ from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
 from samdetr.util.checkpoint import load_weights
-from samdetr.util.device import choose_device
+from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
 from samdetr.util.files import write_json
 from samdetr.util.logger import log
@@ -143,7 +143,7 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     settings = settings.with_resolved_norm()
     network, criterion, postprocess = build_network(settings)
     _load_weights(network, source, settings)
-    place(network, settings, device)
+    place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
     model: nn.Module = network
@@ -161,15 +161,6 @@ def build_network(settings: RunSettings) -> tuple[Detector, SetCriterion, Callab
     if not settings.optimisation.lr_backbone:
         network.backbone.requires_grad_(False)
     return network, criterion, postprocess
-
-
-def place(network: nn.Module, settings: RunSettings, device: torch.device) -> None:
-    """Move the network to its device and memory format."""
-    network.to(device)
-    channels_last = settings.speed.channels_last
-    if channels_last or (channels_last is None and device.type == "cpu"):
-        # Faster convolutions: 15 % of a step of the quick start. The types of PyTorch 2.6 lack the argument.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.device) -> torch.optim.Optimizer:

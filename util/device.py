@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,6 +24,14 @@ def choose_device(name: str) -> torch.device:
     if (device.index or 0) >= here.get(device.type, 0):
         raise ValueError(f"`device` {name} is not here ({torch.cuda.device_count()} GPUs); leave it out or pass cpu")
     return device
+
+
+def place(network: nn.Module, device: torch.device, *, channels_last: bool | None = None) -> None:
+    """Move a network to its device and memory format; `channels_last` None: on a CPU only."""
+    network.to(device)
+    if channels_last or (channels_last is None and device.type == "cpu"):
+        # Faster convolutions: 15 % of a step of the quick start. The types of PyTorch 2.6 lack the argument.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def set_arithmetic(*, tf32: bool, deterministic: bool) -> None:
