@@ -5,7 +5,7 @@ backward, clipping, AdamW) and peak memory, and writes them as JSON with --json.
 path; both have the same weights, images and objects (7 an image, without padding), and float32.
 
 Times are medians over rounds in which the paths take turns in one process, so that a busy machine slows both alike;
-"cpu" is what all threads together worked. Memory is the largest that a process of its own ever holds, less what it held
+"cpu" is what all threads together worked. Memory is the largest that a separate process ever holds, less what it held
 before there was a network.
 
 FLOPs are counted as fvcore does: a multiplication with its addition is one; those of convolutions and matrix products
@@ -136,7 +136,7 @@ def held(field: str) -> float:
 
 
 def measure_memory(config: str, *, path: str, task: str, device: str, **inputs) -> float:
-    """MiB, for a process of its own. Two rounds: the second step has the optimiser's state, too."""
+    """MiB, for a separate process. Two rounds: the second step has the optimiser's state, too."""
     before = held("VmRSS")
     bench = Bench(config, path=path, device=device, **inputs)
     for _ in range(2):
@@ -155,15 +155,11 @@ def count(config: str, *, path: str, size: tuple[int, int]) -> dict:
     def sampled(value: tuple, sizes: list, locations: tuple, weights: tuple, **_) -> int:
         return 2 * 5 * prod(weights) * value[-1]
 
-    def attended(query: tuple, key: tuple, value: tuple, *_, **__) -> int:
-        return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
-
-    aten, ours = torch.ops.aten, torch.ops.sam_detr
+    aten = torch.ops.aten
     formulas = {
         aten.native_layer_norm: normalised,
         aten.native_group_norm: normalised,
-        ours.ms_deform_attn: sampled,
-        ours.prior_attention: attended,
+        torch.ops.sam_detr.ms_deform_attn: sampled,
     }
     bench = Bench(config, path=path, device="cpu", size=size, batch=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -178,7 +174,7 @@ def count(config: str, *, path: str, size: tuple[int, int]) -> dict:
 
 
 def in_process(function: str, config: str, *, threads: int, **arguments) -> object:
-    """Call a function of this file in a process of its own; None where that fails, with the reason on stderr."""
+    """Call a function of this file in a separate process; None where that fails, with the reason on stderr."""
     request = json.dumps([function, config, threads, arguments])
     done = subprocess.run([sys.executable, __file__, "--request", request], capture_output=True, text=True)
     if done.returncode:

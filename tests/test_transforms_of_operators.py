@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from samdetr.models.ops import kernels
 from samdetr.models.ops.kernels import plain_path
@@ -64,6 +65,15 @@ TRANSFORMS = {  # what it gives, what it must give, and how near
     "grad": (lambda f, x: torch.func.grad(lambda y: f(y).square().sum())(x), by_autograd, 1e-12),
     "forward differentiation": (jvp, by_differences, 1e-7),
 }
+
+
+def test_counter_of_operations():
+    x = torch.randn(2, 1, 30, 8, requires_grad=True)
+    prior_attention(x, x, x)  # the kernel's check of itself is counted, too
+    with FlopCounterMode(display=False) as counter:
+        prior_attention(x, x, x).sum().backward()
+    product = 2 * 2 * 30 * 30 * 8  # two images; a multiplication and an addition
+    assert counter.get_total_flops() == (2 + 5) * product
 
 
 # PyTorch's grid_sample has no forward derivative, and torch.func.grad takes no checkpoints.

@@ -1,10 +1,12 @@
 """The kernel of attention with a separable prior (cpu.cpp) as torch.ops.sam_detr.prior_attention."""
 
 import ctypes
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from samdetr.models.ops import kernels
 from samdetr.models.ops.prior_attention.plain import plain_prior_attention
@@ -69,6 +71,18 @@ def backward(
 @backward.register_fake
 def _(gradient, query, key, value, padding, rows, columns, seed, dropout, output, log_sums):
     return tuple(query.new_empty(shape) for shape in _gradient_shapes(query, key, value, rows, columns))
+
+
+@register_flop_formula(torch.ops.sam_detr.prior_attention)
+def _(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
+    """The products of queries with keys, and of weights with values; all shapes."""
+    return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+@register_flop_formula(torch.ops.sam_detr.prior_attention_backward)
+def _(gradient: tuple, query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
+    """The logits again, and two products for each of forward's."""
+    return 2 * prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
 
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
