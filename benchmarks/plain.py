@@ -119,7 +119,7 @@ class PlainSelfAttention(SelfAttention):
 
 
 class PlainCrossAttention(CrossAttention):
-    """Every head has queries and keys of its own, C wide where queries are aligned."""
+    """Every head has its own queries and keys, C wide where queries are aligned."""
 
     def forward(self, content: Tensor, position: Tensor, level: FeatureLevel, bias: Tensor | None = None) -> Tensor:
         """`bias` (B, Q, L, N)."""

@@ -1,4 +1,4 @@
-"""A family from outside: plain DETR with learned reference points, and a loss and a cost of its own.
+"""A family from outside: plain DETR with learned reference points, and its own loss and cost.
 
     python main.py --plugin docs/example_family.py -m point_detr --coco_path my_data --output_dir output/point_detr
 

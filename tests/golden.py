@@ -240,8 +240,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -
     return lines
 
 
-# Gradients that are 0 but for rounding, as of biases before a norm, move weights by 1e-11 in other directions in each
-# version of PyTorch; below this, differences are not relative.
+# Gradients that are 0 except for rounding, as of biases before a norm, move weights by 1e-11 in other directions in
+# each version of PyTorch; below this, differences are not relative.
 SMALLEST = 0.1
 
 

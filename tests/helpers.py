@@ -162,8 +162,8 @@ def save(detector: Detector, values: dict, path: Path, *, official: bool = False
         assert None not in state
         # The official decoder knows the box heads a second time.
         state |= {f"transformer.decoder.{k}": v for k, v in state.items() if k.startswith("bbox_embed.")}
-        told = argparse.Namespace(**{name: values[name] for name in OFFICIAL_FLAGS})
-        content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": told}
+        saved = argparse.Namespace(**{name: values[name] for name in OFFICIAL_FLAGS})
+        content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": saved}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 
 

@@ -432,9 +432,9 @@ def test_official_file_gives_the_figures_of_ours(flags, shapes, tmp_path):
     network = shlex.split(f"{' '.join(TINY_DEFORMABLE)} --backbone_level 5 --backbone_norm frozen {flags}")
     detector, settings = build_tiny(network=network)
     state = detector.state_dict()
-    told = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
+    saved = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
     torch.save({"model": state, "settings": settings}, tmp_path / "ours.pth")
-    official = {"model": to_official(state), "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": told}
+    official = {"model": to_official(state), "optimizer": {}, "lr_scheduler": {}, "epoch": 0, "args": saved}
     torch.save(official, tmp_path / "official.pth")
     ours = evaluate(shapes, tmp_path / "ours.pth", tmp_path / "ours")
     assert evaluate(shapes, tmp_path / "official.pth", tmp_path / "official") == ours
@@ -447,8 +447,8 @@ def test_official_file_gives_the_figures_of_ours(flags, shapes, tmp_path):
 def test_training_goes_on_from_an_official_file(shapes, tmp_path, capsys):
     network = [*TINY_DEFORMABLE, "--backbone_level", "5", "--backbone_norm", "frozen"]
     detector, settings = build_tiny(network=network)
-    told = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
-    content = {"model": to_official(detector.state_dict()), "optimizer": {}, "epoch": 0, "args": told}
+    saved = argparse.Namespace(**{name: settings[name] for name in OFFICIAL_FLAGS})
+    content = {"model": to_official(detector.state_dict()), "optimizer": {}, "epoch": 0, "args": saved}
     torch.save(content, tmp_path / "official.pth")
     flags = ["--resume", str(tmp_path / "official.pth"), "--epochs", "2", "--output_dir", str(tmp_path / "output")]
     run_main(shapes, *flags, network=[])

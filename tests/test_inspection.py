@@ -52,7 +52,7 @@ def test_sampling_points_in_a_padded_image(network, position, centre):
 
 
 def test_sampling_of_a_decoder_call():
-    """Queries with reference boxes, no padding told, arguments by name: the first image's chosen ones, in order."""
+    """Queries with reference boxes, no padding given, arguments by name: the first image's chosen ones, in order."""
     torch.manual_seed(0)
     attention = MSDeformAttn(hidden_dim=8, num_levels=2, num_heads=2, num_points=3)
     torch.nn.init.normal_(attention.sampling_offsets.weight)

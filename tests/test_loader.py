@@ -137,7 +137,7 @@ def growth_of_workers(folder: Path) -> list[float]:
 def test_workers_do_not_grow(tmp_path):
     """Three epochs over annotations that take 30 MB as Python objects: 5 MB for each worker when they were a list.
 
-    In a process of its own, as workers also write to what the tests before this one have left in memory.
+    In a separate process, because workers also write to what the tests before this one have left in memory.
     """
     root = Path(__file__).parents[1]
     code = f"import test_loader, pathlib; print(test_loader.growth_of_workers(pathlib.Path({str(tmp_path)!r})))"

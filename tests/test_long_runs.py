@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, or lose a process or the disk: they go on to the bit, or say what is wrong."""
+"""Runs that are killed, asked to stop, or lose a process or the disk: they go on to the bit, or say what is wrong."""
 
 import os
 import re

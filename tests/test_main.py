@@ -162,7 +162,7 @@ def test_resumed_training_goes_on(trained, shapes, tmp_path, start_of_training):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(trained_any, shapes, tmp_path):
-    """Bit by bit, dropout and augmentation included: every epoch draws random numbers of its own."""
+    """Bit by bit, dropout and augmentation included: every epoch draws its own random numbers."""
     flags = ["--epochs", "2", "--lr_drop", "1", "--lr", "1e-3", "--output_dir", str(tmp_path)]
     run_main(shapes, "--resume", str(trained_any / "checkpoint0000.pth"), *flags, network=[])
     resumed, straight = (torch.load(folder / "checkpoint.pth") for folder in (tmp_path, trained_any))

@@ -439,7 +439,7 @@ def test_no_compiler_no_folder_or_not_wanted(variable, value, reason, fresh, mon
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert run_once().shape == (2, 5, 16)
-    assert len(caught) == (variable != "MS_DEFORM_ATTN")  # who asked for the plain path need not be told
+    assert len(caught) == (variable != "MS_DEFORM_ATTN")  # who asked for the plain path need not be warned
 
 
 def test_other_ranks_stay_silent(fresh, monkeypatch):
@@ -452,7 +452,7 @@ def test_other_ranks_stay_silent(fresh, monkeypatch):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_many_processes_build_once(works, fresh, monkeypatch):
-    """Threads here, each with a file lock of its own; all of them ask before the first has finished."""
+    """Threads here, each with a separate file lock; all of them ask before the first has finished."""
     body = 'sleep 0.5; while [ "$1" != -o ]; do shift; done; echo library > "$2"' if works else "sleep 0.5; exit 1"
     monkeypatch.setenv("CXX", fake_compiler(fresh, body))
     recipe, results = build.cpu_recipe(), []

@@ -232,7 +232,7 @@ def test_hub_beside_packages_of_others(copy, foreign, trained):
 
 
 def test_aligner_in_a_repository_of_others(installed, foreign):
-    """A model of a repository with a folder models/ of its own builds the module."""
+    """A model of a repository that has a folder models/ builds the module."""
     (foreign / "models" / "detr.py").write_text(
         dedent("""
             import torch

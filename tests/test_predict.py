@@ -23,7 +23,7 @@ COLUMNS = ("boxes", "scores", "labels", "queries")
 
 
 def same(one: Detections, other: Detections, **tolerance: float) -> None:
-    """Bit by bit unless told otherwise."""
+    """Bit by bit unless a tolerance is given."""
     for name in COLUMNS:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), **({"rtol": 0, "atol": 0} | tolerance))
     assert one.size == other.size

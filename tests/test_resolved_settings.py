@@ -50,11 +50,11 @@ def write_checkpoint(family: str, variant: str, kind: str, path: Path) -> Path:
     # One number a tensor: views are saved with what they are views of.
     state = {name: torch.zeros(()).expand(shape) for name, shape in facts["state_dict"].items()}
     content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0}
-    told = RECORDED["families"][family] | RECORDED["commands"][f"parity {family} {variant}"]["differs"]
+    saved = RECORDED["families"][family] | RECORDED["commands"][f"parity {family} {variant}"]["differs"]
     if kind == "official":
-        content["args"] = argparse.Namespace(**{name: told[name] for name in RECORDED["official_flags"][family]})
+        content["args"] = argparse.Namespace(**{name: saved[name] for name in RECORDED["official_flags"][family]})
     elif kind == "ours":
-        content = {"model": convert_official(family, state), "settings": told}
+        content = {"model": convert_official(family, state), "settings": saved}
     torch.save(content, path)
     return path
 

@@ -221,13 +221,13 @@ OFFICIAL_TINY = shlex.split(
 )
 
 
-def official_file(detector, settings, path: Path, *, told: bool = True) -> Path:
+def official_file(detector, settings, path: Path, *, with_flags: bool = True) -> Path:
     state = {to_official(name): weight for name, weight in detector.state_dict().items()}
     assert None not in state
     aliases = ("ref_point_head.", "ref_bbox_head.", "bbox_embed.", "point_embed.")
     state |= {f"transformer.decoder.{name}": weight for name, weight in state.items() if name.startswith(aliases)}
     content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 0}
-    if told:
+    if with_flags:
         content["args"] = argparse.Namespace(
             **{name: settings[name] for name in OFFICIAL_FLAGS}, modelname="sap_detr", amp=False, set_cost_obj=2
         )
@@ -249,7 +249,7 @@ def test_official_file_gives_the_figures_of_ours(without, shapes, tmp_path):
     assert (resolved["model"], resolved["num_queries"], resolved["num_classes"]) == ("sap_detr", 16, 6)
 
     # Files of the same weights without a word about the network tell what its sizes do not.
-    bare = read_checkpoint(str(official_file(detector, settings, tmp_path / "bare.pth", told=False)))
+    bare = read_checkpoint(str(official_file(detector, settings, tmp_path / "bare.pth", with_flags=False)))
     names = ("model", "sdg", "newconvinit", "transformer_activation", "num_classes")
     assert {name: bare["settings"][name] for name in names} == {name: settings[name] for name in names}
     if settings["bbox_embed_diff_each_layer"]:

@@ -29,7 +29,7 @@ def save_file(content: dict[str, Any], path: str | os.PathLike) -> None:
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save({**content, "checksum": checksum(content)}, file)
-        except RuntimeError as error:  # torch's writer hides the reason behind an error of its own
+        except RuntimeError as error:  # torch's writer hides the reason behind its own error
             reason = error.__context__
             if not isinstance(reason, OSError):
                 raise

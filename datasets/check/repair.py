@@ -81,7 +81,7 @@ def _images(
     distinct = _first_of(valid, "id", "file_name")
     done["image_entry"] += len(annotations.content["images"]) - len(valid)
     done["duplicate_image_id"] += len(valid) - len(distinct)
-    # Boxes of several images under one id cannot be told apart: all of these images are removed.
+    # Boxes of several images under one id cannot be distinguished: all of these images are removed.
     ambiguous = repeated(distinct, "id")
     extents = _extents(annotations)
     kept: dict[str, dict] = {}

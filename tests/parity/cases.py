@@ -80,7 +80,7 @@ def run(
     `gradients`) and in float32 (`in_float32`); not the network.
 
     `paths` say which deformable attention runs in the one and in the other: what can be compiled, then plain, unless
-    told otherwise. What they give as contexts is `calls`, in this order.
+    given. What they give as contexts is `calls`, in this order.
     """
     facts, figures = read_figures(variant, family=family)
     detector, criterion, postprocess = from_flags(["--model", family, *facts["args"]])
