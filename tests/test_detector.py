@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.feature_levels import InputProjection
+from samdetr.models.feature_levels import FeatureLevel, InputProjection
 from samdetr.models.layers import LayerSizes
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.module import MSDeformAttn
@@ -217,6 +217,24 @@ def test_padding_of_images_matters_little(scales):
         assert (a["pred_boxes"] - b["pred_boxes"]).abs().max() < 0.05
         torch.testing.assert_close(b["pred_logits"], c["pred_logits"], rtol=0, atol=1e-5)
         torch.testing.assert_close(b["pred_boxes"], c["pred_boxes"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligner", [True, False])
+def test_no_gradient_through_the_sine_encoding_of_boxes(aligner):
+    """Content and boxes of the layer alone: in a whole network self-attention hides it, for the first queries are 0 and
+    later boxes detached."""
+    torch.manual_seed(0)
+    made = SemanticsAligner(hidden_dim=16, num_heads=2, resample="average") if aligner else None
+    sizes = LayerSizes(hidden_dim=16, num_heads=2, feedforward_dim=8, dropout=0.0)
+    layer = SAMDecoderLayer(sizes, aligner=made).double()
+    boxes = torch.rand(1, 3, 4).double().requires_grad_()
+    features, position = torch.randn(2, 1, 16, 5, 6).double()
+    level, queries = FeatureLevel(features, torch.zeros(1, 5, 6).bool(), position), torch.randn(1, 3, 16).double()
+    output = layer(queries, boxes, level)
+    moved = layer(queries, boxes + 0.1, level)
+    assert (output - moved).abs().max() > 1e-3  # it has an effect
+    (gradient,) = torch.autograd.grad(output.square().sum(), boxes, allow_unused=True)
+    assert gradient is None or (gradient == 0).all()
 
 
 def test_boxes_are_refined_from_layer_to_layer():

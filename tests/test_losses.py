@@ -177,6 +177,15 @@ def test_costs_that_are_not_finite_are_matched_last(bad):
     assert len(pairs_of(matches, 0)) == 3
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_cost_that_is_not_finite_is_large_even_if_it_is_negative(bad):
+    costs = torch.tensor([[[bad, 3.0], [5.0, bad], [4.0, 9.0]]])  # of three queries and two objects
+    (matches,) = HungarianMatcher(costs=[(1.0, lambda outputs, targets: costs[..., targets["labels"]])])(
+        [{"pred_logits": torch.zeros(1, 3, 2)}], [{"labels": torch.arange(2)}]
+    )
+    assert pairs_of(matches, 0) == {(0, 1), (2, 0)}  # 3 + 4; the others without a bad cost: 3 + 5, 5 + 9
+
+
 def test_a_matcher_without_costs():
     with pytest.raises(ValueError, match="`set_cost_class`"):
         HungarianMatcher(costs=[(0.0, l1_cost)])

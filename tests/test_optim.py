@@ -105,6 +105,21 @@ def test_steps_by_iteration_equal_the_published_schedule_by_epoch(drop_epochs):
         by_epoch.step()
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine", "onecycle"])
+def test_a_schedule_that_starts_late_is_the_one_that_walked_there(schedule):
+    """In all that it saves, the count of its steps too: a resumed run makes the checkpoints of an uninterrupted one."""
+    settings = {"schedule": schedule, "total_steps": 40, "drop_step": 9, "warmup_steps": 5}
+    walked, late = optimizer(), optimizer()
+    steps = build_scheduler(walked, **settings)
+    for _ in range(13):
+        walked.step()
+        steps.step()
+    state = build_scheduler(late, **settings, first_step=13).state_dict()
+    assert state == steps.state_dict()
+    assert (state["last_epoch"], state["_step_count"]) == (13, 14)
+    assert [group["lr"] for group in late.param_groups] == [group["lr"] for group in walked.param_groups]
+
+
 def test_a_resumed_schedule_goes_on_where_it_was():
     def build(target):
         return build_scheduler(target, schedule="onecycle", total_steps=40, drop_step=1)
