@@ -38,7 +38,7 @@ def weighted_criterion(
 
 def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
     """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
-    costs = [focal_class_cost(alpha=loss.focal_alpha), l1_cost, giou_cost]
+    costs = [focal_class_cost(alpha=loss.cost_alpha), l1_cost, giou_cost]
     return weighted_criterion(loss, costs=costs, losses=[box_losses, cardinality_error])
 
 

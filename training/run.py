@@ -213,7 +213,7 @@ def build_loaders(
     *,
     evaluating_processes: int | None = None,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """Batches for training, without the incomplete last one, as published, and for evaluation.
+    """Batches for training, without the incomplete last one, and for evaluation, of images sorted by id, as published.
 
     `evaluating_processes` as of `Source.evaluating_processes`; None: those of this run. Raises ValueError: a step needs
     more images than there are.
@@ -231,7 +231,7 @@ def build_loaders(
         "generator": torch.Generator(),
     }
     batches = evaluation_batches(
-        length=len(val_set), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
+        order=val_set.images.by_id(), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
         world_size=world_size,
     )  # fmt: skip
     val_loader = DataLoader(val_set, batch_sampler=batches, **options)

@@ -78,7 +78,7 @@ def build_criterion(loss: Loss, config: Config) -> SetCriterion:
     """Focal loss, corner L1 and generalised IoU, objectness, and the count of points outside their boxes."""
     return weighted_criterion(
         loss,
-        costs=[losses.object_class_cost(alpha=loss.focal_alpha), losses.corner_l1_cost, losses.giou_cost],
+        costs=[losses.object_class_cost(alpha=loss.cost_alpha), losses.corner_l1_cost, losses.giou_cost],
         more_costs=[(losses.OUTSIDE, losses.outside_cost)],
         losses=[
             losses.corner_box_losses,
@@ -116,6 +116,7 @@ FAMILY = Family(
         "input_proj_norm": "none",
         "meshgrid_refpoints_xy": True,
         "cls_loss_coef": 1.0,
+        "set_cost_alpha": None,
         "warmup_iters": 1000,
     },
 )
