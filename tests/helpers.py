@@ -51,7 +51,7 @@ def settings(flags: str | list[str] = "") -> RunSettings:
 
 def data_set(split: str, found: RunSettings) -> CocoDetection:
     """The split as main.py builds it."""
-    return build_dataset(split, found.data, max_objects=found.trunk.num_queries, seed=found.run.seed)
+    return build_dataset(split, found.data, seed=found.run.seed)
 
 
 def from_flags(flags: str | list[str] = "") -> tuple[Detector, SetCriterion, Postprocess]:

@@ -180,9 +180,8 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     def load(split: str, categories: Categories | None) -> CocoDetection:
         annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
         dataset = build_dataset(
-            split, settings.data, annotations=annotations, categories=categories, max_objects=queries,
-            seed=settings.run.seed,
-        )  # fmt: skip
+            split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
+        )
         if is_main():
             checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
         return dataset
@@ -191,7 +190,7 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = load("val", categories)
-    for line in start_lines(checked):
+    for line in start_lines(checked, Path(settings.data.coco_path)):
         log(line)
     processes = source.evaluating_processes(given) if settings.run.eval else None
     train_loader, val_loader = build_loaders(settings, train_set, val_set, evaluating_processes=processes)
