@@ -27,7 +27,7 @@ NETWORK = (
     "--backbone resnet18 --backbone_level 4 --hidden_dim 32 --nheads 4 --dim_feedforward 48 --enc_layers 2 "
     "--dec_layers 3 --num_queries 6 --smca"
 )
-SCALES = {"one scale": "", "three scales": "--backbone_level 5 --multiscale"}
+SCALES = {"one scale": "", "three scales": "--backbone_level 5 --multiscale --dec_layers 5"}
 every_scale = pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 
 
@@ -215,7 +215,7 @@ def test_padding_of_images_matters_little(scales):
     for a, b, c in zip(alone, padded, padded_more):
         assert (a["pred_logits"].sigmoid() - b["pred_logits"].sigmoid()).abs().max() < 0.02
         assert (a["pred_boxes"] - b["pred_boxes"]).abs().max() < 0.05
-        torch.testing.assert_close(b["pred_logits"], c["pred_logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(b["pred_logits"], c["pred_logits"], rtol=0, atol=1e-4)  # five layers: 5e-5
         torch.testing.assert_close(b["pred_boxes"], c["pred_boxes"], rtol=0, atol=1e-5)
 
 
@@ -306,12 +306,13 @@ def test_a_tiny_network_learns_its_batch():
     assert losses[-1] < 0.7 * losses[0]  # 0.4 to 0.5, whatever the seed
 
 
-# In an image of 64 x 128 pixels: 4 x 8 cells, or 8 x 16, 4 x 8 and 2 x 4, which three decoder layers attend in turn.
+# In an image of 64 x 128 pixels: 4 x 8 cells, or 8 x 16, 4 x 8 and 2 x 4, of which two decoder layers each attend the
+# coarser two, and one the finest.
 @pytest.mark.parametrize(
     ("scales", "encoder", "attended"),
     [
         (SCALES["one scale"], {(32, 32, 0.3): 2, ((1, 32, 32), 0.3): 2 * 2, ((1, 32, 48), 0.3): 2}, [32, 32, 32]),
-        (SCALES["three scales"], {((1, 168, 32), 0.3): 2 * 2, ((1, 168, 24), 0.3): 2}, [8, 32, 128]),
+        (SCALES["three scales"], {((1, 168, 32), 0.3): 2 * 2, ((1, 168, 24), 0.3): 2}, [8, 8, 32, 32, 128]),
     ],
     ids=SCALES,
 )
@@ -334,8 +335,8 @@ def test_dropout_is_where_the_reference_has_it(scales, encoder, attended, monkey
     monkeypatch.setattr(F, "dropout", spy)
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_spy)
     detector, _ = build(f"{scales} --dropout 0.3")
-    batch = pad_images([torch.randn(3, 64, 128)])  # 6 queries, 4 heads, 2 + 3 layers
-    decoder = {(6, 6, 0.3): 3, ((1, 6, 32), 0.3): 3 * 3, ((1, 6, 48), 0.3): 3}
+    batch, layers = pad_images([torch.randn(3, 64, 128)]), len(attended)  # 6 queries, 4 heads
+    decoder = {(6, 6, 0.3): layers, ((1, 6, 32), 0.3): 3 * layers, ((1, 6, 48), 0.3): layers}
     decoder |= {(6, cells, 0.3): number for cells, number in Counter(attended).items()}
     with plain_path():
         detector.train()(batch)

@@ -11,7 +11,7 @@ from samdetr.util.padded_images import pad_images
 
 # Wide enough for the GroupNorm: of a map of one cell it needs more than one channel a group.
 NETWORK = (
-    "--multiscale --backbone resnet18 --hidden_dim 64 --nheads 4 --dim_feedforward 48 --enc_layers 2 --dec_layers 3 "
+    "--multiscale --backbone resnet18 --hidden_dim 64 --nheads 4 --dim_feedforward 48 --enc_layers 2 --dec_layers 5 "
     "--num_queries 6"
 )
 

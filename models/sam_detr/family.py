@@ -4,7 +4,15 @@ from dataclasses import dataclass, replace
 
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.family import Family, build_aligner, build_backbone, build_projection, coarse_to_fine, read_settings
+from samdetr.models.family import (
+    OFFICIAL_LIMITS,
+    Family,
+    build_aligner,
+    build_backbone,
+    build_projection,
+    coarse_to_fine,
+    read_settings,
+)
 from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from samdetr.models.sam_detr.official_weights import convert_official, is_official
 from samdetr.models.settings import AlignerConfig, Trunk
@@ -88,4 +96,5 @@ FAMILY = Family(
     from_weights=read_settings,
     is_official=is_official,
     convert_official=convert_official,
+    official_limits=OFFICIAL_LIMITS,
 )
