@@ -43,8 +43,8 @@ REFUSED = {
 # Of training, data and processes, or of no effect in the official code either.
 TRAINING = shlex.split("""lr lr_backbone batch_size weight_decay epochs lr_drop clip_max_norm dropout aux_loss
     set_cost_class set_cost_bbox set_cost_giou mask_loss_coef dice_loss_coef cls_loss_coef bbox_loss_coef
-    giou_loss_coef focal_alpha dataset_file coco_path coco_panoptic_path remove_difficult output_dir device seed resume start_epoch eval
-    num_workers world_size dist_url""")
+    giou_loss_coef focal_alpha dataset_file coco_path coco_panoptic_path remove_difficult output_dir device
+    seed resume start_epoch eval num_workers world_size dist_url""")
 OTHERS = {
     "sam_detr": [*TRAINING, *shlex.split("lr_linear_proj_names lr_linear_proj_mult eval_every_epoch save_every_epoch")],
     "deformable_detr": [
