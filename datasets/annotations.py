@@ -146,8 +146,11 @@ class Annotations:
 
 
 def split_paths(root: Path, split: str) -> tuple[Path, Path]:
-    """Image folder and annotation file of a split in the folder layout of COCO 2017."""
-    return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    """Image folder and annotation file of a split in the folder layout of COCO 2017. The image folder may be in
+    images/, as SAP-DETR's published code has it."""
+    folder, within = root / f"{split}2017", root / "images" / f"{split}2017"
+    chosen = within if within.is_dir() and not folder.is_dir() else folder
+    return chosen, root / "annotations" / f"instances_{split}2017.json"
 
 
 def is_image(entry: Any) -> bool:

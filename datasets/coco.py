@@ -45,7 +45,6 @@ class CocoDetection(Dataset):
     Args:
         transforms: called with (RGB image, target), as datasets.transforms describes.
         categories: those of a trained network; by default those of the annotation file.
-        max_objects: largest number of objects in an image, which is the number of queries; None for no limit.
         annotations: the content of `annotation_file`, if it has been read already.
 
     Attributes:
@@ -65,7 +64,6 @@ class CocoDetection(Dataset):
         transforms: Callable,
         train: bool,
         categories: Categories | None = None,
-        max_objects: int | None = None,
         seed: int = 0,
         annotations: Annotations | None = None,
     ) -> None:
@@ -85,8 +83,6 @@ class CocoDetection(Dataset):
         if not train:
             self._require_files()
         self._boxes, self._labels, self._first = self._objects(annotations)
-        if max_objects is not None:
-            self._require_at_most(max_objects)
         self.ground_truth = None if train else GroundTruth.from_annotations(annotations)
         self.known_faults: dict[int, FileFault] = {}
         self._train = train
@@ -227,13 +223,3 @@ class CocoDetection(Dataset):
             torch.tensor(labels, dtype=torch.int64),
             torch.from_numpy(first),
         )
-
-    def _require_at_most(self, max_objects: int) -> None:
-        counts = self._first.diff()
-        crowded = (counts > max_objects).nonzero().flatten().tolist()
-        if crowded:
-            raise ValueError(
-                f"{self.annotation_file}: {len(crowded)} images have more objects than the {max_objects} queries can "
-                f"predict: {first_few(f'image id {self.images[i].id} has {counts[i]}' for i in crowded)}; "
-                f"set `num_queries` to {counts.max()} or more"
-            )

@@ -32,7 +32,7 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
         `official`.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or one that holds code.
+        ValueError: no checkpoint, a damaged one, one that holds code, or one of a network that is not built here.
     """
     checkpoint = read_file(source, name=name)
     state = checkpoint.get("model")
@@ -55,7 +55,9 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
     state = family.convert_official(state) if official else state
     kept = [n for kind in (Trunk, family.config) for n, declared in flags(kind) if declared.carried]
     settings = {n: saved[n] for n in (*kept, *INPUT_SETTINGS) if n in saved}
-    settings |= family.from_weights(state) | {"model": model}
+    shown = family.from_weights(state)
+    family.check_official({**shown, **saved}, where=f"`{name}` {source}")
+    settings |= shown | {"model": model}
     run_settings = saved if "schema_version" in checkpoint else {}
     return {
         **checkpoint,

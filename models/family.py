@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from samdetr.models import criterion
-from samdetr.models.backbone import Backbone
+from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
 from samdetr.models.feature_levels import InputProjection
@@ -38,8 +38,17 @@ def weighted_criterion(
 
 def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
     """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
-    costs = [focal_class_cost(alpha=loss.focal_alpha), l1_cost, giou_cost]
+    costs = [focal_class_cost(alpha=loss.cost_alpha), l1_cost, giou_cost]
     return weighted_criterion(loss, costs=costs, losses=[box_losses, cardinality_error])
+
+
+# Of all official programs; see `Family.official_limits`.
+OFFICIAL_LIMITS: dict[str, tuple[Any, ...]] = {
+    "backbone": RESNETS,
+    "position_embedding": ("sine",),
+    "masks": (False,),
+    "frozen_weights": (None,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,8 @@ class Family:
         from_weights: settings to read off weights (under our names), because files may not hold them.
         is_official: whether parameters have the official names of this family.
         convert_official: an official state dict under our names.
+        official_limits: for flags of the official program that shape the network but are not, or not entirely, built
+            here: their values that are. Those of our settings' names need no entry unless their values differ.
         defaults: its published settings of trunk, loss and training that differ from the defaults there.
     """
 
@@ -64,7 +75,19 @@ class Family:
     from_weights: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda state: {}
     is_official: Callable[[Iterable[str]], bool] = lambda names: False
     convert_official: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    official_limits: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+
+    def check_official(self, flags: dict[str, Any], *, where: str) -> None:
+        """Refuse a network that is another one here, though its weights may fit. Raises ValueError, beginning with
+        `where`."""
+        for name, built in self.official_limits.items():
+            if name in flags and flags[name] not in built:
+                others = ", ".join(str(value) for value in built)
+                raise ValueError(
+                    f"{where} has {name} {flags[name]}, which is not built here (but {others}): it would load and "
+                    "detect something else; take another file"
+                )
 
     def trunk(self, **changes: Any) -> Trunk:
         """The trunk as published for this family, except `changes`."""

@@ -235,7 +235,7 @@ def test_only_updated_images_count():
 
 def batches(length: int, *, processes: int, rank: int, world_size: int, batch_size: int = 2) -> list[list[int]]:
     return evaluation_batches(
-        length=length, batch_size=batch_size, processes=processes, rank=rank, world_size=world_size
+        order=range(length), batch_size=batch_size, processes=processes, rank=rank, world_size=world_size
     )
 
 

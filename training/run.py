@@ -180,9 +180,8 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     def load(split: str, categories: Categories | None) -> CocoDetection:
         annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
         dataset = build_dataset(
-            split, settings.data, annotations=annotations, categories=categories, max_objects=queries,
-            seed=settings.run.seed,
-        )  # fmt: skip
+            split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
+        )
         if is_main():
             checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
         return dataset
@@ -191,7 +190,7 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = load("val", categories)
-    for line in start_lines(checked):
+    for line in start_lines(checked, Path(settings.data.coco_path)):
         log(line)
     processes = source.evaluating_processes(given) if settings.run.eval else None
     train_loader, val_loader = build_loaders(settings, train_set, val_set, evaluating_processes=processes)
@@ -213,7 +212,7 @@ def build_loaders(
     *,
     evaluating_processes: int | None = None,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """Batches for training, without the incomplete last one, as published, and for evaluation.
+    """Batches for training, without the incomplete last one, and for evaluation, of images sorted by id, as published.
 
     `evaluating_processes` as of `Source.evaluating_processes`; None: those of this run. Raises ValueError: a step needs
     more images than there are.
@@ -231,7 +230,7 @@ def build_loaders(
         "generator": torch.Generator(),
     }
     batches = evaluation_batches(
-        length=len(val_set), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
+        order=val_set.images.by_id(), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
         world_size=world_size,
     )  # fmt: skip
     val_loader = DataLoader(val_set, batch_sampler=batches, **options)

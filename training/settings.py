@@ -26,7 +26,12 @@ class Optimisation(Settings):
     accumulate: int = flag(1, "batches per step, as one large batch", least=1, metavar="BATCHES")
     weight_decay: float = flag(1e-4, "of AdamW", least=0)
     epochs: int = flag(50, "epochs in all, those before a --resume included", least=1)
-    lr_drop: int = flag(40, "epochs after which the learning rate falls to a tenth", least=1, metavar="EPOCHS")
+    lr_drop: int = flag(
+        40,
+        "epochs after which the learning rate falls to a tenth, again and again; once if there is a warm-up",
+        least=1,
+        metavar="EPOCHS",
+    )
     lr_schedule: str = flag("step", "how the learning rate falls", choices=SCHEDULES)
     warmup_iters: int = flag(0, "iterations of linear warm-up", least=0, metavar="ITERATIONS")
     clip_max_norm: float = flag(0.1, "largest gradient norm; 0: no clipping", least=0)

@@ -51,7 +51,7 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
         np.flatnonzero(~annotations.known_category),
         lambda row: f"{annotations.name(row)}: category id {entries[row].get('category_id')!r}",
     )
-    crowded = np.flatnonzero(objects > num_queries)
+    crowded = np.argsort(-objects, kind="stable")[: (objects > num_queries).sum()]  # the largest first
     found("too_many_objects", crowded, lambda row: f"{image(row)}: {objects[row]} objects, {num_queries} queries")
     found("crowd_only_image", np.flatnonzero((of_any_kind > 0) & (crowds == of_any_kind)), image)
     # Annotations belong to the first of the images that share an id.

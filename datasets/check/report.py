@@ -39,7 +39,8 @@ KINDS = {
     "categories_differ": ("error", "categories of val that train does not define with this id and name", ""),
     "unknown_image": ("error", "annotations of images that are not listed", "removed"),
     "unknown_category": ("error", "annotations of categories that are not defined", "removed"),
-    "too_many_objects": ("error", "images with more objects than queries: set num_queries to the largest count", ""),
+    "too_many_objects": ("warning", "images with more objects than queries, of which as many are learned and found as "
+                         "there are queries", ""),
     # boxes
     "box_entry": ("error", "boxes that are not four numbers", "removed"),
     "box_not_finite": ("error", "boxes with NaN or infinity", "removed"),

@@ -40,19 +40,25 @@ struct Sample {
   bool inside;    // all four cells exist
 };
 
-// location * size - 0.5, rounded as by PyTorch's grid_sample on a CPU. At the published initialisation all points lie at
-// cells' centres, where rounding decides between two gradients.
+// location * size - 0.5, rounded as by PyTorch's grid_sample on this kind of CPU, which the published code takes there.
+// At the published initialisation all points lie at cells' centres, where rounding decides between two gradients.
 template <typename T>
 inline T in_cells(T location, int64_t size) {
-  return std::fma((2 * location - 1) + 1, T(size) / 2, T(-0.5));
+  const T place = (2 * location - 1) + 1;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return std::fma(place, T(size) / 2, T(-0.5));
+#else
+  return place * (T(size) / 2) - T(0.5);
+#endif
 }
 
-// False where the point touches no cell, also where its location is infinite or not a number.
+// False where the point touches no cell, also where its location is infinite or not a number. A point one cell before
+// the first still has a gradient, as in grid_sample: on maps of 4, 8, ... cells the published points lie just there.
 template <typename T>
 inline bool locate(T x, T y, int64_t height, int64_t width, Sample<T>& sample) {
   x = in_cells(x, width);
   y = in_cells(y, height);
-  if (!(x > T(-1) && y > T(-1) && x < T(width) && y < T(height))) return false;
+  if (!(x >= T(-1) && y >= T(-1) && x < T(width) && y < T(height))) return false;
   const T left = std::floor(x), top = std::floor(y);
   const int64_t column = int64_t(left), line = int64_t(top);
   const T right = x - left, down = y - top;
