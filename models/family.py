@@ -14,6 +14,7 @@ from samdetr.models.feature_levels import InputProjection
 from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk
+from samdetr.models.timm_backbone import PREFIX, TimmBackbone
 
 
 def weighted_criterion(
@@ -75,8 +76,10 @@ class Family:
         return Loss.pick({**self.defaults, **changes})
 
 
-def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
-    return Backbone(
+def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone | TimmBackbone:
+    """A ResNet of torchvision, or "timm/" with any name of timm. Raises ValueError."""
+    kind = TimmBackbone if trunk.backbone.startswith(PREFIX) else Backbone
+    return kind(
         name=trunk.backbone,
         levels=tuple(levels),
         dilation=trunk.dilation,
@@ -86,7 +89,9 @@ def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
     )
 
 
-def build_projection(trunk: Trunk, config: FamilyConfig, backbone: Backbone, **options: Any) -> InputProjection:
+def build_projection(
+    trunk: Trunk, config: FamilyConfig, backbone: Backbone | TimmBackbone, **options: Any
+) -> InputProjection:
     """`options` as of `InputProjection`. "auto" follows the rule for 25 epochs or more."""
     norm = trunk.input_proj_norm == "group" or (trunk.input_proj_norm == "auto" and config.several_levels)
     return InputProjection(in_channels=backbone.num_channels, hidden_dim=trunk.hidden_dim, norm=norm, **options)
