@@ -75,7 +75,8 @@ class Categories:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(
                 f"{file}: its categories differ from those of the model: {'; '.join(wrong[:3])}{more}; "
-                "use an annotation file with the ids and names of the training file"
+                "use an annotation file with the ids and names of the training file; to train on other classes, pass "
+                "`pretrained` instead of `resume`"
             )
 
     def to_list(self) -> list[dict]:

@@ -22,9 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from samdetr.util.padded_images import PaddedImages
+from samdetr.util.padded_images import IMAGENET_MEAN, IMAGENET_STD, PaddedImages
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDES = tuple(range(480, 801, 32))
 
 

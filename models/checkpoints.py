@@ -1,12 +1,9 @@
 """Files of weights: checkpoints of ours and official ones, and pretrained backbones."""
 
 import argparse
-import contextlib
-import sys
 from http.client import HTTPException
 from typing import Any
 
-import torchvision
 from torch import Tensor
 
 from samdetr.models.build import FAMILIES
@@ -83,7 +80,7 @@ def chosen_weights(checkpoint: dict[str, Any], *, raw: bool = False) -> dict[str
 
 
 def load_backbone_weights(detector: Detector, source: str) -> None:
-    """Pretrained weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded if needed) or a file; "none": no change.
+    """Pretrained weights: "imagenet" (of torchvision or timm, downloaded if needed) or a file; "none": no change.
 
     Raises:
         ValueError: weights that cannot be fetched or do not fit; says how to get and pass a file.
@@ -92,17 +89,19 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
         return
     name = detector.backbone.name
     if source == "imagenet":
-        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         try:
-            with contextlib.redirect_stderr(sys.stdout):  # older versions of torch print the address there
-                state = weights.get_state_dict(progress=False, check_hash=True)
+            state = detector.backbone.imagenet_weights()
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(
-                f"cannot fetch the ImageNet weights of {name} ({error}); download {weights.url} elsewhere and pass it "
-                "with `backbone_weights` FILE, or train from scratch with `backbone_weights` none"
+                f"cannot fetch the ImageNet weights of {name} ({error}); download {detector.backbone.weights_url} "
+                "elsewhere and pass it with `backbone_weights` FILE, or train from scratch with `backbone_weights` none"
             ) from None
     else:
         state = read_file(source, name="backbone_weights")
+        if isinstance(state.get("model"), dict):  # a detector: its backbone
+            weights = chosen_weights(read_checkpoint(source, name="backbone_weights"))
+            prefix = "backbone.body."
+            state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     try:
         detector.backbone.load_classifier_weights(state)
     except ValueError as error:

@@ -7,13 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from samdetr.models import criterion
-from samdetr.models.backbone import RESNETS, Backbone
+from samdetr.models.backbone import Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
 from samdetr.models.feature_levels import InputProjection
 from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk
+from samdetr.models.timm_backbone import PREFIX, TimmBackbone
 
 
 def weighted_criterion(
@@ -44,7 +45,6 @@ def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
 
 # Of all official programs; see `Family.official_limits`.
 OFFICIAL_LIMITS: dict[str, tuple[Any, ...]] = {
-    "backbone": RESNETS,
     "position_embedding": ("sine",),
     "masks": (False,),
     "frozen_weights": (None,),
@@ -98,8 +98,10 @@ class Family:
         return Loss.pick({**self.defaults, **changes})
 
 
-def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
-    return Backbone(
+def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone | TimmBackbone:
+    """A ResNet of torchvision, or "timm/" with any name of timm. Raises ValueError."""
+    kind = TimmBackbone if trunk.backbone.startswith(PREFIX) else Backbone
+    return kind(
         name=trunk.backbone,
         levels=tuple(levels),
         dilation=trunk.dilation,
@@ -109,7 +111,9 @@ def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
     )
 
 
-def build_projection(trunk: Trunk, config: FamilyConfig, backbone: Backbone, **options: Any) -> InputProjection:
+def build_projection(
+    trunk: Trunk, config: FamilyConfig, backbone: Backbone | TimmBackbone, **options: Any
+) -> InputProjection:
     """`options` as of `InputProjection`. "auto" follows the rule for 25 epochs or more."""
     norm = trunk.input_proj_norm == "group" or (trunk.input_proj_norm == "auto" and config.several_levels)
     return InputProjection(in_channels=backbone.num_channels, hidden_dim=trunk.hidden_dim, norm=norm, **options)

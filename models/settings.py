@@ -14,7 +14,7 @@ class Trunk(Settings):
 
     model: str = flag("sam_detr", "family; published defaults go with it", on=("-m",), carried=True)
     num_classes: int = flag(91, "outputs of the class heads", least=1, hidden=True, carried=True)
-    backbone: str = flag("resnet50", ", ".join(RESNETS), carried=True)
+    backbone: str = flag("resnet50", f"{', '.join(RESNETS)}, or timm/NAME", carried=True)
     backbone_level: int = flag(5, "the last stage used: 4 is C4, stride 16", choices=(3, 4, 5), carried=True)
     backbone_norm: str = flag(
         "frozen", "BatchNorm; learned: to train from scratch", choices=("frozen", "learned"), carried=True

@@ -60,7 +60,7 @@ def start_block(parts: Parts, resume: Resume | None) -> str:
         "classes": f"{len(names)}: {', '.join(names[:_NAMES])}{more}",
         "model": f"{settings.trunk.model}, {settings.trunk.backbone}, {settings.trunk.num_queries} queries, "
         f"{n_parameters:,} trainable parameters",
-        "weights": parts.source.path or f"random; backbone: {settings.run.backbone_weights}",
+        "weights": parts.source.path or settings.run.pretrained or f"random; backbone: {settings.run.backbone_weights}",
         "output": str(parts.folder.path) if parts.folder else nowhere,
         "device": device,
     }

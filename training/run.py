@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
 from samdetr.training.cluster.watchdog import Watchdog
+from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
@@ -108,6 +109,10 @@ def check_settings(settings: RunSettings) -> None:
     run = settings.run
     if run.eval and not run.resume:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
+    if run.pretrained and run.eval:
+        raise ValueError("`pretrained` has no effect with `eval`; pass the file with `resume`")
+    if run.pretrained and run.resume and not is_auto(run.resume):
+        raise ValueError("`pretrained` starts a run, `resume` continues one: pass one of them, or `resume` auto")
     if is_auto(run.resume) and not run.output_dir:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if is_auto(run.resume) and run.overwrite:
@@ -129,6 +134,9 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
+    pretrained = Pretrained.read(run.pretrained) if run.pretrained and not source.checkpoint else None
+    if pretrained:
+        settings = pretrained.applied(settings, given)
     settings.check_family(given)
     if folder and not run.eval:
         claim_folder(source, folder, overwrite=run.overwrite)
@@ -138,11 +146,12 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     elif data.categories.num_classes > settings.trunk.num_classes:
         raise ValueError(
             f"{source.path} has {settings.trunk.num_classes} classes, but labels at {settings.data.coco_path} go up to "
-            f"{data.categories.num_classes - 1}; use the data set that it was trained for"
+            f"{data.categories.num_classes - 1}; use the data set that it was trained for, or start from its weights "
+            "with `pretrained` instead of `resume`"
         )
     settings = settings.with_resolved_norm()
     network, criterion, postprocess = build_network(settings)
-    _load_weights(network, source, settings)
+    _load_weights(network, source, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
@@ -156,11 +165,25 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
 
 
 def build_network(settings: RunSettings) -> tuple[Detector, SetCriterion, Callable[..., Any]]:
-    """As `build_model`, the backbone frozen if its learning rate is 0. Raises ValueError."""
+    """As `build_model`, with the modules of `freeze` frozen, and the backbone if its learning rate is 0. Raises
+    ValueError."""
     network, criterion, postprocess = build_model(settings.trunk, settings.family, settings.loss)
-    if not settings.optimisation.lr_backbone:
-        network.backbone.requires_grad_(False)
+    frozen = settings.optimisation.freeze
+    freeze(network, frozen if settings.optimisation.lr_backbone else (*frozen, "backbone"))
     return network, criterion, postprocess
+
+
+def freeze(network: nn.Module, modules: Sequence[str]) -> None:
+    """Let the parameters of modules, named as in checkpoints, keep their values. Raises ValueError."""
+    for module in modules:
+        parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{module}.")]
+        if not parameters:
+            children = ", ".join(name for name, _ in network.named_children())
+            raise ValueError(f"`freeze` {module}: there is no such module; there are {children}, and their parts")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if modules and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"`freeze` {' '.join(modules)} leaves nothing to train")
 
 
 def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.device) -> torch.optim.Optimizer:
@@ -254,17 +277,27 @@ def _init_worker(number: int) -> None:
     leave_lock_to_parent()
 
 
-def _load_weights(network: Detector, source: Source, settings: RunSettings) -> None:
-    """Those of the checkpoint; without one, those of the backbone."""
+def _load_weights(
+    network: Detector,
+    source: Source,
+    settings: RunSettings,
+    given: Mapping[str, Any],
+    pretrained: Pretrained | None,
+    categories: Categories,
+) -> None:
+    """Those of the checkpoint; without one, those of the pretrained detector and of the backbone."""
+    raw, wanted = settings.run.raw_weights, settings.run.backbone_weights
     if source.checkpoint:
-        weights = chosen_weights(source.checkpoint, raw=settings.run.raw_weights or not settings.run.eval)
+        weights = chosen_weights(source.checkpoint, raw=raw or not settings.run.eval)
         if weights is not source.checkpoint["model"]:
             log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
         load_weights(network, weights, source=source.path)
         return
+    if pretrained and pretrained.load_into(network, categories, raw=raw) and "backbone_weights" not in given:
+        return
     with main_process_first():
-        load_backbone_weights(network, settings.run.backbone_weights)
-    if settings.run.backbone_weights == "none" and settings.trunk.backbone_norm == "frozen":
+        load_backbone_weights(network, wanted)
+    if wanted == "none" and not pretrained and settings.trunk.backbone_norm == "frozen":
         log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
 
 
