@@ -72,6 +72,7 @@ def build_dataset(
         max_objects=max_objects,
         seed=seed,
         annotations=annotations or read_split(split, data),
+        allow_outside=data.allow_outside,
     )
     if is_main():
         dataset.check_files()
