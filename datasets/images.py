@@ -6,6 +6,7 @@ Pillow's own reading of EXIF and XMP, which fails for some files, and the mode t
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -56,7 +57,11 @@ def open_image(source: Path | BinaryIO) -> Iterator[Image.Image]:
     """
     with nullcontext(source) if hasattr(source, "read") else open_regular(source) as file:
         try:
-            image = Image.open(file, formats=_formats())
+            try:
+                image = Image.open(file, formats=_formats())
+            except UnidentifiedImageError:  # some faults in the EXIF of a JPEG keep PIL from seeing that it is one
+                file.seek(0)
+                image = Image.open(_without_exif(file), formats=_formats())
         except Image.DecompressionBombError:
             raise TooLarge(f"it has more than {MAX_PIXELS:,} pixels; make it smaller or cut it") from None
         with image:
@@ -186,6 +191,18 @@ def _exif_orientation(info: dict) -> int:
             value = number(entry + 8, length)
             return value if value in range(1, 9) else 1
     return 1
+
+
+def _without_exif(file: BinaryIO) -> BinaryIO:
+    """A JPEG without its segments of EXIF and XMP, or the file itself."""
+    if file.read(2) != b"\xff\xd8":
+        file.seek(0)
+        return file
+    parts = [b"\xff\xd8"]
+    while len(head := file.read(4)) == 4 and head[0] == 0xFF and head[1] != 0xDA:  # until the pixels begin
+        segment = file.read(max(0, int.from_bytes(head[2:], "big") - 2))
+        parts += [head, segment] if head[1] != 0xE1 else []
+    return io.BytesIO(b"".join([*parts, head, file.read()]))
 
 
 @cache
