@@ -35,7 +35,7 @@ KINDS = {
     "removed_image": ("note", "images that an earlier --fix removed", ""),
     # the annotation file
     "no_objects": ("error", "training split without a single usable object: nothing can be learnt", ""),
-    "no_val_objects": ("warning", "validation split without a single usable object: AP is undefined", ""),
+    "no_val_objects": ("warning", "validation split without a single usable object: its AP says nothing", ""),
     "number_form": ("note", "numbers as text or as 1.0, read as what they mean", "converted"),
     "text_id": ("error", "ids that are texts", "numbered"),
     "iscrowd": ("error", "iscrowd that is neither 0 nor 1", "\"true\", \"no\" and the like converted, others removed"),
