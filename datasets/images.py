@@ -55,7 +55,7 @@ def open_image(source: Path | BinaryIO) -> Iterator[Image.Image]:
 
     Raises TooLarge; otherwise as `open_regular` and PIL.
     """
-    with nullcontext(source) if hasattr(source, "read") else open_regular(source) as file:
+    with open_regular(source) if isinstance(source, (str, os.PathLike)) else nullcontext(source) as file:
         try:
             try:
                 image = Image.open(file, formats=_formats())

@@ -27,9 +27,9 @@ from samdetr.util.padded_images import PaddedImages
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDES = tuple(range(480, 801, 32))
 ZOOM_SIDES = (400, 500, 600)
-# Published zooms have no longest side. Here they have one if it is exceeded so many times, which no photograph does: an
+# Published zooms have no longest side. Here they have one if it is exceeded four times, which no photograph does: an
 # image of 1 x 60000 pixels would take 28 GB.
-ZOOM_LIMIT = 4
+ZOOM_MAX_SIZE, ZOOM_LIMIT = 1333, 4
 
 
 class EvalTransforms(v2.Compose):
@@ -57,7 +57,7 @@ class TrainTransforms(v2.Compose):
     ) -> None:
         resize = ResizeShortSide(short_sides=short_sides, max_size=max_size)
         if crop:
-            first = ResizeShortSide(short_sides=ZOOM_SIDES, max_size=max_size, limit_from=ZOOM_LIMIT)
+            first = ResizeShortSide(short_sides=ZOOM_SIDES, max_size=ZOOM_MAX_SIZE, limit_from=ZOOM_LIMIT)
             zoom = v2.Compose([first, RandomCrop(sides=(384, 600)), resize])
             resize = v2.RandomChoice([resize, zoom])
         super().__init__([ToTensor(), v2.RandomHorizontalFlip(flip), resize, *([Normalize()] if normalize else [])])
