@@ -69,6 +69,7 @@ def build_dataset(
         categories=categories,
         seed=seed,
         annotations=annotations or read_split(split, data),
+        allow_outside=data.allow_outside,
     )
     if is_main():
         dataset.check_files()

@@ -94,7 +94,9 @@ def epoch_line(
     parts = [f"loss {line['train_loss']:.4g} ({', '.join(of_last_layer)})"]
     if line["train_bad_steps"]:
         parts.append(f"{line['train_bad_steps']} steps skipped")
-    if metrics:
+    if metrics and metrics[0] < 0:
+        parts.append("AP undefined: no object to find")
+    elif metrics:
         parts += [f"AP {metrics[0]:.4f}", f"AP50 {metrics[1]:.4f}"]
     if best:
         parts.append(f"best {best[1]:.4f} of epoch {best[0]}{f' in {where}' if where else ''}")

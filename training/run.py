@@ -205,6 +205,11 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
         dataset = build_dataset(
             split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
         )
+        if split == "train" and not annotations.usable().any():
+            raise ValueError(
+                f"{dataset.annotation_file}: none of its {len(annotations.entries):,} annotations is a usable object; "
+                "train on objects that are not crowds (iscrowd 0) and whose boxes have an area inside their image"
+            )
         if is_main():
             checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
         return dataset
@@ -305,6 +310,8 @@ def write_evaluation(parts: Parts) -> None:
     """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
     metrics, evaluator = parts.evaluate()
     log(evaluator.table())
+    if metrics["coco_eval_bbox"][0] < 0:
+        log(f"warning: AP is undefined (-1): {parts.data.val_images.annotation_file} has no object that is not a crowd")
     if parts.folder and is_main():
         with parts.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)

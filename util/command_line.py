@@ -35,6 +35,9 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
     another package is a bug and keeps its traceback. A data loading worker that was killed is reported in one line,
     too, with status 1. If nobody reads the output any more (`| head`), the status is 141.
     """
+    for stream in (sys.stdout, sys.stderr):  # names in files may hold what the terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return function() or 0
@@ -47,6 +50,9 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
             raise  # another pipe is broken
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
         return _NOBODY_READS
+    except RecursionError:
+        _print_error(file, "the data or settings are nested too deeply to be read or written")
+        return 2
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
