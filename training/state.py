@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from samdetr.training.ema import WeightAverage
+from samdetr.training.optim import groups_of_run, load_optimizer_state, optimizer_state
 from samdetr.util.checkpoint import SCHEMA_VERSION
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
@@ -52,7 +53,7 @@ class TrainingState:
             "schema_version": SCHEMA_VERSION,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "epoch": self.epoch,
@@ -76,18 +77,10 @@ class TrainingState:
         of this project do, are left as they are.
 
         Raises:
-            ValueError: the file has other groups of parameters.
+            ValueError: the file has other groups of parameters, or state that does not fit them.
         """
-        rates = [(group["lr"], group["initial_lr"]) for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError:
-            raise ValueError(
-                f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
-                "`lr_linear_proj_names` that it was trained with"
-            ) from None
-        for group, (lr, initial_lr) in zip(self.optimizer.param_groups, rates):
-            group["lr"], group["initial_lr"] = lr, initial_lr
+        groups = groups_of_run(self.model, checkpoint.get("run_settings", {}))
+        load_optimizer_state(self.optimizer, checkpoint["optimizer"], source=source, groups=groups)
         for name, gradient in checkpoint.get("gradients", {}).items() if self.keep_gradients else ():
             weight = self.model.get_parameter(name)
             weight.grad = gradient.to(weight)
