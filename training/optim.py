@@ -110,13 +110,15 @@ def build_scheduler(
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, one of each for a parameter
+_GROUP_RULE = record(
+    {"params": listed(number(least=0))},
+    optional={name: number(least=0, whole=False) for name in ("lr", "weight_decay")},
+)
 OPTIMIZER_RULE = record(
-    param_groups=listed(
-        record(
-            params=listed(number(least=0)), optional={n: number(least=0, whole=False) for n in ("lr", "weight_decay")}
-        )
-    ),
-    state=each(record(**{name: tensor() for name in MOMENTS}), key=number(least=0)),
+    {
+        "param_groups": listed(_GROUP_RULE),
+        "state": each(record(dict.fromkeys(MOMENTS, tensor())), key=number(least=0)),
+    }
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from samdetr.datasets.bad_images import BadImages
@@ -23,7 +23,7 @@ from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.sampler import TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
-from samdetr.models.checkpoints import chosen_weights, load_backbone_weights
+from samdetr.models.checkpoints import check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.training.checkpoints import CheckpointFolder
@@ -33,7 +33,7 @@ from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
-from samdetr.util.checkpoint import load_weights
+from samdetr.util.checkpoint import load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
 from samdetr.util.files import write_json
@@ -141,8 +141,11 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
             f"{data.categories.num_classes - 1}; use the data set that it was trained for"
         )
     settings = settings.with_resolved_norm()
+    weights = _weights(source, settings)
+    if weights is not None:
+        check_network(settings.trunk, settings.family, weights, source=source.path)
     network, criterion, postprocess = build_network(settings)
-    _load_weights(network, source, settings)
+    _load_weights(network, weights, source, settings)
     place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
@@ -255,12 +258,21 @@ def _init_worker(number: int) -> None:
     leave_lock_to_parent()
 
 
-def _load_weights(network: Detector, source: Source, settings: RunSettings) -> None:
+def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
+    """Those of the checkpoint, if any. Raises ValueError."""
+    if not source.checkpoint:
+        return None
+    weights = chosen_weights(source.checkpoint, raw=settings.run.raw_weights or not settings.run.eval)
+    if weights is not source.checkpoint["model"]:
+        log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+    if not settings.run.allow_nonfinite:
+        require_finite(weights, source=source.path, remedy="; `allow_nonfinite` takes it as it is")
+    return weights
+
+
+def _load_weights(network: Detector, weights: dict[str, Tensor] | None, source: Source, settings: RunSettings) -> None:
     """Those of the checkpoint; without one, those of the backbone."""
-    if source.checkpoint:
-        weights = chosen_weights(source.checkpoint, raw=settings.run.raw_weights or not settings.run.eval)
-        if weights is not source.checkpoint["model"]:
-            log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+    if weights is not None:
         load_weights(network, weights, source=source.path)
         return
     with main_process_first():

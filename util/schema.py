@@ -1,6 +1,6 @@
 """What nested plain values must look like, such as those of a file that somebody else may have written.
 
-    PLACE = record(epoch=number(least=0), names=listed(text))
+    PLACE = record({"epoch": number(least=0), "names": listed(text)})
     PLACE(content, "'place'")
 
 A rule is a function of a value and its place; it raises ValueError, which names both, if the value breaks it.
@@ -9,7 +9,8 @@ A rule is a function of a value and its place; it raises ValueError, which names
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,13 +86,13 @@ def tensor(*, dtype: torch.dtype | None = None) -> Rule:
     return rule
 
 
-def record(*, optional: dict[str, Rule] | None = None, **required: Rule) -> Rule:
+def record(required: Mapping[str, Rule], *, optional: Mapping[str, Rule] = MappingProxyType({})) -> Rule:
     """A dict that has the keys of `required`, and perhaps of `optional`, with values by their rules. Others are
     ignored."""
 
     def rule(value: Any, place: str) -> None:
         _require(isinstance(value, dict), value, place, "a dict")
-        for name, one in {**required, **(optional or {})}.items():
+        for name, one in {**required, **optional}.items():
             if name in value:
                 one(value[name], f"{place}[{name!r}]" if place else f"{name!r}")
             elif name in required:
