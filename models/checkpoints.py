@@ -88,8 +88,9 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
             f"{where} holds a {brief(model)}, and the families here are {', '.join(FAMILIES)}; if a plugin "
             f"registers {brief(model)}, pass it with `plugin`"
         )
-    if bare:
-        log(f"note: {source} is a bare state dict, of a {model}; it holds no settings: flags and defaults apply")
+    if not official and not saved:
+        what = "is a bare state dict" if bare else "has weights"
+        log(f"note: {source} {what} of a {model}, without settings: flags and defaults say how it is built")
     family = FAMILIES[model]
     state = family.convert_official(state) if official else state
     kept = [n for kind in (Trunk, family.config) for n, declared in flags(kind) if declared.carried]
@@ -153,6 +154,8 @@ def check_network(trunk: Trunk, config: FamilyConfig, state: dict[str, Tensor], 
     try:
         with torch.device("meta"):
             network, _, _ = build_model(trunk, config)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit the network: {error}") from None
     except (NotImplementedError, RuntimeError):  # a family from outside that needs numbers: loading checks
         return
     check_weights(network, state, source=source)

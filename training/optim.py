@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from samdetr.util.schema import brief, each, listed, number, record, tensor
+from samdetr.util.schema import brief, each, listed, number, record, tensor, text
 
 SCHEDULES = ("step", "cosine", "onecycle")
 OPTIONAL_LINEAR_PROJ_NAMES = ("reference_points", "sampling_offsets")  # of deformable models; others have none
@@ -118,7 +118,8 @@ OPTIMIZER_RULE = record(
     {
         "param_groups": listed(_GROUP_RULE),
         "state": each(record(dict.fromkeys(MOMENTS, tensor())), key=number(least=0)),
-    }
+    },
+    optional={"without_moments": listed(text)},
 )
 
 

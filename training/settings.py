@@ -61,7 +61,7 @@ class Run(Settings):
 
     output_dir: str = flag("", "where checkpoints and logs are saved; empty: nowhere", metavar="FOLDER")
     device: str = flag("auto", "auto: a GPU if there is one")
-    seed: int = flag(42, "of weights, data order and augmentation", least=0)
+    seed: int = flag(42, "of weights, data order and augmentation", least=0, most=2**62)
     backbone_weights: str = flag(
         "imagenet", "pretrained backbone; not used with --resume", metavar="{imagenet,none,FILE}"
     )

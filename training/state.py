@@ -47,7 +47,7 @@ RULES = record(
     optional={
         "iteration": maybe(_COUNT),
         "samples_seen": _COUNT,
-        "sampler": record({"seed": number(least=0), "batch": number(least=1, most=2**62), "position": _COUNT}),
+        "sampler": record({"seed": _COUNT, "batch": number(least=1, most=2**62), "position": _COUNT}),
         "random_states": listed(record({"torch": _random_rule}, optional={"cuda": _gpu_random_rule}), least=1),
         "averages": listed(record({"sums": each(_real), "counts": each(number(least=0, whole=False))}), least=1),
         "extras": record(
@@ -165,7 +165,7 @@ class TrainingState:
             weights[name].grad = torch.empty_like(weights[name]).copy_(gradient)
         parts = {"scaler": self.scaler, "ema": self.ema, **self.extras}
         saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
-        if self.ema and saved.get("ema"):
+        if saved["ema"]:
             check_weights(self.model, saved["ema"]["model"], source=f"{source}: the average of the weights")
         for name, part in parts.items():
             if part is not None and saved.get(name):

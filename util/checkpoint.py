@@ -215,7 +215,8 @@ def require_finite(state: dict[str, Tensor], *, source: str, remedy: str = "") -
 
 def _listed(names: list[str], limit: int = 20) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} ({', '.join(names[:limit])}{more})" if names else "0"
+    shown = (name if name.isprintable() else ascii(name) for name in names[:limit])
+    return f"{len(names)} ({', '.join(shown)}{more})" if names else "0"
 
 
 def _download(url: str, name: str) -> Path:

@@ -73,6 +73,7 @@ def tensor(*, dtype: torch.dtype | None = None) -> Rule:
                     "quantised": value.is_quantized,
                     "sparse": value.layout != torch.strided,
                     "of complex numbers": value.is_complex(),
+                    "of 8-bit numbers": value.is_floating_point() and value.itemsize == 1,
                     f"on the device {value.device}": value.device.type != "cpu",
                 }.items()
                 if found
