@@ -271,3 +271,13 @@ def test_bare_state_dict_of_a_fitting_network(good, shapes, tmp_path, capsys):
     run_main(shapes, "--eval", "--resume", str(path), "--output_dir", str(tmp_path / "whole"), network=[])
     bare, whole = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("bare", "whole"))
     assert bare["loss"] == whole["loss"]
+
+
+def test_outputs_that_are_not_finite_are_counted(good, shapes, tmp_path, capsys):
+    """Of weights that are finite and too large."""
+    path = written(good, put("model", "decoder.layers.1.norm3.weight", to=lambda w: w.fill_(3e38)), tmp_path / "x.pth")
+    assert "outputs of 7 of 7 images are not finite" in refused("eval", path, shapes, capsys)
+    assert call_main(shapes, "--resume", str(path), "--eval", "--allow_nonfinite", network=[]) == 0
+    assert "warning: outputs of 7 images are not finite" in capsys.readouterr().out
+    nan = written(good, put("model", BIAS, to=torch.full((6,), torch.nan)), tmp_path / "y.pth")
+    assert call_main(shapes, "--resume", str(nan), "--eval", "--allow_nonfinite", network=[]) == 0

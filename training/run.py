@@ -284,6 +284,12 @@ def _load_weights(network: Detector, weights: dict[str, Tensor] | None, source: 
 def write_evaluation(parts: Parts) -> None:
     """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
     metrics, evaluator = parts.evaluate()
+    bad = metrics.get("nonfinite_images", 0)
+    if bad and not parts.settings.run.allow_nonfinite:
+        raise ValueError(
+            f"{parts.source.path}: outputs of {bad} of {len(parts.data.val_images)} images are not finite (with `amp` "
+            f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
+        )
     log(evaluator.table())
     if parts.folder and is_main():
         with parts.folder.writing() as output:
