@@ -137,7 +137,7 @@ def read_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {"input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none"}
     for name in ("decoder.class_heads.0.bias", "decoder.class_heads.0.layers.2.bias"):
         if name in state:
-            found["num_classes"] = len(state[name])
+            found["num_classes"] = state[name].numel()
     return found
 
 

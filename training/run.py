@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from samdetr.datasets.bad_images import BadImages
@@ -23,7 +23,7 @@ from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.sampler import TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
-from samdetr.models.checkpoints import chosen_weights, load_backbone_weights
+from samdetr.models.checkpoints import check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.training.checkpoints import CheckpointFolder
@@ -34,7 +34,7 @@ from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
-from samdetr.util.checkpoint import load_weights
+from samdetr.util.checkpoint import load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
 from samdetr.util.files import write_json
@@ -150,8 +150,11 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
             "with `pretrained` instead of `resume`"
         )
     settings = settings.with_resolved_norm()
+    weights = _weights(source, settings)
+    if weights is not None:
+        check_network(settings.trunk, settings.family, weights, source=source.path)
     network, criterion, postprocess = build_network(settings)
-    _load_weights(network, source, settings, given, pretrained, data.categories)
+    _load_weights(network, weights, source, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
@@ -282,8 +285,21 @@ def _init_worker(number: int) -> None:
     leave_lock_to_parent()
 
 
+def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
+    """Those of the checkpoint, if any. Raises ValueError."""
+    if not source.checkpoint:
+        return None
+    weights = chosen_weights(source.checkpoint, raw=settings.run.raw_weights or not settings.run.eval)
+    if weights is not source.checkpoint["model"]:
+        log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+    if not settings.run.allow_nonfinite:
+        require_finite(weights, source=source.path, remedy="; `allow_nonfinite` takes it as it is")
+    return weights
+
+
 def _load_weights(
     network: Detector,
+    weights: dict[str, Tensor] | None,
     source: Source,
     settings: RunSettings,
     given: Mapping[str, Any],
@@ -291,14 +307,15 @@ def _load_weights(
     categories: Categories,
 ) -> None:
     """Those of the checkpoint; without one, those of the pretrained detector and of the backbone."""
-    raw, wanted = settings.run.raw_weights, settings.run.backbone_weights
-    if source.checkpoint:
-        weights = chosen_weights(source.checkpoint, raw=raw or not settings.run.eval)
-        if weights is not source.checkpoint["model"]:
-            log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+    wanted = settings.run.backbone_weights
+    if weights is not None:
         load_weights(network, weights, source=source.path)
         return
-    if pretrained and pretrained.load_into(network, categories, raw=raw) and "backbone_weights" not in given:
+    if (
+        pretrained
+        and pretrained.load_into(network, categories, raw=settings.run.raw_weights)
+        and "backbone_weights" not in given
+    ):
         return
     with main_process_first():
         load_backbone_weights(network, wanted)
@@ -309,6 +326,12 @@ def _load_weights(
 def write_evaluation(parts: Parts) -> None:
     """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
     metrics, evaluator = parts.evaluate()
+    bad = metrics.get("nonfinite_images", 0)
+    if bad and not parts.settings.run.allow_nonfinite:
+        raise ValueError(
+            f"{parts.source.path}: outputs of {bad} of {len(parts.data.val_images)} images are not finite (with `amp` "
+            f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
+        )
     log(evaluator.table())
     if metrics["coco_eval_bbox"][0] < 0:
         log(f"warning: AP is undefined (-1): {parts.data.val_images.annotation_file} has no object that is not a crowd")
