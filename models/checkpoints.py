@@ -93,7 +93,8 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
     kept = [n for kind in (Trunk, family.config) for n, declared in flags(kind) if declared.carried]
     settings = {n: saved[n] for n in (*kept, *INPUT_SETTINGS) if n in saved}
     shown = family.from_weights(state)
-    family.check_official({**shown, **saved}, where=where)
+    if "schema_version" not in checkpoint:
+        family.check_official({**shown, **saved}, where=where)
     settings |= shown | {"model": model}
     try:
         network_settings(settings)

@@ -307,7 +307,8 @@ def _load_weights(
     categories: Categories,
 ) -> None:
     """Those of the checkpoint; without one, those of the pretrained detector and of the backbone."""
-    wanted = settings.run.backbone_weights
+    run = settings.run
+    wanted = run.backbone_weights
     if weights is not None:
         load_weights(network, weights, source=source.path)
         return
