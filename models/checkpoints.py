@@ -15,6 +15,7 @@ from samdetr.models.build import FAMILIES, build_model
 from samdetr.models.detector import Detector
 from samdetr.models.settings import FamilyConfig, Trunk
 from samdetr.util.checkpoint import check_weights, read_file
+from samdetr.util.download import socket_timeout
 from samdetr.util.foreign import kept_elsewhere
 from samdetr.util.logger import log
 from samdetr.util.schema import anything, brief, each, listed, maybe, number, record, tensor, text
@@ -38,12 +39,13 @@ RULES = record(
 INPUT_SETTINGS = ("eval_size", "max_size")
 
 
-def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
+def read_checkpoint(source: str, *, name: str = "resume", allow_http: bool = False) -> dict[str, Any]:
     """A checkpoint of ours, or an official one under our names, from a file or an http(s) URL.
 
     Args:
         source: file or URL.
         name: of the argument whose value is `source`, for messages.
+        allow_http: whether a URL may be http to another machine.
 
     Returns:
         A dict with at least `model` (weights), `settings` (those that shape the network and its input, as far as the
@@ -53,7 +55,7 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
     Raises:
         ValueError: no checkpoint, a damaged one, or one that holds code.
     """
-    checkpoint = read_file(source, name=name)
+    checkpoint = read_file(source, name=name, allow_http=allow_http)
     where = f"`{name}` {source}"
     state = checkpoint.get("model")
     if bare := not isinstance(state, dict) and _is_state(checkpoint):
@@ -187,7 +189,8 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
     if source == "imagenet":
         weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         try:
-            with contextlib.redirect_stderr(sys.stdout):  # older versions of torch print the address there
+            # Older versions of torch print the address to stderr.
+            with contextlib.redirect_stderr(sys.stdout), socket_timeout():
                 state = weights.get_state_dict(progress=False, check_hash=True)
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(

@@ -19,7 +19,13 @@ from samdetr.models.checkpoints import read_checkpoint
 
 RECORDED = json.loads(gzip.decompress(Path(__file__).with_name("resolved_settings.json.gz").read_bytes()))
 # Settings that came later, with their defaults, and defaults that were changed on purpose.
-ADDED: dict[str, object] = {"plugin": "", "allow_nonfinite": False, "overwrite": False, "verbose": False}
+ADDED: dict[str, object] = {
+    "plugin": "",
+    "allow_http": False,
+    "allow_nonfinite": False,
+    "overwrite": False,
+    "verbose": False,
+}
 # Users' runs keep the last checkpoints and the best; recipes pass `--keep -1`, all epochs, as published.
 CHANGED: dict[str, object] = {"keep": 1}
 
