@@ -36,19 +36,20 @@ from samdetr.util.device import choose_device, place
 from samdetr.util.padded_images import pad_images
 
 
-def load(source: str, *, device: str | torch.device = "auto", raw: bool = False) -> Predictor:
+def load(source: str, *, device: str | torch.device = "auto", raw: bool = False, allow_http: bool = False) -> Predictor:
     """A predictor from a checkpoint, a file or an http(s) URL: one of ours or an official one of a known family.
 
     Args:
         device: "auto" is a GPU if there is one.
         raw: whether to take the trained weights where the file also has averaged ones (--ema).
+        allow_http: whether a URL may be http to another machine.
 
     Raises:
         ValueError: names the file and what is wrong with it, or the device.
     """
     source = str(source)
     target = choose_device(str(device))
-    checkpoint = read_checkpoint(source, name="source")
+    checkpoint = read_checkpoint(source, name="source", allow_http=allow_http)
     trunk, config = network_settings(checkpoint["settings"])
     try:
         data = Data.pick(

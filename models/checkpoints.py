@@ -12,6 +12,7 @@ from samdetr.models.build import FAMILIES, build_model
 from samdetr.models.detector import Detector
 from samdetr.models.settings import FamilyConfig, Trunk
 from samdetr.util.checkpoint import check_weights, read_file
+from samdetr.util.download import socket_timeout
 from samdetr.util.foreign import kept_elsewhere
 from samdetr.util.logger import log
 from samdetr.util.schema import anything, brief, each, listed, maybe, number, record, tensor, text
@@ -35,12 +36,13 @@ RULES = record(
 INPUT_SETTINGS = ("eval_size", "max_size")
 
 
-def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
+def read_checkpoint(source: str, *, name: str = "resume", allow_http: bool = False) -> dict[str, Any]:
     """A checkpoint of ours, or an official one under our names, from a file or an http(s) URL.
 
     Args:
         source: file or URL.
         name: of the argument whose value is `source`, for messages.
+        allow_http: whether a URL may be http to another machine.
 
     Returns:
         A dict with at least `model` (weights), `settings` (those that shape the network and its input, as far as the
@@ -50,7 +52,7 @@ def read_checkpoint(source: str, *, name: str = "resume") -> dict[str, Any]:
     Raises:
         ValueError: no checkpoint, a damaged one, one that holds code, or one of a network that is not built here.
     """
-    checkpoint = read_file(source, name=name)
+    checkpoint = read_file(source, name=name, allow_http=allow_http)
     where = f"`{name}` {source}"
     state = checkpoint.get("model")
     if bare := not isinstance(state, dict) and _is_state(checkpoint):
@@ -186,7 +188,8 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
     name = detector.backbone.name
     if source == "imagenet":
         try:
-            state = detector.backbone.imagenet_weights()
+            with socket_timeout():
+                state = detector.backbone.imagenet_weights()
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(
                 f"cannot fetch the ImageNet weights of {name} ({error}); download {detector.backbone.weights_url} "

@@ -2,10 +2,14 @@
 
 import argparse
 import copy
+import http.server
 import io
 import json
 import os
+import re
 import struct
+import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ from helpers import TINY, call_main, error_line, run_main
 from PIL import Image
 
 from samdetr.inference.predictor import load
+from samdetr.util import download
 from samdetr.util.checkpoint import save_file
 
 NETWORK = [*TINY, "--backbone_level", "3"]
@@ -281,3 +286,81 @@ def test_outputs_that_are_not_finite_are_counted(good, shapes, tmp_path, capsys)
     assert "warning: outputs of 7 images are not finite" in capsys.readouterr().out
     nan = written(good, put("model", BIAS, to=torch.full((6,), torch.nan)), tmp_path / "y.pth")
     assert call_main(shapes, "--resume", str(nan), "--eval", "--allow_nonfinite", network=[]) == 0
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers by the path: the file, a part of it, a page, nothing more, or another address."""
+
+    def __init__(self, file: bytes) -> None:
+        self.file, self.requests = file, []
+        super().__init__(("127.0.0.1", 0), Answers)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_) -> None:
+        self.server.requests.append(self.path)
+
+    def do_GET(self) -> None:
+        name, file = self.path.strip("/").removesuffix(".pth"), self.server.file
+        self.send_response(302 if name in ("file", "ftp", "elsewhere") else 200)
+        if name in ("file", "ftp", "elsewhere"):
+            address = {"file": "file:///etc/passwd", "ftp": "ftp://127.0.0.1/x", "elsewhere": "http://192.0.2.1/x"}
+            self.send_header("Location", address[name])
+            file = b""
+        self.send_header("Content-Length", str(10**12 if name == "huge" else len(file)))
+        self.end_headers()
+        if name == "page":
+            file = b"<!DOCTYPE html>".ljust(len(file))
+        self.wfile.write(file[: len(file) // 2] if name in ("cut", "stops") else b"" if name == "huge" else file)
+        if name == "stops":
+            self.wfile.flush()
+            time.sleep(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cut", "more expected"),
+        ("stops", "no answer for 1 s"),
+        ("page", "it is a page of a web site"),
+        ("huge", "it has 1000.0 GB"),
+        ("file", "is not allowed"),
+        ("ftp", "ftp: is no way"),
+        ("elsewhere", "192.0.2.1 sends it by http"),
+    ],
+)
+def test_downloads(name, said, good, tmp_path, monkeypatch):
+    """Nothing is left of what does not come; the next try fetches."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "SECONDS", 1.0)
+    file = written(good, lambda content: None, tmp_path / "x.pth").read_bytes()
+    with Server(file) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ValueError, match=re.escape(said)) as caught:
+            load(f"{address}/{name}.pth", device="cpu")
+        assert f"{address}/{name}.pth cannot be fetched" in str(caught.value)
+        assert [path for path in (tmp_path / "home").rglob("*") if path.is_file()] == []
+        if name == "cut":
+            for _ in range(2):
+                load(f"{address}/whole.pth", device="cpu")
+            (kept,) = (path for path in (tmp_path / "home").rglob("*") if path.is_file())
+            kept.write_bytes(file[:-100])
+            with pytest.raises(ValueError, match=f"kept as {kept}"):
+                load(f"{address}/whole.pth", device="cpu")
+            load(f"{address}/whole.pth", device="cpu")
+            assert server.requests.count("/whole.pth") == 2
+        server.shutdown()
+
+
+def test_http_from_other_machines(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="use https, or pass `allow_http`"):
+        load("http://192.0.2.1/x.pth", device="cpu")
+    monkeypatch.setattr(download, "SECONDS", 0.2)
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        load("http://192.0.2.1/x.pth", device="cpu", allow_http=True)
+    assert list(tmp_path.rglob("*.pth")) == []

@@ -32,9 +32,9 @@ class Pretrained:
     checkpoint: dict[str, Any]
 
     @classmethod
-    def read(cls, source: str) -> Pretrained:
+    def read(cls, source: str, *, allow_http: bool = False) -> Pretrained:
         """From a file or URL. Raises ValueError."""
-        return cls(source, read_checkpoint(source, name="pretrained"))
+        return cls(source, read_checkpoint(source, name="pretrained", allow_http=allow_http))
 
     def applied(self, settings: RunSettings, given: Mapping[str, Any]) -> RunSettings:
         """The settings with the source's network and input where the user typed nothing; with its backbone alone if the

@@ -128,15 +128,15 @@ def find_checkpoint(settings: RunSettings, given: Mapping[str, Any], folder: Che
     follows = "start_epoch" not in given
     if not path:
         return Source(path, None, same_run=auto and follows)
-    checkpoint = found[1] if found else _read(path)
+    checkpoint = found[1] if found else _read(path, allow_http=settings.run.allow_http)
     in_folder = follows and folder is not None and Path(path).parent.resolve() == folder.path.resolve()
     # Early files lack the iteration.
     return Source(path, checkpoint, same_run=in_folder and "iteration" in checkpoint, in_folder=in_folder)
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, *, allow_http: bool = False) -> dict[str, Any]:
     """A checkpoint whose values a run can use. Raises ValueError."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, allow_http=allow_http)
     check_state(checkpoint, source=path)
     saved = {name: value for name, value in checkpoint["run_settings"].items() if name in READ_LATER}
     inputs = {name: value for name, value in checkpoint["settings"].items() if name in INPUT_SETTINGS}

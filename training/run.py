@@ -38,6 +38,7 @@ from samdetr.util.checkpoint import load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
 from samdetr.util.files import write_json
+from samdetr.util.loader import Loader, guard_worker, shared_memory_warning
 from samdetr.util.logger import log
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -134,7 +135,9 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
-    pretrained = Pretrained.read(run.pretrained) if run.pretrained and not source.checkpoint else None
+    pretrained = (
+        Pretrained.read(run.pretrained, allow_http=run.allow_http) if run.pretrained and not source.checkpoint else None
+    )
     if pretrained:
         settings = pretrained.applied(settings, given)
     settings.check_family(given)
@@ -251,6 +254,7 @@ def build_loaders(
     batch_size, accumulate = settings.optimisation.batch_size, settings.optimisation.accumulate
     rank, world_size = get_rank(), get_world_size()
     options: dict[str, Any] = {
+        "timeout": settings.run.timeout,
         "collate_fn": partial(collate, multiple=settings.data.pad_to_multiple),
         "num_workers": settings.data.num_workers,
         "persistent_workers": settings.data.num_workers > 0,  # started once, not for each epoch
@@ -264,7 +268,7 @@ def build_loaders(
         order=val_set.images.by_id(), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
         world_size=world_size,
     )  # fmt: skip
-    val_loader = DataLoader(val_set, batch_sampler=batches, **options)
+    val_loader = Loader(val_set, batch_sampler=batches, **options)
     if train_set is None:
         return None, val_loader
     batch = batch_size * accumulate * world_size
@@ -274,14 +278,19 @@ def build_loaders(
             f"`batch_size` {batch_size}{times} in {world_size} process(es) is more than the {len(train_set)} training "
             "images; make it smaller"
         )
+    height, width = max(settings.data.train_sizes), settings.data.max_size
+    bytes_of_batch = batch_size * 4 * height * max(height, width)  # colours and padding
+    if line := shared_memory_warning(num_workers=settings.data.num_workers, batch_bytes=bytes_of_batch):
+        log(line)
     shuffled = TrainSampler(
         length=len(train_set), batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
     )
-    return DataLoader(train_set, batch_size, sampler=shuffled, **options), val_loader
+    return Loader(train_set, batch_size=batch_size, sampler=shuffled, **options), val_loader
 
 
 def _init_worker(number: int) -> None:
     shield_worker(number)
+    guard_worker()
     leave_lock_to_parent()
 
 

@@ -85,6 +85,7 @@ class Run(Settings):
     start_epoch: int = flag(0, "first epoch, counted from 0; a checkpoint brings its own", least=0, metavar="EPOCH")
     eval: bool = flag(False, "evaluate, do not train")
     raw_weights: bool = flag(False, "with --eval: not the averaged weights of --ema")
+    allow_http: bool = flag(False, "fetch files over http from other machines, too, where others can change them")
     allow_nonfinite: bool = flag(False, "use weights, and with --eval count outputs, that are not finite")
     eval_every_epoch: int = flag(1, "epochs between evaluations", least=1, metavar="EPOCHS")
     patience: int = flag(

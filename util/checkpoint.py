@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 import zipfile
-from http.client import HTTPException
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.util.device import memory
-from samdetr.util.distributed import main_process_first
+from samdetr.util.download import fetch
 from samdetr.util.files import whole_file
 from samdetr.util.foreign import damaged_record, foreign
 from samdetr.util.schema import brief, tensor
@@ -61,21 +61,32 @@ def checksum(content: Any) -> str:
     return sha.hexdigest()
 
 
-def read_file(source: str, *, name: str) -> dict[str, Any]:
+def read_file(source: str, *, name: str, allow_http: bool = False) -> dict[str, Any]:
     """Read a dict from a file or an http(s) URL, onto the CPU.
 
     Besides tensors and plain values only argparse.Namespace may occur in it (official checkpoints keep their flags in
-    one); anything else is refused, since unpickling it would run code.
+    one); anything else is refused, since unpickling it would run code. What a URL sends is kept in PyTorch's cache once
+    it is complete and can be read; `allow_http` as of `fetch`.
 
     Raises:
         ValueError: names the argument `name`, the source and the reason.
     """
     path, where = Path(source), f"`{name}` {source}"
-    if source.startswith(("http://", "https://")):
-        path = _download(source, name)
+    if fetched := source.startswith(("http://", "https://")):
+        # A folder for each URL, because many files are called checkpoint.pth.
+        folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(source.encode()).hexdigest()[:16]
+        path = folder / (source.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "checkpoint.pth")
+        try:
+            fetch(source, path, check=partial(_read, where="it"), allow_http=allow_http)
+        except ValueError as error:
+            raise ValueError(f"`{name}` {error}") from None
         where += f" (kept as {path})"
     try:
         return _read(path, where)
+    except ValueError:
+        if fetched:
+            path.unlink(missing_ok=True)  # to be fetched again the next time
+        raise
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply to be read; get it again") from None
     except MemoryError:
@@ -217,17 +228,3 @@ def _listed(names: list[str], limit: int = 20) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     shown = (name if name.isprintable() else ascii(name) for name in names[:limit])
     return f"{len(names)} ({', '.join(shown)}{more})" if names else "0"
-
-
-def _download(url: str, name: str) -> Path:
-    """Fetch once per node into torch's cache; a folder for each URL, because many files are called checkpoint.pth."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = folder / (url.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "checkpoint.pth")
-    with main_process_first():
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(url, str(path), progress=False)
-            except (OSError, HTTPException) as error:  # HTTPError and URLError are kinds of OSError
-                raise ValueError(f"`{name}` {url} cannot be fetched: {error}") from None
-    return path
