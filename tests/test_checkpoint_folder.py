@@ -132,6 +132,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 def test_checksum_sees_every_value(tmp_path):
     base = {"a": [1, (2.0, None)], "w": torch.tensor([[1.0, 2.0]]), "n": {"x": True, "y": "é"}}
+    base["long"] = torch.zeros(3000)
     others = [
         base | {"a": [1, (2.0, 0)]},
         base | {"a": [1, 2.0, None]},
@@ -139,9 +140,10 @@ def test_checksum_sees_every_value(tmp_path):
         base | {"w": torch.tensor([[1.0, 2.0000002]])},
         base | {"w": base["w"].double()},
         base | {"n": {"x": True, "z": "é"}},
+        base | {"long": torch.zeros(3000).index_fill(0, torch.tensor([2999]), 1)},
     ]
     sums = {checksum(value) for value in (base, *others)}
-    assert len(sums) == 7
+    assert len(sums) == 8
     assert checksum(base | {"w": base["w"].to(memory_format=torch.preserve_format)}) == checksum(base)
 
     save_file(base, tmp_path / "x.pth")
