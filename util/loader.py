@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import multiprocessing
@@ -37,28 +38,45 @@ class Loader(DataLoader):
     def __init__(self, dataset: Any, *, timeout: float, num_workers: int, **options: Any) -> None:
         super().__init__(dataset, timeout=timeout if num_workers else 0, num_workers=num_workers, **options)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        global _waiting_since
-        batches = None
-        while True:
-            _waiting_since = time.monotonic()
-            try:
-                if batches is None:
-                    batches = super().__iter__()
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                reason = _reason(f"{error} {error.__cause__ or ''}", timeout=self.timeout)
-                if reason or str(error).startswith("DataLoader worker (pid"):
-                    for worker in multiprocessing.active_children():
-                        worker.kill()  # one that hangs would not end otherwise, and this process waits for it
-                if reason is None:
-                    raise
-                raise ValueError(reason) from None
-            finally:
-                _waiting_since = None
-            yield batch
+    def __iter__(self) -> Any:
+        with _limited(self.timeout):
+            return _Batches(super().__iter__(), timeout=self.timeout)
+
+
+class _Batches:
+    """PyTorch's iterator, whose waits are limited."""
+
+    def __init__(self, batches: Any, *, timeout: float) -> None:
+        self._batches, self._timeout = batches, timeout
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> Any:
+        with _limited(self._timeout):
+            return next(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
+@contextlib.contextmanager
+def _limited(timeout: float) -> Iterator[None]:
+    """Around a wait for workers."""
+    global _waiting_since
+    _waiting_since = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _reason(f"{error} {error.__cause__ or ''}", timeout=timeout)
+        if reason or str(error).startswith("DataLoader worker (pid"):
+            for worker in multiprocessing.active_children():
+                worker.kill()  # one that hangs would not end otherwise, and this process waits for it
+        if reason is None:
+            raise
+        raise ValueError(reason) from None
+    finally:
+        _waiting_since = None
 
 
 def _reason(error: str, *, timeout: float) -> str | None:
