@@ -147,12 +147,12 @@ def test_another_order_inside_an_epoch(order, said, tmp_path):
 
 
 def test_whose_files_are_in_the_folder(tmp_path):
-    """A run that goes on, and one that starts from an early file of this folder, write beside it; another is refused."""
+    """A run that goes on, or starts from an early file of this folder, writes beside its files; another is refused."""
     (tmp_path / "checkpoint0001.pth").touch()
     folder, source = CheckpointFolder(tmp_path), Source("x.pth", {}, same_run=False)
     for known in (replace(source, same_run=True), replace(source, in_folder=True)):
         claim_folder(known, folder, overwrite=False)
-    with pytest.raises(ValueError, match="holds a run .checkpoint0001.pth"):
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoint0001\.pth\)"):
         claim_folder(source, folder, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint0001.pth"]
 
