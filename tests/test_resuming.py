@@ -13,7 +13,7 @@ from samdetr.training import state
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.ema import WeightAverage
 from samdetr.training.optim import build_scheduler, parameter_groups
-from samdetr.training.resume import Source, plan
+from samdetr.training.resume import Resume, Source, claim_folder, plan
 from samdetr.training.state import TrainingState
 from samdetr.util.checkpoint import checksum
 from samdetr.util.logger import MetricAverager
@@ -144,6 +144,26 @@ def test_another_order_inside_an_epoch(order, said, tmp_path):
     source = Source("x.pth", checkpoint(1, 1, **order), same_run=True)
     with pytest.raises(ValueError, match=said):
         plan(source, settings(""), {}, sampler=sampler, folder=CheckpointFolder(tmp_path))
+
+
+def test_whose_files_are_in_the_folder(tmp_path):
+    """A run that goes on, or starts from an early file of this folder, writes beside its files; another is refused."""
+    (tmp_path / "checkpoint0001.pth").touch()
+    folder, source = CheckpointFolder(tmp_path), Source("x.pth", {}, same_run=False)
+    for known in (replace(source, same_run=True), replace(source, in_folder=True)):
+        claim_folder(known, folder, overwrite=False)
+    with pytest.raises(ValueError, match=r"holds a run \(checkpoint0001\.pth\)"):
+        claim_folder(source, folder, overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint0001.pth"]
+
+
+def test_lines_of_epochs_that_come_again_leave_the_log(tmp_path):
+    folder, source = CheckpointFolder(tmp_path), Source("x.pth", {}, same_run=True)
+    for epoch in range(3):
+        folder.append_log({"epoch": epoch})
+    assert Resume(replace(source, same_run=False), 1, None).trim_log(folder) == []
+    assert len(folder.logged()) == 3
+    assert Resume(source, 1, 2).trim_log(folder) == folder.logged() == [{"epoch": 0}]
 
 
 def test_names_of_long_runs_and_the_order_of_lines(tmp_path):
