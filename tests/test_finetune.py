@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from helpers import (
     OFFICIAL_TINY,
     TINY,
@@ -20,9 +21,11 @@ from helpers import (
     settings,
 )  # fmt: skip
 
-from samdetr.datasets.categories import COCO, Categories
+from samdetr.datasets.categories import COCO, Categories, checkpoint_categories
+from samdetr.models.build import build_model
+from samdetr.models.checkpoints import load_backbone_weights
 from samdetr.training.finetune import Pretrained
-from samdetr.training.run import freeze
+from samdetr.training.run import _start_weights, freeze
 
 ONE_STEP = ("--epochs", "1", "--lr", "0", "--lr_backbone", "0")
 
@@ -50,11 +53,10 @@ def start(path, categories, *typed):
     found = pretrained.applied(settings([*typed, "--backbone_weights", "none"]), given)
     found = found.replace(num_classes=categories.num_classes)
     torch.manual_seed(1)
-    from samdetr.models.build import build_model
-
     network = build_model(found.trunk, found.family)[0]
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    whole = pretrained.load_into(network, categories)
+    whole = pretrained.has_backbone_of(network, raw=False)
+    pretrained.load_into(network, categories)
     return before, network.state_dict(), whole
 
 
@@ -166,10 +168,28 @@ def test_nothing_but_the_backbone(trained, tmp_path, capsys):
               "--backbone", "resnet34")  # fmt: skip
 
 
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_deeper_backbone_gets_the_rest_from_its_own_weights(typed, trained, tmp_path):
+    """The source ends at C4. Weights that the user asks for are taken for all stages."""
+    file = tmp_path / "resnet18.pth"
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(theirs, file)
+    found = settings([*TINY, "--backbone_level", "5", "--backbone_weights", str(file)]).replace(num_classes=6)
+    network = build_model(found.trunk, found.family)[0]
+    pretrained = Pretrained.read(str(trained / "checkpoint.pth"))
+    given = {"backbone_weights": str(file)} if typed else {}
+    _start_weights(network, found, given, pretrained, checkpoint_categories(pretrained.checkpoint))
+    body, donor = network.backbone.body.state_dict(), pretrained.checkpoint["model"]
+    for name, weight in body.items():
+        of_file = typed or name.startswith("layer4.") or "num_batches" in name
+        expected = theirs[name] if of_file else donor[f"backbone.body.{name}"]
+        assert torch.equal(weight, expected) or "num_batches" in name, name
+    name = "encoder.layers.0.norm1.weight"
+    assert torch.equal(network.state_dict()[name], donor[name])
+
+
 def test_backbone_weights_of_a_detector(trained):
     detector = from_flags([*TINY])[0]
-    from samdetr.models.checkpoints import load_backbone_weights
-
     load_backbone_weights(detector, str(trained / "checkpoint.pth"))
     theirs = torch.load(trained / "checkpoint.pth", weights_only=True)["model"]
     ours = detector.state_dict()

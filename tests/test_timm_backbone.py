@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, call_main, evaluate, run_main
+from helpers import TINY, call_main, evaluate, from_flags, run_main
 from torch import Tensor
 
 pytest.importorskip("timm")
@@ -149,8 +149,6 @@ def test_weights_of_efficientnet_lite_in_the_names_of_its_port(tmp_path):
         torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
     torch.save(state, tmp_path / "lite0.pth")
-    from helpers import from_flags
-
     flags = [*TINY, "--backbone", "timm/tf_efficientnet_lite0", "--backbone_level", "5"]
     detector = from_flags(flags)[0]
     load_backbone_weights(detector, str(tmp_path / "lite0.pth"))

@@ -46,22 +46,34 @@ class Pretrained:
         chosen = {name: given[name] for name in ("input_proj_norm",) if name in given}
         return settings.with_checkpoint({**seen, **saved}, given).replace(**chosen)
 
-    def load_into(self, network: Detector, categories: Categories, *, raw: bool = False) -> bool:
-        """Copy what fits, and log what was copied.
+    def weights_for(self, network: Detector, *, raw: bool, backbone: bool = True) -> dict[str, Tensor]:
+        """Its weights, averaged ones preferred unless `raw`; those of the backbone if it is the same and `backbone`."""
+        weights = chosen_weights(self.checkpoint, raw=raw)
+        if backbone and self.checkpoint["settings"].get("backbone", network.backbone.name) == network.backbone.name:
+            return weights
+        return {name: weight for name, weight in weights.items() if not name.startswith("backbone.")}
+
+    def has_backbone_of(self, network: Detector, *, raw: bool) -> bool:
+        """Whether it has all weights of the network's backbone."""
+        theirs = self.weights_for(network, raw=raw)
+        names = {f"backbone.{name}": w.shape for name, w in network.backbone.state_dict().items()}
+        return all(
+            name in theirs and theirs[name].shape == shape
+            for name, shape in names.items()
+            if not name.endswith("num_batches_tracked")
+        )
+
+    def load_into(self, network: Detector, categories: Categories, *, raw: bool = False, backbone: bool = True) -> None:
+        """Copy what fits, except the backbone unless `backbone`, and log what was copied.
 
         Class heads keep the rows of classes with the same name. Parameters that have a row for each query or level take
         as many rows as there are. Averaged weights are preferred unless `raw`.
 
-        Returns:
-            Whether the backbone was taken completely.
-
         Raises:
             ValueError: nothing fits.
         """
-        theirs, ours = chosen_weights(self.checkpoint, raw=raw), network.state_dict()
+        theirs, ours = self.weights_for(network, raw=raw, backbone=backbone), network.state_dict()
         require_finite(theirs, source=f"`pretrained` {self.source}")
-        if self.checkpoint["settings"].get("backbone", network.backbone.name) != network.backbone.name:
-            theirs = {name: weight for name, weight in theirs.items() if not name.startswith("backbone.")}
         rows = class_rows(checkpoint_categories(self.checkpoint), categories)
         of_classes = set(class_parameters(network))
         counts: dict[str, Counter[str]] = {}
@@ -85,7 +97,6 @@ class Pretrained:
             log("note: nothing but the backbone fits; the rest of the network starts from random weights")
         elif rows is not None and not rows:
             log("note: none of its classes is in this data set; the class heads start anew")
-        return not counts["backbone"]["new"]
 
 
 def class_rows(theirs: Categories | None, ours: Categories) -> dict[int, int] | None:

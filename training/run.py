@@ -135,10 +135,9 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
-    pretrained = (
-        Pretrained.read(run.pretrained, allow_http=run.allow_http) if run.pretrained and not source.checkpoint else None
-    )
-    if pretrained:
+    pretrained = None
+    if run.pretrained and not source.checkpoint:
+        pretrained = Pretrained.read(run.pretrained, allow_http=run.allow_http)
         settings = pretrained.applied(settings, given)
     settings.check_family(given)
     if folder and not run.eval:
@@ -157,7 +156,10 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     if weights is not None:
         check_network(settings.trunk, settings.family, weights, source=source.path)
     network, criterion, postprocess = build_network(settings)
-    _load_weights(network, weights, source, settings, given, pretrained, data.categories)
+    if weights is not None:
+        load_weights(network, weights, source=source.path)
+    else:
+        _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
@@ -306,30 +308,23 @@ def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
     return weights
 
 
-def _load_weights(
+def _start_weights(
     network: Detector,
-    weights: dict[str, Tensor] | None,
-    source: Source,
     settings: RunSettings,
     given: Mapping[str, Any],
     pretrained: Pretrained | None,
     categories: Categories,
 ) -> None:
-    """Those of the checkpoint; without one, those of the pretrained detector and of the backbone."""
-    run = settings.run
-    wanted = run.backbone_weights
-    if weights is not None:
-        load_weights(network, weights, source=source.path)
-        return
-    if (
-        pretrained
-        and pretrained.load_into(network, categories, raw=settings.run.raw_weights)
-        and "backbone_weights" not in given
-    ):
-        return
-    with main_process_first():
-        load_backbone_weights(network, wanted)
-    if wanted == "none" and not pretrained and settings.trunk.backbone_norm == "frozen":
+    """Those of the backbone, and over them what fits of the pretrained detector: with its backbone, unless the user
+    gives weights for it. Raises ValueError."""
+    wanted, raw = settings.run.backbone_weights, settings.run.raw_weights
+    other = "backbone_weights" in given and wanted != "none"
+    if other or not (pretrained and pretrained.has_backbone_of(network, raw=raw)):
+        with main_process_first():
+            load_backbone_weights(network, wanted)
+    if pretrained:
+        pretrained.load_into(network, categories, raw=raw, backbone=not other)
+    elif wanted == "none" and settings.trunk.backbone_norm == "frozen":
         log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
 
 
