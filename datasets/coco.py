@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -204,16 +204,21 @@ class CocoDetection(Dataset):
         )
 
     def _alike(self, missing: list[str]) -> dict[str, list[str]]:
-        return alike(self.image_folder, missing, (record.file_name for record in self.images)) if missing else {}
+        return alike(self.image_folder, missing, (record.file_name for record in self.images))
+
+    def _named(self, records: Sequence[ImageRecord]) -> tuple[str, bool]:
+        """The first few by name and id, each with the files that may be meant; and whether there are such files."""
+        files = self._alike([record.file_name for record in records])
+        text = first_few(f"{quoted(r.file_name)} (image id {r.id}){folder_holds(files[r.file_name])}" for r in records)
+        return text, any(files.values())
 
     def _require_inside(self) -> None:
         outside = [record for record in self.images if leaves_folder(record.file_name)]
         if outside:
-            files = self._alike([record.file_name for record in outside])
-            some = [f"{quoted(r.file_name)} (image id {r.id}){folder_holds(files[r.file_name])}" for r in outside[:3]]
+            some, _ = self._named(outside)
             raise ValueError(
                 f"{self.annotation_file}: {len(outside)} file names leave the image folder {shown(self.image_folder)}: "
-                f"{', '.join(some)}{', ...' * (len(outside) > 3)}; correct them (python -m datasets.check FOLDER --fix "
+                f"{some}; correct them (python -m datasets.check FOLDER --fix "
                 "OUT.json), or pass `allow_outside` if they are meant"
             )
 
@@ -228,16 +233,13 @@ class CocoDetection(Dataset):
             if name not in listings[parent]:
                 missing.append(record)
         if missing:
-            files = self._alike([record.file_name for record in missing])
-            some = first_few(
-                f"{quoted(r.file_name)} (image id {r.id}){folder_holds(files[r.file_name])}" for r in missing
-            )
+            some, found = self._named(missing)
             raise ValueError(
                 f"{self.image_folder}: {len(missing)} of the {len(self)} images in {self.annotation_file} are "
                 f"missing: {some}; "
                 + (
                     "correct the names (python -m datasets.check FOLDER --fix OUT.json)"
-                    if any(files.values())
+                    if found
                     else "copy them there or remove their entries"
                 )
             )

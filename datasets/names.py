@@ -35,8 +35,10 @@ def alike(folder: Path, missing: Sequence[str], listed: Iterable[str]) -> dict[s
     Names are compared in one Unicode form, without regard to case, and with / for \\; if nothing is found, without
     folders as well; then without endings. A name means a file if `meant` says so.
     """
-    known = {os.path.normpath(name) for name in listed} if missing else set()
-    files = [name for name in image_files(folder) if name not in known] if missing else []
+    if not missing:
+        return {}
+    known = {os.path.normpath(name) for name in listed}
+    files = [name for name in image_files(folder) if name not in known]
     found: dict[str, list[str]] = {name: [] for name in missing}
     for key in (_in_one_form, _without_folders, _without_ending):
         by_key = defaultdict(list)
@@ -53,7 +55,7 @@ def meant(found: dict[str, list[str]]) -> dict[str, str]:
 
 
 def folder_holds(files: Sequence[str]) -> str:
-    """How a message about a missing file goes on."""
+    """The end of a message about a missing file."""
     return f", but the folder holds {' and '.join(map(quoted, files[:3]))}" if files else ""
 
 

@@ -52,7 +52,11 @@ def read_checkpoint(source: str, *, name: str = "resume", allow_http: bool = Fal
     Raises:
         ValueError: no checkpoint, a damaged one, one that holds code, or one of a network that is not built here.
     """
-    checkpoint = read_file(source, name=name, allow_http=allow_http)
+    return _understood(read_file(source, name=name, allow_http=allow_http), source=source, name=name)
+
+
+def _understood(checkpoint: dict[str, Any], *, source: str, name: str) -> dict[str, Any]:
+    """What `read_checkpoint` makes of the content of a file. Raises ValueError."""
     where = f"`{name}` {source}"
     state = checkpoint.get("model")
     if bare := not isinstance(state, dict) and _is_state(checkpoint):
@@ -198,7 +202,7 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
     else:
         state = read_file(source, name="backbone_weights")
         if isinstance(state.get("model"), dict):  # a detector: its backbone
-            weights = chosen_weights(read_checkpoint(source, name="backbone_weights"))
+            weights = chosen_weights(_understood(state, source=source, name="backbone_weights"))
             prefix = "backbone.body."
             state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     try:
