@@ -147,7 +147,7 @@ def test_another_order_inside_an_epoch(order, said, tmp_path):
 
 
 def test_whose_files_are_in_the_folder(tmp_path):
-    """A run that goes on, or starts from an early file of this folder, writes beside its files; another is refused."""
+    """A run that is continued, or starts from an early file of this folder, writes beside its files; no other does."""
     (tmp_path / "checkpoint0001.pth").touch()
     folder, source = CheckpointFolder(tmp_path), Source("x.pth", {}, same_run=False)
     for known in (replace(source, same_run=True), replace(source, in_folder=True)):

@@ -138,5 +138,5 @@ def guard_worker() -> None:
         os._exit(errno.ENOSPC if full else 1)
 
     assert threading.current_thread() is threading.main_thread()
-    # Called by the thread that sends; it would print a traceback, forget the batch and go on.
+    # Called by the thread that sends; it would print a traceback, drop the batch and continue.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(fail)  # type: ignore[attr-defined]

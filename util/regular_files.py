@@ -24,7 +24,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises:
         NotRegular: a folder, named pipe, device or socket, or a link to one.
-        FileNotFoundError: no such file; the message tells a link that leads nowhere.
+        FileNotFoundError: no such file; the message says if it is a link that leads nowhere.
         OSError, ValueError: whatever else the system refuses.
     """
     try:

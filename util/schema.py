@@ -115,7 +115,7 @@ def each(one: Rule, *, key: Rule = text) -> Rule:
 
 
 def listed(one: Rule, *, least: int = 0) -> Rule:
-    """A list, or tuple, of at least so many values that follow a rule."""
+    """A list or tuple of `least` or more values that follow a rule."""
 
     def rule(value: Any, place: str) -> None:
         _require(isinstance(value, (list, tuple)), value, place, "a list")

@@ -9,9 +9,9 @@ from typing import Any
 def unite_categories(train: dict, val: dict) -> tuple[dict, dict, int]:
     """Contents of valid annotation files in which train defines every category that has objects in val.
 
-    A category of val that train defines under another id gets this id, if their names are equal but for case and
-    spaces. A category whose name train does not know is added to train. Categories of val without objects stay as they
-    are, or go if their id is needed. Returns both contents, and the number of categories of val that changed.
+    A category of val that train defines under another id gets this id, if their names are equal except for case and
+    spaces. A category whose name train does not know is added to train. Categories of val without objects stay as
+    they are, or go if their id is needed. Returns both contents, and the number of categories of val that changed.
     """
     known = {entry["id"]: entry["name"] for entry in train["categories"]}
     names = {entry["id"]: entry for entry in val["categories"]}

@@ -236,7 +236,7 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
 
 def remove_leftovers(library: Path, *, older: float) -> None:
     """Remove temporary folders of builds that were killed: of this library, whose lock the caller holds, and of others
-    if they are `older` than so many seconds."""
+    if they are older than `older` seconds."""
     for path in (*library.parent.glob("*.build-*"), *library.parent.glob("tmp????????")):
         own = path.name.startswith(f"{library.stem}.build-")
         if path.is_dir() and (own or time.time() - path.stat().st_mtime > older):
