@@ -48,8 +48,8 @@ from samdetr.datasets.build import build_dataset, collate
 from samdetr.datasets.images import read_image
 from samdetr.datasets.settings import Data
 from samdetr.datasets.shapes import write_dataset
-from samdetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, SHORT_SIDES, ToTensor, resized_size
-from samdetr.util.padded_images import pad_images
+from samdetr.datasets.transforms import SHORT_SIDES, ToTensor, resized_size
+from samdetr.util.padded_images import IMAGENET_MEAN, IMAGENET_STD, pad_images
 from samdetr.util.targets import TargetBatch
 
 to_tensor = ToTensor()

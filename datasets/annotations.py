@@ -15,8 +15,12 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from samdetr.datasets.values import convert, quoted, shown
+from samdetr.util.regular_files import open_regular
+
 Size = tuple[float, float]  # (width, height) in pixels
 
+LISTS = ("images", "annotations", "categories")
 LARGEST = 1e100  # bound of the numbers of a box, so that their sums and products are finite
 
 
@@ -24,19 +28,25 @@ class Annotations:
     """The content of an annotation file, with its N annotations that are JSON objects in arrays.
 
     Entries may be of any type and value: the arrays mark what is unknown or malformed, and only `require_valid` raises.
-    Of images or categories that share an id, annotations belong to the first.
+    Numbers written as text or as 1.0 are read as what they mean (datasets.values), here and nowhere else: `content` has
+    them converted. Of images or categories that share an id, annotations belong to the first.
 
+    - `converted`: list and place of each entry that was converted; `conversion` describes one.
     - `images`, `categories`: the entries with a valid id and a name; `entries`: the N annotations.
     - `image` int64 (N,): row in `images`, -1 for an unknown image; `row_of` maps an image id to its row.
     - `category_ids` int64 (N,): 0 where `known_category` (N,) is False; `names` maps a category id to its name.
     - `boxes` float64 (N, 4): left, top, width, height, NaN for an entry that is not a list of four numbers.
-    - `areas` float64 (N,): NaN for what is missing or not a number; `crowd` bool (N,).
+    - `areas` float64 (N,): NaN for what is missing or not a number.
+    - `crowd` bool (N,), False where `bad_crowd` (N,): an iscrowd that is neither 0 nor 1.
     - `frames` float64 (N, 2): (width, height) of the image that a box lies in, NaN where unknown.
     """
 
     def __init__(self, content: dict, *, file: str | Path = "the annotation file") -> None:
         """`file` appears in messages."""
-        self.content, self.file = content, file
+        self.file = file
+        self.converted: list[tuple[str, int]] = []
+        self._original = content
+        self.content = content = {**content, **{name: self._convert(name, content[name]) for name in LISTS}}
         self.images = [entry for entry in content["images"] if is_image(entry)]
         self.categories = [entry for entry in content["categories"] if is_category(entry)]
         self.entries = [entry for entry in content["annotations"] if isinstance(entry, dict)]
@@ -50,7 +60,9 @@ class Annotations:
         self.image = np.array([self.row_of.get(i, -1) if type(i) is int else -1 for i in image_ids], np.int64)
         self.known_category = np.array([type(i) is int and i in self.names for i in category_ids], bool)
         self.category_ids = np.array([i if ok else 0 for i, ok in zip(category_ids, self.known_category)], np.int64)
-        self.crowd = np.array([bool(entry.get("iscrowd")) for entry in self.entries], bool)
+        crowd = [entry.get("iscrowd", 0) for entry in self.entries]
+        self.crowd = np.array([type(value) is int and value == 1 for value in crowd], bool)
+        self.bad_crowd = np.array([type(value) is not int or value not in (0, 1) for value in crowd], bool)
         self.boxes, self._has_box = _boxes([entry.get("bbox") for entry in self.entries])
         self.areas = np.array([number(entry.get("area")) for entry in self.entries], np.float64)
         self.frames = self._frames({})
@@ -58,13 +70,19 @@ class Annotations:
     @classmethod
     def read(cls, file: Path) -> Annotations:
         """Raises ValueError for a file that does not exist or is not a COCO instances file."""
-        if not file.is_file():
-            raise ValueError(f"annotation file {file} does not exist; check the path to the data set")
         try:
-            content = json.loads(file.read_bytes())
-        except ValueError as error:  # wrong encoding or syntax
-            raise ValueError(f"{file} is not JSON ({error}); pass a COCO instances file") from error
-        for key in ("images", "annotations", "categories"):
+            with open_regular(file) as stream:
+                text = stream.read()
+        except FileNotFoundError:
+            raise ValueError(f"annotation file {shown(file)} does not exist; check the path to the data set") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"annotation file {shown(file)} cannot be read: {error}") from None
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:  # wrong encoding or syntax, numbers of thousands of digits
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ValueError(f"{file} is not JSON ({reason}); pass a COCO instances file") from None
+        for key in LISTS:
             if not isinstance(content, dict) or not isinstance(content.get(key), list):
                 raise ValueError(f"{file} has no list {key!r}; pass a COCO instances file")
         return cls(content, file=file)
@@ -83,6 +101,14 @@ class Annotations:
     def objects(self) -> np.ndarray:
         """Mask (N,) of the objects: annotations of known images and categories that are not crowds."""
         return ~self.crowd & (self.image >= 0) & self.known_category
+
+    def usable(self) -> np.ndarray:
+        """Mask (N,) of the objects whose boxes have an area inside their image: what a network can learn from."""
+        left, top, width, height = self.boxes.T
+        columns, rows = np.nan_to_num(self.frames, nan=np.inf).T
+        with np.errstate(invalid="ignore"):
+            inside = (left < columns) & (top < rows) & (left + width > 0) & (top + height > 0)
+            return self.objects() & (width > 0) & (height > 0) & inside & ~np.any(list(self.box_faults().values()), 0)
 
     def objects_per_image(self) -> np.ndarray:
         """Number of objects of each row of `images`."""
@@ -111,8 +137,8 @@ class Annotations:
                 )
         for identity, (first, second, *_) in repeated(self.images, "id").items():
             raise ValueError(
-                f"{self.file}: image id {identity} is listed twice, for {first['file_name']!r} and "
-                f"{second['file_name']!r}; remove one or give it a different id"
+                f"{self.file}: image id {identity} is listed twice, for {quoted(first['file_name'])} and "
+                f"{quoted(second['file_name'])}; remove one or give it a different id"
             )
         for position, entry in enumerate(self.content["annotations"]):
             if not isinstance(entry, dict):
@@ -120,7 +146,7 @@ class Annotations:
                     f"{self.file}: annotation number {position} is {entry!r:.200}; it must be a JSON object"
                 )
         bad_box = np.any(list(self.box_faults().values()), axis=0)
-        faulty = (self.image < 0) | ~self.known_category | bad_box
+        faulty = (self.image < 0) | ~self.known_category | bad_box | self.bad_crowd
         if not faulty.any():
             return
         row = int(faulty.argmax())
@@ -134,10 +160,21 @@ class Annotations:
             raise ValueError(
                 f"{where} has category id {category!r}, which 'categories' does not define; define it or correct the id"
             )
+        if self.bad_crowd[row]:
+            raise ValueError(f"{where} has iscrowd {entry['iscrowd']!r:.200}; it must be 0 or 1: correct it")
         raise ValueError(
             f"{where} has bbox {box!r:.200}; it must be four finite numbers [left, top, width, height] "
             "without a negative size: correct or remove it"
         )
+
+    def conversion(self, name: str, place: int) -> str:
+        old, new = self._original[name][place], self.content[name][place]
+        return f"{name}[{place}]: " + ", ".join(f"{key} {old[key]!r:.80}" for key in old if new[key] is not old[key])
+
+    def _convert(self, name: str, entries: list) -> list:
+        converted, changed = convert(name, entries)
+        self.converted += [(name, place) for place in changed]
+        return converted
 
     def _frames(self, sizes: Mapping[str, Size | None]) -> np.ndarray:
         known = [sizes[e["file_name"]] if e["file_name"] in sizes else image_size(e) for e in self.images]
@@ -146,8 +183,11 @@ class Annotations:
 
 
 def split_paths(root: Path, split: str) -> tuple[Path, Path]:
-    """Image folder and annotation file of a split in the folder layout of COCO 2017."""
-    return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    """Image folder and annotation file of a split in the folder layout of COCO 2017. The image folder may be in
+    images/, as SAP-DETR's published code has it."""
+    folder, within = root / f"{split}2017", root / "images" / f"{split}2017"
+    chosen = within if within.is_dir() and not folder.is_dir() else folder
+    return chosen, root / "annotations" / f"instances_{split}2017.json"
 
 
 def is_image(entry: Any) -> bool:
@@ -156,6 +196,13 @@ def is_image(entry: Any) -> bool:
 
 def is_category(entry: Any) -> bool:
     return isinstance(entry, dict) and is_id(entry.get("id")) and isinstance(entry.get("name"), str)
+
+
+def has_text_id(entry: Any) -> bool:
+    """An image or category whose only fault is that its id is a text, such as "cat" or "b1946"."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        return False
+    return is_image({**entry, "id": 1}) or is_category({**entry, "id": 1})
 
 
 def is_id(value: Any) -> TypeGuard[int]:
@@ -192,7 +239,7 @@ def first_few(items: Iterable[str], limit: int = 3) -> str:
 
 
 def _is_side(value: Any) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < 2**31
+    return type(value) in (int, float) and 0 < value < 2**31
 
 
 def _boxes(boxes: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.values import shown
 from samdetr.util.distributed import all_gather_object, get_world_size, is_main
 from samdetr.util.files import whole_file
 from samdetr.util.logger import log
@@ -81,8 +82,7 @@ class BadImages:
     def _write(self, file: Path) -> None:
         lines = []
         for index, reason in sorted(self.reasons.items()):
-            name = self._dataset.images[index].file_name.encode("utf-8", "backslashreplace").decode()
-            lines.append(f"{name}\t{reason}\n")
+            lines.append(f"{shown(self._dataset.images[index].file_name)}\t{reason}\n")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file) as temporary:
@@ -92,4 +92,4 @@ class BadImages:
 
     def _listed(self, file: Path) -> list[int]:
         names = {line.split("\t")[0] for line in file.read_text(encoding="utf-8").splitlines()}
-        return [index for index, record in enumerate(self._dataset.images) if record.file_name in names]
+        return [index for index, record in enumerate(self._dataset.images) if shown(record.file_name) in names]

@@ -41,7 +41,6 @@ def build_dataset(
     *,
     annotations: Annotations | None = None,
     categories: Categories | None = None,
-    max_objects: int | None = None,
     seed: int = 42,
 ) -> CocoDetection:
     """The split "train" or "val". Its images are uint8; `collate` makes batches of them.
@@ -51,7 +50,6 @@ def build_dataset(
     Args:
         annotations: what `read_split` returned, if it was called already.
         categories: those of the network, for a split that does not define them.
-        max_objects: largest number of objects in an image: the number of queries.
         seed: of the augmentation.
 
     Raises:
@@ -69,9 +67,9 @@ def build_dataset(
         transforms=kind(**options, max_size=data.max_size, normalize=False),
         train=train,
         categories=categories,
-        max_objects=max_objects,
         seed=seed,
         annotations=annotations or read_split(split, data),
+        allow_outside=data.allow_outside,
     )
     if is_main():
         dataset.check_files()

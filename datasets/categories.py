@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,8 +59,10 @@ class Categories:
             names={label: names[category] for label, category in zip(labels, ids)},
         )
 
-    def check_covers(self, other: Categories, *, file: str) -> None:
+    def check_covers(self, other: Categories, *, file: str, used: Collection[int] | None = None) -> None:
         """Require that every category of `other`, read from `file`, is among these with the same id and name.
+
+        If ids that are `used` by objects are given, the other categories do not matter.
 
         Raises:
             ValueError: names the ids that differ, both names of each, and `file`.
@@ -69,13 +71,14 @@ class Categories:
         wrong = [
             f"id {row['id']} is {row['name']!r} in the file and {ours.get(row['id'], 'absent')!r} in the model"
             for row in other.to_list()
-            if ours.get(row["id"]) != row["name"]
+            if (used is None or row["id"] in used) and ours.get(row["id"]) != row["name"]
         ]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(
                 f"{file}: its categories differ from those of the model: {'; '.join(wrong[:3])}{more}; "
-                "use an annotation file with the ids and names of the training file"
+                "use an annotation file with the ids and names of the training file (python -m datasets.check FOLDER "
+                "--fix OUT.json makes both agree); to train on other classes, pass `pretrained` instead of `resume`"
             )
 
     def to_list(self) -> list[dict]:

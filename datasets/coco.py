@@ -20,7 +20,9 @@ from samdetr.datasets.ground_truth import GroundTruth
 from samdetr.datasets.image_cache import ImageCache, share_files
 from samdetr.datasets.image_list import ImageList, ImageRecord
 from samdetr.datasets.images import FileFault, fault_of, glance, read_image
+from samdetr.datasets.names import alike, folder_holds, leaves_folder
 from samdetr.datasets.transforms import seeded
+from samdetr.datasets.values import quoted, shown
 from samdetr.util.box_ops import xyxy_to_cxcywh
 
 TRIES = 50  # images to try before giving up, if one after another is unreadable
@@ -45,8 +47,8 @@ class CocoDetection(Dataset):
     Args:
         transforms: called with (RGB image, target), as datasets.transforms describes.
         categories: those of a trained network; by default those of the annotation file.
-        max_objects: largest number of objects in an image, which is the number of queries; None for no limit.
         annotations: the content of `annotation_file`, if it has been read already.
+        allow_outside: read files whose names leave the image folder.
 
     Attributes:
         ground_truth: what the evaluator compares with, crowds included; None for a training set.
@@ -65,16 +67,17 @@ class CocoDetection(Dataset):
         transforms: Callable,
         train: bool,
         categories: Categories | None = None,
-        max_objects: int | None = None,
         seed: int = 0,
         annotations: Annotations | None = None,
+        allow_outside: bool = False,
     ) -> None:
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
         self.transforms = transforms
         annotations = annotations or Annotations.read(self.annotation_file)
         found = Categories.from_annotations(annotations.content["categories"], file=str(self.annotation_file))
         if categories is not None:
-            categories.check_covers(found, file=str(self.annotation_file))
+            used = set(annotations.category_ids[annotations.objects()].tolist())
+            categories.check_covers(found, used=used, file=str(self.annotation_file))
         self.categories = categories or found
 
         annotations.require_valid()
@@ -82,11 +85,11 @@ class CocoDetection(Dataset):
             raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
         # Tensors instead of lists of objects: datasets/image_list.py says why.
         self.images = ImageList([ImageRecord(e["id"], e["file_name"], image_size(e)) for e in annotations.images])
+        if not allow_outside:
+            self._require_inside()
         if not train:
             self._require_files()
         self._boxes, self._labels, self._first = self._objects(annotations)
-        if max_objects is not None:
-            self._require_at_most(max_objects)
         self.ground_truth = None if train else GroundTruth.from_annotations(annotations)
         self.known_faults: dict[int, FileFault] = {}
         self._train = train
@@ -184,6 +187,10 @@ class CocoDetection(Dataset):
         with ThreadPoolExecutor(max_workers=16) as pool:  # reading waits for a disk, possibly over a network
             faults = enumerate(pool.map(glance, paths, sizes))
             self.known_faults = {index: fault for index, fault in faults if fault}
+        missing = {self.images[i].file_name: i for i, f in self.known_faults.items() if f.kind == "missing_image"}
+        for name, files in self._alike(list(missing)).items():
+            fault = self.known_faults[missing[name]]
+            self.known_faults[missing[name]] = fault._replace(reason=fault.reason + folder_holds(files))
         if self.known_faults and not self._train:
             (index, fault), *others = self.known_faults.items()
             more = f" ({len(others)} more such files)" if others else ""
@@ -192,9 +199,23 @@ class CocoDetection(Dataset):
     def unreadable(self, index: int, reason: str) -> str:
         """A message that names an image file, the reason and the remedy."""
         return (
-            f"{self.image_path(index)} (image id {self.images[index].id}) cannot be used: {reason}; "
+            f"{shown(self.image_path(index))} (image id {self.images[index].id}) cannot be used: {reason}; "
             f"replace the file, or correct or remove its entry in {self.annotation_file}"
         )
+
+    def _alike(self, missing: list[str]) -> dict[str, list[str]]:
+        return alike(self.image_folder, missing, (record.file_name for record in self.images)) if missing else {}
+
+    def _require_inside(self) -> None:
+        outside = [record for record in self.images if leaves_folder(record.file_name)]
+        if outside:
+            files = self._alike([record.file_name for record in outside])
+            some = [f"{quoted(r.file_name)} (image id {r.id}){folder_holds(files[r.file_name])}" for r in outside[:3]]
+            raise ValueError(
+                f"{self.annotation_file}: {len(outside)} file names leave the image folder {shown(self.image_folder)}: "
+                f"{', '.join(some)}{', ...' * (len(outside) > 3)}; correct them (python -m datasets.check FOLDER --fix "
+                "OUT.json), or pass `allow_outside` if they are meant"
+            )
 
     def _require_files(self) -> None:
         listings: dict[str, set[str]] = {}  # listing each folder once is much faster than looking up each file
@@ -207,10 +228,18 @@ class CocoDetection(Dataset):
             if name not in listings[parent]:
                 missing.append(record)
         if missing:
+            files = self._alike([record.file_name for record in missing])
+            some = first_few(
+                f"{quoted(r.file_name)} (image id {r.id}){folder_holds(files[r.file_name])}" for r in missing
+            )
             raise ValueError(
                 f"{self.image_folder}: {len(missing)} of the {len(self)} images in {self.annotation_file} are "
-                f"missing: {first_few(f'{r.file_name!r} (image id {r.id})' for r in missing)}; "
-                "copy them there or remove their entries"
+                f"missing: {some}; "
+                + (
+                    "correct the names (python -m datasets.check FOLDER --fix OUT.json)"
+                    if any(files.values())
+                    else "copy them there or remove their entries"
+                )
             )
 
     def _objects(self, annotations: Annotations) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,13 +256,3 @@ class CocoDetection(Dataset):
             torch.tensor(labels, dtype=torch.int64),
             torch.from_numpy(first),
         )
-
-    def _require_at_most(self, max_objects: int) -> None:
-        counts = self._first.diff()
-        crowded = (counts > max_objects).nonzero().flatten().tolist()
-        if crowded:
-            raise ValueError(
-                f"{self.annotation_file}: {len(crowded)} images have more objects than the {max_objects} queries can "
-                f"predict: {first_few(f'image id {self.images[i].id} has {counts[i]}' for i in crowded)}; "
-                f"set `num_queries` to {counts.max()} or more"
-            )

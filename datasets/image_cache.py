@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from samdetr.util.distributed import all_gather_object, is_first_on_node
+from samdetr.util.regular_files import open_regular
 
 
 class ImageCache:
@@ -87,7 +88,11 @@ def _fill(paths: Sequence[Path], unreadable_as_empty: bool) -> str:
             memory.write(np.int64(len(paths)).tobytes())
             memory.write(starts.tobytes())
             for path, size in zip(paths, sizes):
-                if size and memory.write(path.read_bytes()) != size:
+                if not size:
+                    continue
+                with open_regular(path) as file:
+                    content = file.read()
+                if memory.write(content) != size:
                     raise ValueError(f"{path} changed while it was read")
     except BaseException:
         os.close(descriptor)

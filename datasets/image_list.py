@@ -32,6 +32,10 @@ class ImageList:
     def __len__(self) -> int:
         return len(self._ids)
 
+    def by_id(self) -> list[int]:
+        """The indices, sorted by the ids."""
+        return self._ids.argsort().tolist()
+
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.__getitem__, range(len(self)))
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
 
 
-def evaluation_batches(*, length: int, batch_size: int, processes: int, rank: int, world_size: int) -> list[list[int]]:
-    """The batches of process `rank`, if `world_size` processes share the batches that `processes` make.
+def evaluation_batches(
+    *, order: Sequence[int], batch_size: int, processes: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """The batches of process `rank`, if `world_size` processes share the batches that `processes` make of `order`.
 
     Metrics depend on padding a little, and padding on the batch; so one process can repeat the metrics of several. The
     last processes may have one batch fewer, or none: an evaluation must not communicate in each batch.
     """
-    orders = [range(first, length, processes) for first in range(processes)]
+    orders = [order[first::processes] for first in range(processes)]
     starts = range(0, len(orders[0]), batch_size)
-    batches = [list(order[start : start + batch_size]) for start in starts for order in orders]
+    batches = [list(part[start : start + batch_size]) for start in starts for part in orders]
     return [batch for batch in batches if batch][rank::world_size]
 
 

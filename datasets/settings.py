@@ -24,6 +24,7 @@ class Data(Settings):
     max_bad_images: float = flag(
         0.001, "share of the training images that may be unreadable; others replace them", least=0, most=1
     )
+    allow_outside: bool = flag(False, "read image files whose names leave the image folder")
     pad_to_multiple: int = flag(
         1, "pad batches to multiples of this many pixels", least=1, most=2**14, metavar="PIXELS"
     )

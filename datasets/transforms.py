@@ -22,10 +22,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from samdetr.util.padded_images import PaddedImages
+from samdetr.util.padded_images import IMAGENET_MEAN, IMAGENET_STD, PaddedImages
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORT_SIDES = tuple(range(480, 801, 32))
+ZOOM_SIDES = (400, 500, 600)
+# Published zooms have no longest side. Here they have one if it is exceeded four times, which no photograph does: an
+# image of 1 x 60000 pixels would take 28 GB.
+ZOOM_MAX_SIZE, ZOOM_LIMIT = 1333, 4
 
 
 class EvalTransforms(v2.Compose):
@@ -53,21 +56,29 @@ class TrainTransforms(v2.Compose):
     ) -> None:
         resize = ResizeShortSide(short_sides=short_sides, max_size=max_size)
         if crop:
-            zoom = v2.Compose([ResizeShortSide(short_sides=[400, 500, 600]), RandomCrop(sides=(384, 600)), resize])
+            first = ResizeShortSide(short_sides=ZOOM_SIDES, max_size=ZOOM_MAX_SIZE, limit_from=ZOOM_LIMIT)
+            zoom = v2.Compose([first, RandomCrop(sides=(384, 600)), resize])
             resize = v2.RandomChoice([resize, zoom])
         super().__init__([ToTensor(), v2.RandomHorizontalFlip(flip), resize, *([Normalize()] if normalize else [])])
 
 
-def resized_size(height: int, width: int, short_side: int, max_size: int | None) -> tuple[int, int]:
-    """(height, width) after resizing to `short_side`, or to less if the long side would exceed `max_size`.
+def resized_size(
+    height: int, width: int, short_side: int, max_size: int | None, *, limit_from: float = 1
+) -> tuple[int, int]:
+    """(height, width) after resizing to `short_side`, or to less if the long side would exceed `limit_from` times
+    `max_size`: then it is at most `max_size`.
 
     DETR rounds the limited short side to the nearest integer, so the long side can miss `max_size` by some pixels;
-    v2.Resize rounds down. The published results were obtained with DETR's rule.
+    v2.Resize rounds down. The published results were obtained with DETR's rule. Where rounding would cost more than 1 %
+    of `max_size`, as in images of 1 x 60000 pixels, the long side is `max_size`.
     """
     short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * short_side > max_size:
+    limited = max_size is not None and long / short * short_side > max_size * limit_from
+    if max_size is not None and limited:
         short_side = max(1, round(max_size * short / long))
     long_side = int(short_side * long / short)
+    if max_size is not None and limited and long_side > 1.01 * max_size:
+        long_side = max(short_side, max_size)
     return (short_side, long_side) if height <= width else (long_side, short_side)
 
 
@@ -92,14 +103,14 @@ class Normalize(v2.Transform):
 class ResizeShortSide(v2.Transform):
     """Resize to one of `short_sides`, drawn uniformly; see `resized_size`."""
 
-    def __init__(self, *, short_sides: Sequence[int], max_size: int | None = None) -> None:
+    def __init__(self, *, short_sides: Sequence[int], max_size: int | None = None, limit_from: float = 1) -> None:
         super().__init__()
-        self.short_sides, self.max_size = tuple(short_sides), max_size
+        self.short_sides, self.max_size, self.limit_from = tuple(short_sides), max_size, limit_from
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
         short_side = self.short_sides[_randint(0, len(self.short_sides) - 1)]
-        return {"size": list(resized_size(height, width, short_side, self.max_size))}
+        return {"size": list(resized_size(height, width, short_side, self.max_size, limit_from=self.limit_from))}
 
     def transform(self, inpt, params: dict):
         return F.resize(inpt, params["size"], antialias=True)

@@ -16,10 +16,10 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from samdetr.datasets.images import fault_of, read_image, to_rgb
+from samdetr.datasets.images import decode, fault_of, read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 DRAWN = "det_res_"  # names of pictures that demo.py has drawn begin so; in a folder they are no input
@@ -124,7 +124,7 @@ def _fetch(url: str) -> Image.Image:
 def _to_picture(image: Any) -> Image.Image:
     """A picture, an array (H, W, 3) or a tensor (3, H, W) as an upright picture in RGB. Raises ValueError."""
     if isinstance(image, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(image))
+        return decode(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ValueError(f"`images` holds an array of {image.dtype}; arrays are uint8, 0 to 255, in RGB")

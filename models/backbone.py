@@ -1,8 +1,10 @@
 """torchvision's ResNets as feature extractors. Knows no transformer."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         if name not in RESNETS:
-            raise ValueError(f"unknown `backbone` {name!r}; choose one of {', '.join(RESNETS)}")
+            raise ValueError(f"unknown `backbone` {name!r}; choose one of {', '.join(RESNETS)}, or timm/NAME")
         basic = name in ("resnet18", "resnet34")
         if dilation and basic:
             raise ValueError(f"`dilation` needs bottleneck blocks, which {name} has not; use resnet50 or deeper")
@@ -79,16 +81,36 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a weight is missing or has another shape.
         """
-        body = self.body.state_dict()
-        missing = sorted(k for k in body if k not in state and not k.endswith("num_batches_tracked"))
-        wrong = sorted(k for k in body if k in state and state[k].shape != body[k].shape)
-        if missing or wrong:
-            raise ValueError(
-                f"these are not the weights of this ResNet: {len(missing)} missing (first: {missing[:3]}), "
-                f"{len(wrong)} of another shape (first: {wrong[:3]})"
-            )
-        with torch.no_grad():
-            self.body.load_state_dict({k: state[k] for k in body if k in state}, strict=False)
+        self.body.load_state_dict(fitting_weights(state, self.body.state_dict()), strict=False)
+
+    @property
+    def weights_url(self) -> str:
+        """Where torchvision's weights are."""
+        return self._weights().url
+
+    def imagenet_weights(self) -> dict[str, Tensor]:
+        """Torchvision's IMAGENET1K_V1, downloaded if needed. Raises OSError, HTTPException or RuntimeError."""
+        with contextlib.redirect_stderr(sys.stdout):  # older versions of torch print the address there
+            return self._weights().get_state_dict(progress=False, check_hash=True)
+
+    def _weights(self) -> Any:
+        return torchvision.models.get_model_weights(self.name)["IMAGENET1K_V1"]
+
+
+def fitting_weights(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of `state` for the network with the state dict `own`.
+
+    Raises:
+        ValueError: one is missing, except the counts of batches, or has another shape.
+    """
+    missing = sorted(k for k in own if k not in state and not k.endswith("num_batches_tracked"))
+    wrong = sorted(k for k in own if k in state and state[k].shape != own[k].shape)
+    if missing or wrong:
+        raise ValueError(
+            f"these are not the weights of this network: {len(missing)} missing (first: {missing[:3]}), "
+            f"{len(wrong)} of another shape (first: {wrong[:3]})"
+        )
+    return {name: state[name] for name in own if name in state}
 
 
 class FoldedNorm(FrozenBatchNorm2d):

@@ -1,14 +1,11 @@
 """Files of weights: checkpoints of ours and official ones, and pretrained backbones."""
 
 import argparse
-import contextlib
-import sys
 from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 
 from samdetr.models.build import FAMILIES, build_model
@@ -53,7 +50,7 @@ def read_checkpoint(source: str, *, name: str = "resume", allow_http: bool = Fal
         `official`.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or one that holds code.
+        ValueError: no checkpoint, a damaged one, one that holds code, or one of a network that is not built here.
     """
     checkpoint = read_file(source, name=name, allow_http=allow_http)
     where = f"`{name}` {source}"
@@ -97,7 +94,9 @@ def read_checkpoint(source: str, *, name: str = "resume", allow_http: bool = Fal
     state = family.convert_official(state) if official else state
     kept = [n for kind in (Trunk, family.config) for n, declared in flags(kind) if declared.carried]
     settings = {n: saved[n] for n in (*kept, *INPUT_SETTINGS) if n in saved}
-    settings |= family.from_weights(state) | {"model": model}
+    shown = family.from_weights(state)
+    family.check_official({**shown, **saved}, where=where)
+    settings |= shown | {"model": model}
     try:
         network_settings(settings)
         check_labels(checkpoint.get("categories", ()), settings.get("num_classes"))
@@ -178,7 +177,7 @@ def chosen_weights(checkpoint: dict[str, Any], *, raw: bool = False) -> dict[str
 
 
 def load_backbone_weights(detector: Detector, source: str) -> None:
-    """Pretrained weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded if needed) or a file; "none": no change.
+    """Pretrained weights: "imagenet" (of torchvision or timm, downloaded if needed) or a file; "none": no change.
 
     Raises:
         ValueError: weights that cannot be fetched or do not fit; says how to get and pass a file.
@@ -187,18 +186,20 @@ def load_backbone_weights(detector: Detector, source: str) -> None:
         return
     name = detector.backbone.name
     if source == "imagenet":
-        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
         try:
-            # Older versions of torch print the address to stderr.
-            with contextlib.redirect_stderr(sys.stdout), socket_timeout():
-                state = weights.get_state_dict(progress=False, check_hash=True)
+            with socket_timeout():
+                state = detector.backbone.imagenet_weights()
         except (OSError, HTTPException, RuntimeError) as error:  # no network, no space, a proxy's refusal or own page
             raise ValueError(
-                f"cannot fetch the ImageNet weights of {name} ({error}); download {weights.url} elsewhere and pass it "
-                "with `backbone_weights` FILE, or train from scratch with `backbone_weights` none"
+                f"cannot fetch the ImageNet weights of {name} ({error}); download {detector.backbone.weights_url} "
+                "elsewhere and pass it with `backbone_weights` FILE, or train from scratch with `backbone_weights` none"
             ) from None
     else:
         state = read_file(source, name="backbone_weights")
+        if isinstance(state.get("model"), dict):  # a detector: its backbone
+            weights = chosen_weights(read_checkpoint(source, name="backbone_weights"))
+            prefix = "backbone.body."
+            state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     try:
         detector.backbone.load_classifier_weights(state)
     except ValueError as error:

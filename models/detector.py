@@ -6,6 +6,7 @@ from torch import nn
 
 from samdetr.models.backbone import Backbone
 from samdetr.models.feature_levels import InputProjection
+from samdetr.models.timm_backbone import TimmBackbone
 from samdetr.util.padded_images import PaddedImages
 
 
@@ -19,12 +20,27 @@ class Detector(nn.Module):
         decoder: list[FeatureLevel] -> list of prediction dicts, one per decoder layer, the last one final.
     """
 
-    def __init__(self, *, backbone: Backbone, projection: InputProjection, encoder: nn.Module, decoder: nn.Module):
+    def __init__(
+        self,
+        *,
+        backbone: Backbone | TimmBackbone,
+        projection: InputProjection,
+        encoder: nn.Module,
+        decoder: nn.Module,
+    ):
         super().__init__()
         self.backbone = backbone
         self.projection = projection
         self.encoder = encoder
         self.decoder = decoder
+
+    def train(self, mode: bool = True) -> "Detector":
+        """As of nn.Module, but BatchNorms whose scales are frozen keep their statistics, too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
 
     def forward(self, batch: PaddedImages) -> dict[str, Any]:
         """

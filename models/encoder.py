@@ -97,8 +97,9 @@ class DeformableEncoder(nn.Module):
         super().__init__()
         layer = DeformableEncoderLayer(sizes, num_levels=num_levels, num_points=num_points)
         self.layers = copies(layer, num_layers)
-        for each in self.layers:
-            xavier_matrices(each.feed_forward)  # the attention has its own initialisation
+        for each in self.layers:  # as published, matrices are drawn for each layer anew, biases start as copies
+            xavier_matrices(each.feed_forward)
+            each.self_attention.reset_parameters()
 
     def forward(self, levels: list[FeatureLevel]) -> list[FeatureLevel]:
         joined = join_levels(levels)

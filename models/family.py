@@ -14,6 +14,7 @@ from samdetr.models.feature_levels import InputProjection
 from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk
+from samdetr.models.timm_backbone import PREFIX, TimmBackbone
 
 
 def weighted_criterion(
@@ -38,8 +39,16 @@ def weighted_criterion(
 
 def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
     """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
-    costs = [focal_class_cost(alpha=loss.focal_alpha), l1_cost, giou_cost]
+    costs = [focal_class_cost(alpha=loss.cost_alpha), l1_cost, giou_cost]
     return weighted_criterion(loss, costs=costs, losses=[box_losses, cardinality_error])
+
+
+# Of all official programs; see `Family.official_limits`.
+OFFICIAL_LIMITS: dict[str, tuple[Any, ...]] = {
+    "position_embedding": ("sine",),
+    "masks": (False,),
+    "frozen_weights": (None,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,8 @@ class Family:
         from_weights: settings to read off weights (under our names), because files may not hold them.
         is_official: whether parameters have the official names of this family.
         convert_official: an official state dict under our names.
+        official_limits: for flags of the official program that shape the network but are not, or not entirely, built
+            here: their values that are. Those of our settings' names need no entry unless their values differ.
         defaults: its published settings of trunk, loss and training that differ from the defaults there.
     """
 
@@ -64,7 +75,19 @@ class Family:
     from_weights: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda state: {}
     is_official: Callable[[Iterable[str]], bool] = lambda names: False
     convert_official: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    official_limits: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+
+    def check_official(self, flags: dict[str, Any], *, where: str) -> None:
+        """Refuse a network that is another one here, though its weights may fit. Raises ValueError, beginning with
+        `where`."""
+        for name, built in self.official_limits.items():
+            if name in flags and flags[name] not in built:
+                others = ", ".join(str(value) for value in built)
+                raise ValueError(
+                    f"{where} has {name} {flags[name]}, which is not built here (but {others}): it would load and "
+                    "detect something else; take another file"
+                )
 
     def trunk(self, **changes: Any) -> Trunk:
         """The trunk as published for this family, except `changes`."""
@@ -75,8 +98,10 @@ class Family:
         return Loss.pick({**self.defaults, **changes})
 
 
-def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
-    return Backbone(
+def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone | TimmBackbone:
+    """A ResNet of torchvision, or "timm/" with any name of timm. Raises ValueError."""
+    kind = TimmBackbone if trunk.backbone.startswith(PREFIX) else Backbone
+    return kind(
         name=trunk.backbone,
         levels=tuple(levels),
         dilation=trunk.dilation,
@@ -86,7 +111,9 @@ def build_backbone(trunk: Trunk, *, levels: Sequence[int]) -> Backbone:
     )
 
 
-def build_projection(trunk: Trunk, config: FamilyConfig, backbone: Backbone, **options: Any) -> InputProjection:
+def build_projection(
+    trunk: Trunk, config: FamilyConfig, backbone: Backbone | TimmBackbone, **options: Any
+) -> InputProjection:
     """`options` as of `InputProjection`. "auto" follows the rule for 25 epochs or more."""
     norm = trunk.input_proj_norm == "group" or (trunk.input_proj_norm == "auto" and config.several_levels)
     return InputProjection(in_channels=backbone.num_channels, hidden_dim=trunk.hidden_dim, norm=norm, **options)

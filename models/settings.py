@@ -14,7 +14,7 @@ class Trunk(Settings):
 
     model: str = flag("sam_detr", "family; published defaults go with it", on=("-m",), carried=True)
     num_classes: int = flag(91, "outputs of the class heads", least=1, most=10**6, hidden=True, carried=True)
-    backbone: str = flag("resnet50", ", ".join(RESNETS), carried=True)
+    backbone: str = flag("resnet50", f"{', '.join(RESNETS)}, or timm/NAME", carried=True)
     backbone_level: int = flag(5, "the last stage used: 4 is C4, stride 16", choices=(3, 4, 5), carried=True)
     backbone_norm: str = flag(
         "frozen", "BatchNorm; learned: to train from scratch", choices=("frozen", "learned"), carried=True
@@ -97,3 +97,11 @@ class Loss(Settings):
     bbox_loss_coef: float = flag(5.0, "weight of the L1 loss of boxes", least=0)
     giou_loss_coef: float = flag(2.0, "weight of the generalised IoU loss", least=0)
     focal_alpha: float = flag(0.25, "weight of the positive class in the focal loss", least=0, most=1)
+    set_cost_alpha: float | None = flag(
+        0.25, "the same in the matching cost; sap_detr: that of --focal_alpha", least=0, most=1
+    )
+
+    @property
+    def cost_alpha(self) -> float:
+        """The alpha of the matching cost."""
+        return self.focal_alpha if self.set_cost_alpha is None else self.set_cost_alpha

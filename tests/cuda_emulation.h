@@ -45,6 +45,8 @@ struct float4 {  // the emulation is of a GPU that cannot add these at once
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline uint4 __ldg(const uint4* source) { return *source; }
 
 struct __half {

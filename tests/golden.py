@@ -41,7 +41,7 @@ SMALL = (
     "--dim_feedforward 64 --enc_layers 1 --dec_layers 3 --num_queries 16"
 )
 NETWORKS = {
-    "sam_detr": f"{SMALL} --multiscale --smca --clip_max_norm 30",
+    "sam_detr": f"{SMALL} --multiscale --dec_layers 5 --smca --clip_max_norm 30",
     "deformable_detr": f"{SMALL} --model deformable_detr --backbone_level 4 --with_box_refine --two_stage "
     "--num_feature_levels 3 --clip_max_norm 40",
     "sap_detr": f"{SMALL} --model sap_detr --backbone_level 4 --meshgrid_refpoints_xy --newconvinit --sdg "

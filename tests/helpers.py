@@ -29,8 +29,8 @@ TINY = shlex.split(
     "--backbone resnet18 --backbone_level 4 --backbone_norm learned --backbone_weights none --hidden_dim 32 --nheads 4 "
     "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 10 --smca"
 )
-# Three layers, so that every level is attended.
-MULTISCALE = [*TINY, *shlex.split("--multiscale --backbone_level 5 --dec_layers 3")]
+# Five layers, so that every level is attended.
+MULTISCALE = [*TINY, *shlex.split("--multiscale --backbone_level 5 --dec_layers 5")]
 TINY_DEFORMABLE = shlex.split(
     "--model deformable_detr --backbone resnet18 --backbone_level 4 --backbone_norm learned --backbone_weights none "
     "--hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 10 "
@@ -51,7 +51,7 @@ def settings(flags: str | list[str] = "") -> RunSettings:
 
 def data_set(split: str, found: RunSettings) -> CocoDetection:
     """The split as main.py builds it."""
-    return build_dataset(split, found.data, max_objects=found.trunk.num_queries, seed=found.run.seed)
+    return build_dataset(split, found.data, seed=found.run.seed)
 
 
 def from_flags(flags: str | list[str] = "") -> tuple[Detector, SetCriterion, Postprocess]:
@@ -150,7 +150,7 @@ OFFICIAL_TINY = shlex.split(
     "--backbone resnet18 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 2 "
     "--num_queries 100 --smca"
 )
-OFFICIAL_MULTISCALE = [*OFFICIAL_TINY, *shlex.split("--multiscale --dec_layers 3")]
+OFFICIAL_MULTISCALE = [*OFFICIAL_TINY, *shlex.split("--multiscale --dec_layers 5")]
 
 
 def save(detector: Detector, values: dict, path: Path, *, official: bool = False, legacy: bool = False) -> None:

@@ -74,13 +74,6 @@ def annotation(**values):
         (annotation(bbox=[1, 2, float("nan"), 4]), ["annotation id 7", "[1, 2, nan, 4]", "finite"]),
         (annotation(bbox=[1, 2, 3, -4]), ["annotation id 7", "[1, 2, 3, -4]", "negative size"]),
         (annotation(image_id=99), ["annotation id 7", "image id 99"]),
-        (
-            lambda content: content["annotations"].extend(
-                {"id": 1000 + i, "image_id": 13, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}
-                for i in range(11)  # image 13 is the one without objects
-            ),
-            ["image id 13 has 11", "10 queries", "--num_queries"],
-        ),
     ],
 )
 def test_annotations(change, expected, refused, own_shapes):

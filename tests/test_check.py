@@ -199,28 +199,20 @@ FAULTS = {
         lambda d: d.train["categories"].append(d.train["categories"][0]), "duplicate_category_id", 1, "id 1", (0, 0)
     ),
     "category without name": (lambda d: d.train["categories"].append({"id": 4}), "category_entry", 1, "4", (0, 0)),
-    "image without id": (lambda d: d.images.append({"id": "1"}), "image_entry", 1, "{'id': '1'}", (1, 0)),
-    "no categories": (
-        lambda d: [(c["categories"].clear(), c["annotations"].clear()) for c in (d.train, d.val)], "empty_list", 1,
-        "categories", None,
-    ),
+    "image without id": (lambda d: d.images.append({"id": 1}), "image_entry", 1, "{'id': 1}", (1, 0)),
     "name of no file": (
         lambda d: (d.path().unlink(), d.images[0].update(file_name="a\0b")), "unreadable_image", 1, "null", (1, 1)
     ),
     "no annotation": (lambda d: d.annotations.append(None), "annotation_entry", 1, "None", (0, 1)),
     "unknown image": (lambda d: new_annotation(d, image_id=777), "unknown_image", 1, "(image id 777)", (0, 1)),
     "unknown category": (lambda d: new_annotation(d, category_id=4), "unknown_category", 1, "category id 4", (0, 1)),
-    "other category in val": (
-        lambda d: d.val["categories"][0].update(name="cat"), "categories_differ", 1, "'ellipse' in train, 'cat' in val",
-        None,
-    ),
     "too many objects": (
         lambda d: [new_annotation(d) for _ in range(300)], "too_many_objects", 1, "image id 1 ", None
     ),
     "ids from 0": (shift_ids, "ids_from_zero", 1, "annotation ids start at 0", None),
     "no annotation ids": (lambda d: [a.pop("id") for a in d.annotations], "no_annotation_id", None, "None", None),
     "box of three": (set_box(1, 2, 3), "box_entry", 1, "[1, 2, 3]", (0, 1)),
-    "box of text": (set_box(1, 2, 3, "4"), "box_entry", 1, "'4'", (0, 1)),
+    "box of text": (set_box(1, 2, 3, "4 px"), "box_entry", 1, "'4 px'", (0, 1)),
     "no box": (lambda d: d.object.pop("bbox"), "box_entry", 1, "None", (0, 1)),
     "NaN": (set_box(1, math.nan, 3, 4), "box_not_finite", 1, "nan", (0, 1)),
     "infinity": (set_box(1, 2, math.inf, 4), "box_not_finite", 1, "inf", (0, 1)),
@@ -242,7 +234,7 @@ FAULTS = {
     "one in fractions": (set_box(0.25, 0.5, 0.125, 0.25), "box_normalised", 1, "", (0, 0)),
     "area 0": (lambda d: d.object.update(area=0), "area", 1, "area 0", (0, 0)),
     "area NaN": (lambda d: d.object.update(area=math.nan), "area", 1, "area nan", (0, 0)),
-    "area of text": (lambda d: d.object.update(area="20"), "area", 1, "area '20'", (0, 0)),
+    "area of text": (lambda d: d.object.update(area="20 px"), "area", 1, "area '20 px'", (0, 0)),
     "area too large": (lambda d: d.object.update(area=4000), "area", 1, "area 4000", (0, 0)),
     "area too small": (lambda d: d.object.update(area=1), "area", 1, "area 1", (0, 0)),
     "crowds alone": (crowd_only, "crowd_only_image", 1, "image id 1 ", None),
@@ -288,10 +280,10 @@ def test_each_fault_is_found_alone(name, data):
     assert set(found) <= {"removed_image", "exif_turned"}
 
 
-def fixed(data: Data, tmp_path: Path) -> dict:
+def fixed(data: Data, tmp_path: Path, *flags: str) -> dict:
     data.write()
     out = tmp_path / "fixed.json"
-    assert check([str(data.root), "--split", "train", "--fix", str(out)]) == 0
+    assert check([str(data.root), "--split", "train", "--fix", str(out), *flags]) == 0
     return json.loads(out.read_text())
 
 
@@ -341,7 +333,7 @@ def test_what_fix_makes_of_single_boxes_and_images(data, tmp_path):
     spoilt.images.append({**spoilt.images[0], "id": 99})
     new_annotation(spoilt, image_id=99, bbox=[1, 2, 3, 4], area=12)
     spoilt.path(4).write_bytes(b"")
-    content = fixed(spoilt, tmp_path)
+    content = fixed(spoilt, tmp_path, "--allow_loss")
     by_id = {annotation["id"]: annotation for annotation in content["annotations"]}
     assert by_id[first["id"]] == {**first, "bbox": [70, 0, 10, 10], "area": 100}
     assert by_id[second["id"]]["area"] == second["bbox"][2] * second["bbox"][3]
@@ -378,19 +370,22 @@ def test_the_check_at_the_start_reads_nothing_again(data):
     shutil.rmtree(data)
     checked = [check_loaded(read, dataset, split=split, num_queries=1) for read, dataset, split in loaded]
     crowded = [sum(annotations.objects_per_image() > 1) for annotations, _, _ in loaded]
-    lines = start_lines(checked)
+    lines = start_lines(checked, data)
     assert lines[0] == (
         "data, train: error: image files without any content: 1, such as '3.png' (image id 3): the file is empty"
     )
-    assert "data, train: error: images with more objects than queries" in lines[1]
-    assert f": {crowded[0]}, such as " in lines[1]
-    assert f": {crowded[1]}, such as " in lines[2]
+    for (annotations, _, split), number, line in zip(loaded, crowded, lines[1:4:2]):
+        assert f"data, {split}: warning: images with more objects than queries" in line
+        most = annotations.objects_per_image()  # the largest is named
+        name = f"image id {annotations.images[most.argmax()]['id']} "
+        assert f": {number}, such as {name}" in line
+        assert f"{most.max()} objects, 1 queries" in line
     assert (
-        "data, train: warning: areas that are not positive or do not fit the box: 1, such as annotation id" in lines[3]
+        "data, train: warning: areas that are not positive or do not fit the box: 1, such as annotation id" in lines[2]
     )
     assert lines[4].startswith(f"python -m datasets.check {data} ")
     assert len(lines) == 5
-    assert start_lines([]) == []
+    assert start_lines([], data) == []
 
 
 def test_faults_of_both_splits_and_what_cannot_be_repaired(data, capsys):
@@ -400,14 +395,14 @@ def test_faults_of_both_splits_and_what_cannot_be_repaired(data, capsys):
     spoilt.write()
     shutil.copy(spoilt.path(), data / "train2017" / "new.png")
     out = data.parent / "out.json"
-    assert check([str(data), "--fix", str(out)]) == 1
+    assert check([str(data), "--fix", str(out), "--allow_loss"]) == 1
     assert "left after repairs" in capsys.readouterr().out
     assert len(json.loads(out.read_text())["annotations"]) == len(spoilt.annotations) - 1
     fixed_val = json.loads(out.with_name("out_val.json").read_text())
     assert len(fixed_val["annotations"]) == len(spoilt.val["annotations"]) - 1
     (data / "train2017" / "new.png").unlink()
-    assert check([str(data), "--fix", str(out)]) == 0
-    assert check([str(data), "--split", "val", "--fix", str(out)]) == 0
+    assert check([str(data), "--fix", str(out), "--allow_loss"]) == 0
+    assert check([str(data), "--split", "val", "--fix", str(out), "--allow_loss"]) == 0
     assert json.loads(out.read_text()) == fixed_val
 
 

@@ -171,7 +171,9 @@ def change(path, value):
         (change(["annotations", 0, "bbox", 2], -0.5), ["annotation id 1", "-0.5", "negative"]),
         (change(["annotations", 0, "bbox", 3], -1), ["annotation id 1", "-1", "negative"]),
         (change(["annotations", 0, "bbox"], [1, 2, 3]), ["annotation id 1", "[1, 2, 3]", "four"]),
-        (change(["annotations", 0, "bbox", 1], "2"), ["annotation id 1", "'2'"]),
+        (change(["annotations", 0, "bbox", 1], "2 px"), ["annotation id 1", "'2 px'"]),
+        (change(["annotations", 0, "iscrowd"], "no"), ["annotation id 1", "iscrowd 'no'", "0 or 1"]),
+        (change(["annotations", 0, "iscrowd"], 2), ["annotation id 1", "iscrowd 2"]),
         (change(["annotations", 0, "bbox"], None), ["annotation id 1", "bbox None"]),
         (change(["annotations", 0], 5), ["annotation number 0", "is 5"]),
     ],
@@ -214,14 +216,6 @@ def test_missing_folder_and_files(tmp_path):
         ValueError, match=r"20 of the 20 .*'sub/7.png' \(image id 7\).*'sub/9.png' \(image id 9\), \.\.\."
     ):
         load(tmp_path)
-
-
-def test_more_objects_than_queries(tmp_path):
-    write(tmp_path, content())
-    load(tmp_path, max_objects=4)  # the crowd does not count
-    for train in (True, False):
-        with pytest.raises(ValueError, match=r"the 3 queries.*image id 7 has 4; set `num_queries` to 4"):
-            load(tmp_path, train=train, max_objects=3)
 
 
 def test_categories_of_a_network_are_kept_or_refused(tmp_path):
@@ -368,7 +362,7 @@ def test_build_dataset_and_collate(tmp_path):
         (tmp_path / "ann.json").rename(tmp_path / "annotations" / f"instances_{split}2017.json")
 
     data = Data(coco_path=str(tmp_path), train_sizes=(24, 48), eval_size=60, max_size=100, crop_augmentation=False)
-    train, val = build_dataset("train", data, max_objects=10), build_dataset("val", data)
+    train, val = build_dataset("train", data), build_dataset("val", data)
     assert isinstance(train.transforms, TrainTransforms)
     assert min(train[0][0].shape[1:]) in (24, 48)
     images, packed = collate([val[0], val[1]])
@@ -390,17 +384,15 @@ def test_build_dataset_and_collate(tmp_path):
         build_dataset("val", replace(data, dataset_file="voc"))
     with pytest.raises(ValueError, match=r"data folder .*gone does not exist; set `coco_path`"):
         read_split("val", replace(data, coco_path=str(tmp_path / "gone")))
-    with pytest.raises(ValueError, match="`num_queries`"):
-        build_dataset("train", data, max_objects=3)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data with real images is not here")
 @pytest.mark.parametrize(("name", "num_classes", "objects"), [("coco_tiny", 91, 804), ("bccd", 4, 945)])
 def test_real_images(name, num_classes, objects):
     data = Data(coco_path=str(SHARED_DATA / name), train_sizes=(480,), eval_size=200)
-    val = build_dataset("val", data, max_objects=300)
+    val = build_dataset("val", data)
     assert val.categories.num_classes == num_classes
     assert sum(len(val[i][1]["labels"]) for i in range(len(val))) == objects  # as its README counts, without crowds
-    image, target = build_dataset("train", data, categories=val.categories, max_objects=300, seed=0)[0]
+    image, target = build_dataset("train", data, categories=val.categories, seed=0)[0]
     assert image.isfinite().all()
     assert (target["boxes"][:, 2:] > 0).all()

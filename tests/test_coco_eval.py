@@ -218,6 +218,26 @@ def test_no_detection_at_all_and_labels_in_gaps():
     assert ours.summarize() == pytest.approx(plain_pycocotools(content, results), abs=1e-12)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_detection_with_a_score_or_box_that_is_no_number_is_dropped_alone(value):
+    content = ground_truth()
+    first = content["annotations"][0]
+    left, top, width, height = first["bbox"]
+    found = {
+        "scores": torch.tensor([0.5, value, 0.25]),
+        "labels": torch.full((3,), first["category_id"]),
+        "boxes": torch.tensor([[left, top, left + width, top + height]] * 3, dtype=torch.float32),
+    }
+    found["boxes"][2, 1] = value
+    annotations = Annotations(content)
+    evaluator = CocoEvaluator(
+        GroundTruth.from_annotations(annotations), Categories.from_annotations(annotations.categories)
+    )
+    evaluator.update({first["image_id"]: found})
+    assert [(row["score"], row["bbox"]) for row in evaluator.results] == [(0.5, first["bbox"])]
+    assert evaluator.summarize()["AR1"] > 0
+
+
 def test_only_updated_images_count():
     content = ground_truth()
     results = random_results(content)
@@ -235,7 +255,7 @@ def test_only_updated_images_count():
 
 def batches(length: int, *, processes: int, rank: int, world_size: int, batch_size: int = 2) -> list[list[int]]:
     return evaluation_batches(
-        length=length, batch_size=batch_size, processes=processes, rank=rank, world_size=world_size
+        order=range(length), batch_size=batch_size, processes=processes, rank=rank, world_size=world_size
     )
 
 

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.feature_levels import InputProjection
+from samdetr.models.feature_levels import FeatureLevel, InputProjection
 from samdetr.models.layers import LayerSizes
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.module import MSDeformAttn
@@ -27,7 +27,7 @@ NETWORK = (
     "--backbone resnet18 --backbone_level 4 --hidden_dim 32 --nheads 4 --dim_feedforward 48 --enc_layers 2 "
     "--dec_layers 3 --num_queries 6 --smca"
 )
-SCALES = {"one scale": "", "three scales": "--backbone_level 5 --multiscale"}
+SCALES = {"one scale": "", "three scales": "--backbone_level 5 --multiscale --dec_layers 5"}
 every_scale = pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
 
 
@@ -215,8 +215,26 @@ def test_padding_of_images_matters_little(scales):
     for a, b, c in zip(alone, padded, padded_more):
         assert (a["pred_logits"].sigmoid() - b["pred_logits"].sigmoid()).abs().max() < 0.02
         assert (a["pred_boxes"] - b["pred_boxes"]).abs().max() < 0.05
-        torch.testing.assert_close(b["pred_logits"], c["pred_logits"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(b["pred_logits"], c["pred_logits"], rtol=0, atol=1e-4)  # five layers: 5e-5
         torch.testing.assert_close(b["pred_boxes"], c["pred_boxes"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligner", [True, False])
+def test_no_gradient_through_the_sine_encoding_of_boxes(aligner):
+    """Content and boxes of the layer alone: in a whole network self-attention hides it, for the first queries are 0 and
+    later boxes detached."""
+    torch.manual_seed(0)
+    made = SemanticsAligner(hidden_dim=16, num_heads=2, resample="average") if aligner else None
+    sizes = LayerSizes(hidden_dim=16, num_heads=2, feedforward_dim=8, dropout=0.0)
+    layer = SAMDecoderLayer(sizes, aligner=made).double()
+    boxes = torch.rand(1, 3, 4).double().requires_grad_()
+    features, position = torch.randn(2, 1, 16, 5, 6).double()
+    level, queries = FeatureLevel(features, torch.zeros(1, 5, 6).bool(), position), torch.randn(1, 3, 16).double()
+    output = layer(queries, boxes, level)
+    moved = layer(queries, boxes + 0.1, level)
+    assert (output - moved).abs().max() > 1e-3  # it has an effect
+    (gradient,) = torch.autograd.grad(output.square().sum(), boxes, allow_unused=True)
+    assert gradient is None or (gradient == 0).all()
 
 
 def test_boxes_are_refined_from_layer_to_layer():
@@ -288,12 +306,13 @@ def test_a_tiny_network_learns_its_batch():
     assert losses[-1] < 0.7 * losses[0]  # 0.4 to 0.5, whatever the seed
 
 
-# In an image of 64 x 128 pixels: 4 x 8 cells, or 8 x 16, 4 x 8 and 2 x 4, which three decoder layers attend in turn.
+# In an image of 64 x 128 pixels: 4 x 8 cells, or 8 x 16, 4 x 8 and 2 x 4, of which two decoder layers each attend the
+# coarser two, and one the finest.
 @pytest.mark.parametrize(
     ("scales", "encoder", "attended"),
     [
         (SCALES["one scale"], {(32, 32, 0.3): 2, ((1, 32, 32), 0.3): 2 * 2, ((1, 32, 48), 0.3): 2}, [32, 32, 32]),
-        (SCALES["three scales"], {((1, 168, 32), 0.3): 2 * 2, ((1, 168, 24), 0.3): 2}, [8, 32, 128]),
+        (SCALES["three scales"], {((1, 168, 32), 0.3): 2 * 2, ((1, 168, 24), 0.3): 2}, [8, 8, 32, 32, 128]),
     ],
     ids=SCALES,
 )
@@ -316,8 +335,8 @@ def test_dropout_is_where_the_reference_has_it(scales, encoder, attended, monkey
     monkeypatch.setattr(F, "dropout", spy)
     monkeypatch.setattr(F, "scaled_dot_product_attention", fused_spy)
     detector, _ = build(f"{scales} --dropout 0.3")
-    batch = pad_images([torch.randn(3, 64, 128)])  # 6 queries, 4 heads, 2 + 3 layers
-    decoder = {(6, 6, 0.3): 3, ((1, 6, 32), 0.3): 3 * 3, ((1, 6, 48), 0.3): 3}
+    batch, layers = pad_images([torch.randn(3, 64, 128)]), len(attended)  # 6 queries, 4 heads
+    decoder = {(6, 6, 0.3): layers, ((1, 6, 32), 0.3): 3 * layers, ((1, 6, 48), 0.3): layers}
     decoder |= {(6, cells, 0.3): number for cells, number in Counter(attended).items()}
     with plain_path():
         detector.train()(batch)

@@ -48,6 +48,23 @@ def epochs(data: Path, workers: int, which: list[int], *flags: str) -> list[list
     return seen
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_goes_through_the_images_by_id(processes, own_shapes):
+    """As the official loaders, whatever the order in the file: with it batches change, and padding, and AP."""
+    file = own_shapes / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    wanted = sorted(image["id"] for image in content["images"])
+    content["images"].sort(key=lambda image: (image["id"] * 7) % 5)
+    assert wanted != [image["id"] for image in content["images"]]
+    file.write_text(json.dumps(content))
+    found = settings(["--coco_path", str(own_shapes), "--batch_size", "2", "--num_workers", "0"])
+    _, loader = build_loaders(found, None, data_set("val", found), evaluating_processes=processes)
+    seen = [[int(target["image_id"]) for target in targets.unpack()] for _, targets in loader]
+    orders = [wanted[first::processes] for first in range(processes)]
+    pairs = [order[start : start + 2] for start in range(0, len(wanted), 2) for order in orders]
+    assert seen == [pair for pair in pairs if pair]
+
+
 def test_an_epoch_is_the_same_whoever_loads_it_and_wherever_a_run_begins(shapes):
     """Images, boxes and order, to the bit; and the network's random numbers stay as they are."""
     torch.manual_seed(1)

@@ -334,6 +334,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
     assert_same(output, pair)
 
 
+@pytest.mark.slow  # the tests above have each fault alone
 def test_short_soak(tmp_path):
     """Every kind of fault once, at random places."""
     program = str(REPOSITORY / "benchmarks" / "soak.py")

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from samdetr.models.build import FAMILIES
 from samdetr.models.criterion import (
     SetCriterion,
     box_losses,
@@ -175,6 +177,36 @@ def test_costs_that_are_not_finite_are_matched_last(bad):
     outputs["pred_boxes"][:] = bad
     (matches,) = HungarianMatcher(costs=COSTS)([outputs], targets)
     assert len(pairs_of(matches, 0)) == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_cost_that_is_not_finite_is_large_even_if_it_is_negative(bad):
+    costs = torch.tensor([[[bad, 3.0], [5.0, bad], [4.0, 9.0]]])  # of three queries and two objects
+    (matches,) = HungarianMatcher(costs=[(1.0, lambda outputs, targets: costs[..., targets["labels"]])])(
+        [{"pred_logits": torch.zeros(1, 3, 2)}], [{"labels": torch.arange(2)}]
+    )
+    assert pairs_of(matches, 0) == {(0, 1), (2, 0)}  # 3 + 4; the others without a bad cost: 3 + 5, 5 + 9
+
+
+@pytest.mark.parametrize(
+    ("flags", "alpha"),
+    [
+        ("--focal_alpha 0.75", 0.25),  # fixed officially
+        ("--model deformable_detr --focal_alpha 0.75", 0.25),
+        ("--focal_alpha 0.75 --set_cost_alpha 0.5", 0.5),
+        ("-m sap_detr --focal_alpha 0.75", 0.75),  # passed on officially
+        ("-m sap_detr --focal_alpha 0.75 --set_cost_alpha 0.1", 0.1),
+    ],
+)
+def test_alpha_of_the_matching_cost(flags, alpha):
+    """Of the probability 1/2 the class cost is (2 alpha - 1) / 4 x log 2, whatever the loss."""
+    found = settings(flags)
+    criterion = FAMILIES[found.trunk.model].criterion(found.loss, found.family)
+    weight, cost = criterion.matcher.costs[0]
+    outputs = {"pred_logits": torch.zeros(1, 1, 2), "pred_objs": torch.full((1, 1, 1), 99.0)}
+    value = cost(outputs, {"labels": torch.tensor([1])}).item()
+    assert (weight, value) == (2, pytest.approx((2 * alpha - 1) / 4 * math.log(2), rel=1e-6))
+    assert found.loss.focal_alpha == 0.75
 
 
 def test_a_matcher_without_costs():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -38,6 +39,7 @@ from helpers import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from samdetr.datasets.check.__main__ import main as check_data
 from samdetr.training import loop
 
 
@@ -48,6 +50,34 @@ def no_download(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "urlopen", fail)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+
+
+def test_more_objects_than_queries_in_the_folders_of_sap_detr(own_shapes, tmp_path, capsys):
+    """Trains and evaluates, as officially, with a line that names the largest image; images below images/."""
+    for split, name in (("train", "13"), ("val", "17")):
+        file = own_shapes / "annotations" / f"instances_{split}2017.json"
+        content = read_json(file)
+        other = next(image["id"] for image in content["images"] if str(image["id"]) != name)
+        for image, number in ((other, 12), (int(name), 15)):
+            content["annotations"] += [
+                {"id": 1000 * image + i, "image_id": image, "category_id": 1, "bbox": [i, i, 9, 9], "area": 81}
+                for i in range(number)
+            ]
+        file.write_text(json.dumps(content))
+        (own_shapes / "images").mkdir(exist_ok=True)
+        (own_shapes / f"{split}2017").rename(own_shapes / "images" / f"{split}2017")
+
+    assert call_main(own_shapes, "--epochs", "1", "--output_dir", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    for split, name in (("train", "13"), ("val", "17")):
+        line = next(line for line in shown.splitlines() if line.startswith(f"data, {split}: warning: images with more"))
+        assert re.search(rf": 2, such as image id {name} .*: \d+ objects, 10 queries$", line)
+        assert "--" not in line  # no flag that a checkpoint would refuse
+    assert f"python -m datasets.check {own_shapes} " in shown
+    flags = ["--eval", "--resume", str(tmp_path / "checkpoint.pth")]
+    assert call_main(own_shapes, *flags, network=[]) == 0
+    assert "data, val: warning: images with more objects than queries" in capsys.readouterr().out
+    assert check_data([str(own_shapes), "--short", "--num_queries", "26"]) == 0  # finds the images, too
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ from helpers import from_flags
 from torch import nn
 
 from samdetr.models.family import coarse_to_fine
+from samdetr.models.sam_detr.family import attended_levels
 from samdetr.util.padded_images import pad_images
 
 # Wide enough for the GroupNorm: of a map of one cell it needs more than one channel a group.
 NETWORK = (
-    "--multiscale --backbone resnet18 --hidden_dim 64 --nheads 4 --dim_feedforward 48 --enc_layers 2 --dec_layers 3 "
+    "--multiscale --backbone resnet18 --hidden_dim 64 --nheads 4 --dim_feedforward 48 --enc_layers 2 --dec_layers 5 "
     "--num_queries 6"
 )
 
@@ -27,9 +28,7 @@ def build(flags: str):
 @pytest.mark.parametrize(
     ("layers", "levels", "attended"),
     [
-        (6, 3, (2, 2, 1, 1, 0, 0)),  # as published
-        (1, 3, (2,)),
-        (2, 3, (2, 1)),
+        (6, 3, (2, 2, 1, 1, 0, 0)),
         (3, 3, (2, 1, 0)),
         (4, 3, (2, 2, 1, 0)),
         (5, 3, (2, 2, 1, 1, 0)),
@@ -41,6 +40,17 @@ def build(flags: str):
 )
 def test_decoder_layers_go_from_coarse_to_fine(layers, levels, attended):
     assert coarse_to_fine(layers, levels) == attended
+
+
+def test_levels_of_sam_detr_are_the_published_ones_up_to_six_layers():
+    """Layers 0 and 1 attend the coarsest level, 2 and 3 the middle one, 4 and 5 the finest, however many there are."""
+    for layers in range(1, 7):
+        assert attended_levels(layers, 3) == tuple(2 - layer // 2 for layer in range(layers))
+        assert build(f"--dec_layers {layers}")[0].decoder.levels == attended_levels(layers, 3)
+    assert attended_levels(7, 3) == (2, 2, 2, 1, 1, 0, 0)  # an even split: beyond what the official code can build
+    assert attended_levels(6, 1) == (0, 0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"--multiscale.*--enc_layers 0 and --dec_layers 4.*at least 5"):
+        build("--enc_layers 0 --dec_layers 4")
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_a_misspelt_pattern_is_an_error():
     ("schedule", "total", "drop", "warmup", "expected"),
     [
         ("step", 100, 40, 0, {0: 1, 39: 1, 40: 0.1, 79: 0.1, 80: 0.01}),
-        ("step", 100, 40, 10, {0: 0.001, 5: 0.5005, 10: 1, 39: 1, 40: 0.1}),
-        ("step", 100, 4, 8, {4: 0.05005}),  # a drop within the warm-up multiplies
+        ("step", 100, 40, 10, {0: 0.001, 5: 0.5005, 10: 1, 39: 1, 40: 0.1, 79: 0.1, 80: 0.1, 99: 0.1}),  # once
+        ("step", 100, 4, 8, {4: 0.05005, 9: 0.1}),  # a drop within the warm-up multiplies
         ("cosine", 100, 1, 0, {0: 1, 25: 0.8535534, 50: 0.5, 100: 0, 101: 0}),
         ("cosine", 110, 1, 10, {0: 0.001, 5: 0.5005, 10: 1, 60: 0.5, 110: 0}),
         ("onecycle", 100, 1, 0, {0: 0.001, 5: 0.5005, 10: 1, 55: 0.5, 100: 0}),
@@ -111,6 +111,21 @@ def test_steps_by_iteration_equal_the_published_schedule_by_epoch(drop_epochs):
             by_iteration.step()
         published.step()
         by_epoch.step()
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine", "onecycle"])
+def test_a_schedule_that_starts_late_is_the_one_that_walked_there(schedule):
+    """In all that it saves, the count of its steps too: a resumed run makes the checkpoints of an uninterrupted one."""
+    settings = {"schedule": schedule, "total_steps": 40, "drop_step": 9, "warmup_steps": 5}
+    walked, late = optimizer(), optimizer()
+    steps = build_scheduler(walked, **settings)
+    for _ in range(13):
+        walked.step()
+        steps.step()
+    state = build_scheduler(late, **settings, first_step=13).state_dict()
+    assert state == steps.state_dict()
+    assert (state["last_epoch"], state["_step_count"]) == (13, 14)
+    assert [group["lr"] for group in late.param_groups] == [group["lr"] for group in walked.param_groups]
 
 
 def test_a_resumed_schedule_goes_on_where_it_was():

@@ -119,6 +119,7 @@ def test_the_benchmark_counts_and_writes_json(tmp_path, monkeypatch, capsys):
     assert 98e9 < r50["flops"] < 102e9  # published: 100
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_in_a_process_of_its_own():
     inputs = {"device": "cpu", "size": [64, 96], "batch": 1, "threads": 1}
     peak = model.in_process("memory", "R50", path="fast", task="evaluate", **inputs)

@@ -19,13 +19,9 @@ from samdetr.models.checkpoints import read_checkpoint
 
 RECORDED = json.loads(gzip.decompress(Path(__file__).with_name("resolved_settings.json.gz").read_bytes()))
 # Settings that came later, with their defaults, and defaults that were changed on purpose.
-ADDED: dict[str, object] = {
-    "plugin": "",
-    "allow_http": False,
-    "allow_nonfinite": False,
-    "overwrite": False,
-    "verbose": False,
-}
+ADDED: dict[str, object] = {"allow_outside": False, "plugin": "", "overwrite": False, "verbose": False}
+ADDED |= {"pretrained": "", "freeze": [], "set_cost_alpha": 0.25, "allow_nonfinite": False, "allow_http": False}
+OF_FAMILY: dict[str, dict[str, object]] = {"sap_detr": {"set_cost_alpha": None}}
 # Users' runs keep the last checkpoints and the best; recipes pass `--keep -1`, all epochs, as published.
 CHANGED: dict[str, object] = {"keep": 1}
 
@@ -66,7 +62,13 @@ def write_checkpoint(family: str, variant: str, kind: str, path: Path) -> Path:
 
 
 def expected(recorded: dict) -> dict:
-    return RECORDED["families"][recorded["family"]] | CHANGED | recorded["differs"] | ADDED
+    return (
+        RECORDED["families"][recorded["family"]]
+        | CHANGED
+        | recorded["differs"]
+        | ADDED
+        | OF_FAMILY.get(recorded["family"], {})
+    )
 
 
 def assert_same(found: dict, wanted: dict) -> None:

@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from samdetr.datasets import transforms
 from samdetr.datasets.build import collate
 from samdetr.datasets.transforms import EvalTransforms, RandomCrop, TrainTransforms, resized_size
 
@@ -64,7 +65,38 @@ def test_size_rule_by_hand_and_where_torchvision_has_another(height, width, expe
 
 
 def test_a_side_never_vanishes():
-    assert resized_size(1, 5000, 800, 1333) == (1, 5000)
+    assert resized_size(1, 5000, 800, 1333) == (1, 1333)
+
+
+def test_no_image_becomes_larger_than_its_limit(monkeypatch):
+    """DETR's rounding may exceed max_size by 1 %; zooms, published without a limit, have one of four times max_size."""
+    sizes = []
+    resize = transforms.F.resize
+    monkeypatch.setattr(
+        transforms.F, "resize", lambda inpt, size, **how: sizes.append(size) or resize(inpt, size, **how)
+    )
+    for width, height in [(1, 60000), (60000, 1), (3, 20000), (20, 4700), (9000, 40), (1, 1), (2, 700)]:
+        for transform in (EvalTransforms(), EvalTransforms(short_side=64, max_size=100), TrainTransforms()):
+            tensor, target = transform(*scene(width, height, (0, 0, width, height)))
+            limit = 100 if transform.transforms[1].__dict__.get("max_size") == 100 else 1333
+            assert max(tensor.shape[1:]) <= 1.01 * limit
+            assert target["boxes"].shape[1] == 4
+    assert max(max(size) for size in sizes) <= 1.01 * 1333
+    whole = [resized_size(300, 300 * ratio, 600, 1333, limit_from=4) for ratio in (1, 4, 8, 9)]
+    assert whole == [(600, 600), (600, 2400), (600, 4800), (148, 1332)]
+
+
+def test_zooms_have_three_sizes(monkeypatch):
+    """A square becomes 400, 500 or 600 wide before it is cropped, and about equally often."""
+    drawn = []
+    monkeypatch.setattr(
+        RandomCrop, "forward", lambda self, image, target: (drawn.append(tuple(image.shape)), (image, target))[1]
+    )
+    transform = TrainTransforms(short_sides=[8], max_size=10)  # which does not limit zooms
+    for _ in range(240):
+        transform(*scene(9, 9))
+    assert set(drawn) == {(3, side, side) for side in (400, 500, 600)}
+    assert all(20 < drawn.count(shape) < 60 for shape in set(drawn))
 
 
 def test_pixels_are_pils_bilinear_and_imagenets_normalisation():

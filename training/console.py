@@ -30,7 +30,8 @@ def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
     if run.eval:
         why |= dict.fromkeys(_TRAINING, "with `eval`")
     else:
-        why["raw_weights"] = "without `eval`"
+        if not run.pretrained:
+            why["raw_weights"] = "without `eval` or `pretrained`"
         if not run.output_dir:
             why |= dict.fromkeys(_SAVING, "without `output_dir`")
     if settings.optimisation.lr_schedule != "step":
@@ -60,7 +61,7 @@ def start_block(parts: Parts, resume: Resume | None) -> str:
         "classes": f"{len(names)}: {', '.join(names[:_NAMES])}{more}",
         "model": f"{settings.trunk.model}, {settings.trunk.backbone}, {settings.trunk.num_queries} queries, "
         f"{n_parameters:,} trainable parameters",
-        "weights": parts.source.path or f"random; backbone: {settings.run.backbone_weights}",
+        "weights": parts.source.path or settings.run.pretrained or f"random; backbone: {settings.run.backbone_weights}",
         "output": str(parts.folder.path) if parts.folder else nowhere,
         "device": device,
     }
@@ -94,7 +95,9 @@ def epoch_line(
     parts = [f"loss {line['train_loss']:.4g} ({', '.join(of_last_layer)})"]
     if line["train_bad_steps"]:
         parts.append(f"{line['train_bad_steps']} steps skipped")
-    if metrics:
+    if metrics and metrics[0] < 0:
+        parts.append("AP undefined: no object to find")
+    elif metrics:
         parts += [f"AP {metrics[0]:.4f}", f"AP50 {metrics[1]:.4f}"]
     if best:
         parts.append(f"best {best[1]:.4f} of epoch {best[0]}{f' in {where}' if where else ''}")

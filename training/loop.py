@@ -110,8 +110,9 @@ def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
 
 
 def average_precision(line: Mapping[str, Any]) -> float | None:
+    """None also where it is undefined (-1): then it is no figure to compare."""
     metrics = coco_metrics(line)
-    return metrics[0] if metrics else None
+    return metrics[0] if metrics and metrics[0] is not None and metrics[0] >= 0 else None
 
 
 def compiled_graphs() -> int:
@@ -196,7 +197,8 @@ class Trainer:
         with self.signals.nothing_to_save():
             line = {f"test_{name}": value for name, value in self._metrics().items()}
         ap, best = average_precision(line), self._best()
-        assert ap is not None
+        if ap is None:
+            return line
         if self.folder and is_main() and (best is None or ap > best[1]):
             # Before writing the log line, so that a crash in between repeats this step.
             self.folder.keep_best()

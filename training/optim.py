@@ -72,7 +72,8 @@ def groups_of_run(model: nn.Module, settings: Mapping[str, Any]) -> list[dict] |
 def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int) -> float:
     """The factor of every group's learning rate at iteration `step`, counted from 0. All arguments are in iterations.
 
-    step: a tenth after every `drop_step` iterations, counted from the first iteration on, warm-up or not.
+    step: a tenth after every `drop_step` iterations, counted from the first iteration on; with a warm-up, after the
+        first `drop_step` alone, as SAP-DETR's published schedule, the one that has a warm-up.
     cosine: half a cosine from 1 at the end of the warm-up to 0 at `total_steps`.
     onecycle: cosine, with a warm-up over a tenth of `total_steps` unless `warmup_steps` is given (not 0).
 
@@ -82,7 +83,8 @@ def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_ste
         warmup_steps = warmup_steps or round(total_steps / 10)
     rise = 0.001 + 0.999 * step / warmup_steps if step < warmup_steps else 1.0
     if schedule == "step":
-        return rise * 0.1 ** (step // drop_step)
+        drops = step // drop_step
+        return rise * 0.1 ** (min(drops, 1) if warmup_steps else drops)
     if schedule in ("cosine", "onecycle"):
         done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
         return rise * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
 from samdetr.training.cluster.watchdog import Watchdog
+from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
@@ -109,6 +110,10 @@ def check_settings(settings: RunSettings) -> None:
     run = settings.run
     if run.eval and not run.resume:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
+    if run.pretrained and run.eval:
+        raise ValueError("`pretrained` has no effect with `eval`; pass the file with `resume`")
+    if run.pretrained and run.resume and not is_auto(run.resume):
+        raise ValueError("`pretrained` starts a run, `resume` continues one: pass one of them, or `resume` auto")
     if is_auto(run.resume) and not run.output_dir:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if is_auto(run.resume) and run.overwrite:
@@ -130,6 +135,11 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
+    pretrained = None
+    if run.pretrained and not source.checkpoint:
+        pretrained = Pretrained.read(run.pretrained, allow_http=run.allow_http)
+    if pretrained:
+        settings = pretrained.applied(settings, given)
     settings.check_family(given)
     if folder and not run.eval:
         claim_folder(source, folder, overwrite=run.overwrite)
@@ -139,14 +149,15 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     elif data.categories.num_classes > settings.trunk.num_classes:
         raise ValueError(
             f"{source.path} has {settings.trunk.num_classes} classes, but labels at {settings.data.coco_path} go up to "
-            f"{data.categories.num_classes - 1}; use the data set that it was trained for"
+            f"{data.categories.num_classes - 1}; use the data set that it was trained for, or start from its weights "
+            "with `pretrained` instead of `resume`"
         )
     settings = settings.with_resolved_norm()
     weights = _weights(source, settings)
     if weights is not None:
         check_network(settings.trunk, settings.family, weights, source=source.path)
     network, criterion, postprocess = build_network(settings)
-    _load_weights(network, weights, source, settings)
+    _load_weights(network, weights, source, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
@@ -160,11 +171,25 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
 
 
 def build_network(settings: RunSettings) -> tuple[Detector, SetCriterion, Callable[..., Any]]:
-    """As `build_model`, the backbone frozen if its learning rate is 0. Raises ValueError."""
+    """As `build_model`, with the modules of `freeze` frozen, and the backbone if its learning rate is 0. Raises
+    ValueError."""
     network, criterion, postprocess = build_model(settings.trunk, settings.family, settings.loss)
-    if not settings.optimisation.lr_backbone:
-        network.backbone.requires_grad_(False)
+    frozen = settings.optimisation.freeze
+    freeze(network, frozen if settings.optimisation.lr_backbone else (*frozen, "backbone"))
     return network, criterion, postprocess
+
+
+def freeze(network: nn.Module, modules: Sequence[str]) -> None:
+    """Let the parameters of modules, named as in checkpoints, keep their values. Raises ValueError."""
+    for module in modules:
+        parameters = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{module}.")]
+        if not parameters:
+            children = ", ".join(name for name, _ in network.named_children())
+            raise ValueError(f"`freeze` {module}: there is no such module; there are {children}, and their parts")
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if modules and not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"`freeze` {' '.join(modules)} leaves nothing to train")
 
 
 def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.device) -> torch.optim.Optimizer:
@@ -184,9 +209,13 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     def load(split: str, categories: Categories | None) -> CocoDetection:
         annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
         dataset = build_dataset(
-            split, settings.data, annotations=annotations, categories=categories, max_objects=queries,
-            seed=settings.run.seed,
-        )  # fmt: skip
+            split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
+        )
+        if split == "train" and not annotations.usable().any():
+            raise ValueError(
+                f"{dataset.annotation_file}: none of its {len(annotations.entries):,} annotations is a usable object; "
+                "train on objects that are not crowds (iscrowd 0) and whose boxes have an area inside their image"
+            )
         if is_main():
             checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
         return dataset
@@ -195,7 +224,7 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
     val_set = load("val", categories)
-    for line in start_lines(checked):
+    for line in start_lines(checked, Path(settings.data.coco_path)):
         log(line)
     processes = source.evaluating_processes(given) if settings.run.eval else None
     train_loader, val_loader = build_loaders(settings, train_set, val_set, evaluating_processes=processes)
@@ -217,7 +246,7 @@ def build_loaders(
     *,
     evaluating_processes: int | None = None,
 ) -> tuple[DataLoader | None, DataLoader]:
-    """Batches for training, without the incomplete last one, as published, and for evaluation.
+    """Batches for training, without the incomplete last one, and for evaluation, of images sorted by id, as published.
 
     `evaluating_processes` as of `Source.evaluating_processes`; None: those of this run. Raises ValueError: a step needs
     more images than there are.
@@ -236,7 +265,7 @@ def build_loaders(
         "generator": torch.Generator(),
     }
     batches = evaluation_batches(
-        length=len(val_set), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
+        order=val_set.images.by_id(), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
         world_size=world_size,
     )  # fmt: skip
     val_loader = Loader(val_set, batch_sampler=batches, **options)
@@ -277,14 +306,29 @@ def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
     return weights
 
 
-def _load_weights(network: Detector, weights: dict[str, Tensor] | None, source: Source, settings: RunSettings) -> None:
-    """Those of the checkpoint; without one, those of the backbone."""
+def _load_weights(
+    network: Detector,
+    weights: dict[str, Tensor] | None,
+    source: Source,
+    settings: RunSettings,
+    given: Mapping[str, Any],
+    pretrained: Pretrained | None,
+    categories: Categories,
+) -> None:
+    """Those of the checkpoint; without one, those of the pretrained detector and of the backbone."""
+    wanted = settings.run.backbone_weights
     if weights is not None:
         load_weights(network, weights, source=source.path)
         return
+    if (
+        pretrained
+        and pretrained.load_into(network, categories, raw=settings.run.raw_weights)
+        and "backbone_weights" not in given
+    ):
+        return
     with main_process_first():
-        load_backbone_weights(network, settings.run.backbone_weights)
-    if settings.run.backbone_weights == "none" and settings.trunk.backbone_norm == "frozen":
+        load_backbone_weights(network, wanted)
+    if wanted == "none" and not pretrained and settings.trunk.backbone_norm == "frozen":
         log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
 
 
@@ -298,6 +342,8 @@ def write_evaluation(parts: Parts) -> None:
             f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
         )
     log(evaluator.table())
+    if metrics["coco_eval_bbox"][0] < 0:
+        log(f"warning: AP is undefined (-1): {parts.data.val_images.annotation_file} has no object that is not a crowd")
     if parts.folder and is_main():
         with parts.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)

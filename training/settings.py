@@ -22,11 +22,19 @@ class Optimisation(Settings):
     lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it", least=0)
     lr_linear_proj_names: tuple[str, ...] = flag((), "parameters whose names contain one of these", metavar="NAME")
     lr_linear_proj_mult: float = flag(0.1, "... learn at lr times this")
+    freeze: tuple[str, ...] = flag(
+        (), "modules that keep their weights: backbone, projection, encoder, decoder, or parts", metavar="MODULE"
+    )
     batch_size: int = flag(2, "images per process", least=1)
     accumulate: int = flag(1, "batches per step, as one large batch", least=1, metavar="BATCHES")
     weight_decay: float = flag(1e-4, "of AdamW", least=0)
     epochs: int = flag(50, "epochs in all, those before a --resume included", least=1)
-    lr_drop: int = flag(40, "epochs after which the learning rate falls to a tenth", least=1, metavar="EPOCHS")
+    lr_drop: int = flag(
+        40,
+        "epochs after which the learning rate falls to a tenth, again and again; once if there is a warm-up",
+        least=1,
+        metavar="EPOCHS",
+    )
     lr_schedule: str = flag("step", "how the learning rate falls", choices=SCHEDULES)
     warmup_iters: int = flag(0, "iterations of linear warm-up", least=0, metavar="ITERATIONS")
     clip_max_norm: float = flag(0.1, "largest gradient norm; 0: no clipping", least=0)
@@ -70,6 +78,9 @@ class Run(Settings):
         "checkpoint to continue from, ours or an official one; auto: the newest good one in --output_dir if any, "
         "else FILE",
         metavar="{FILE,URL,auto,auto:FILE}",
+    )
+    pretrained: str = flag(
+        "", "detector to start from, ours or an official one; takes all weights that fit", metavar="{FILE,URL}"
     )
     start_epoch: int = flag(0, "first epoch, counted from 0; a checkpoint brings its own", least=0, metavar="EPOCH")
     eval: bool = flag(False, "evaluate, do not train")

@@ -36,6 +36,9 @@ def _gpu_random_rule(value: Any, place: str) -> None:
         raise ValueError(f"{place} is {brief(value)}, not the state of a generator of a GPU")
 
 
+RANDOM_RULE = record({"torch": _random_rule}, optional={"cuda": _gpu_random_rule})
+
+
 def _real(value: Any, place: str) -> None:
     """A number, or what is none: sums of losses may overflow."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -48,7 +51,7 @@ RULES = record(
         "iteration": maybe(_COUNT),
         "samples_seen": _COUNT,
         "sampler": record({"seed": _COUNT, "batch": number(least=1, most=2**62), "position": _COUNT}),
-        "random_states": listed(record({"torch": _random_rule}, optional={"cuda": _gpu_random_rule}), least=1),
+        "random_states": listed(RANDOM_RULE, least=1),
         "averages": listed(record({"sums": each(_real), "counts": each(number(least=0, whole=False))}), least=1),
         "extras": record(
             {},

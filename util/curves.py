@@ -24,7 +24,10 @@ def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.
     def plot(panel: Axes, key: str, index: int | None = None, *, label: str = "", **style: Any) -> None:
         found = [line for line in lines if line.get(key) is not None]
         values = {line["epoch"]: line[key] if index is None else line[key][index] for line in found}
-        values = {epoch: value for epoch, value in values.items() if value is not None}
+        # COCO's metrics are -1 where they are not defined.
+        values = {
+            epoch: value for epoch, value in values.items() if value is not None and (index is None or value >= 0)
+        }
         if values:
             *_, last = values.values()
             label = label.format(last=last, best=max(values.values()))

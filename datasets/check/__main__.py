@@ -4,7 +4,8 @@
     python -m datasets.check my_data --fix repaired.json
 
 Exit status: 0 without findings or with notes only, 1 with warnings or errors (with --fix: if any are left), 2 if the
-data cannot be checked. --fix writes the training split to OUT.json and the validation split beside it, to
+data cannot be checked, 3 if --fix left out more than 5 % of the images or objects of a split and --allow_loss was not
+passed. --fix writes the training split to OUT.json and the validation split beside it, to
 OUT_val.json; with --split it writes only that split, to OUT.json.
 """
 
@@ -18,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.datasets.annotations import Annotations, split_paths
+from samdetr.datasets.check.files import inspect_files
 from samdetr.datasets.check.repair import repair_splits
 from samdetr.datasets.check.report import KINDS, by_severity, counts, is_clean, table
 from samdetr.datasets.check.splits import SPLITS, Split, all_findings, check_splits, missing_splits
 from samdetr.util.command_line import run_command
 from samdetr.util.files import write_json
+
+LARGEST_LOSS = 0.05  # share of the images or objects of a split that --fix may leave out without a warning
+TOO_MUCH_LOST = 3  # exit status
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m datasets.check") -> int:
@@ -35,6 +40,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m datasets.c
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="read only the ends of image files, as training does")
     form.add_argument("--fix", type=Path, metavar="OUT.json", help="write repaired annotations")
+    parser.add_argument("--allow_loss", action="store_true", help="status as usual if --fix leaves out more than 5 %%")
+    parser.add_argument("--allow_outside", action="store_true", help="read files whose names leave the image folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report in JSON")
     parser.add_argument("--num_queries", type=int, default=300, help="objects that a network can find in an image")
     parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads")
@@ -52,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
     loaded: dict[str, Annotations] = {}
     splits: list[Split] = []
-    limits = {"num_queries": args.num_queries, "num_workers": args.num_workers}
-    for read, split in check_splits(data, only=only, full=not args.short, **limits):
+    how: dict[str, Any] = {"full": not args.short, "num_workers": args.num_workers, "allow_outside": args.allow_outside}
+    for read, split in check_splits(data, only=only, num_queries=args.num_queries, **how):
         splits.append(split)
         if fix:
             loaded[split.name] = read
@@ -68,25 +75,45 @@ def run(args: argparse.Namespace) -> int:
         "counts": counts(findings),
         "findings": [finding.to_json() for finding in findings],
     }
+    status = 0
     if fix:
-        contents, done, findings = repair_splits(splits, loaded, num_queries=args.num_queries)
+        before = {
+            name: {what: len(read.content[what]) for what in ("images", "annotations")} for name, read in loaded.items()
+        }
+        contents, repairs, findings = repair_splits(
+            splits, loaded, inspect=lambda split, sizes: inspect_files(split.folder, sizes, **how),
+            num_queries=args.num_queries,
+        )  # fmt: skip
         if len(contents) == 1:
             outputs = dict.fromkeys(contents, fix)
+        lost = {name: one.losses(before[name], LARGEST_LOSS) for name, one in repairs.items()}
+        for name, losses in lost.items():
+            for what, removed, total, kinds in losses:
+                print(f"\nWARNING: {removed:,} of the {total:,} {what} of {name} ({removed / total:.0%}) are left out:")
+                print("\n".join(f"{count:>15,}  {kind}: {_what(kind)}" for kind, count in kinds.items() if count))
+        if any(lost.values()) and not args.allow_loss:
+            print("If that is meant, pass --allow_loss; otherwise correct the cause.")
+            status = TOO_MUCH_LOST
         for name, content in contents.items():
             _write(outputs[name], content)
-            print(f"\n{outputs[name]}: {name} {'repaired' if done[name] else 'unchanged'}")
-            for kind, number in done[name].items():
+            done = {kind: number for kind, number in repairs[name].done.items() if number}
+            print(f"\n{outputs[name]}: {name} {'repaired' if done else 'unchanged'}")
+            for kind, number in done.items():
                 print(f"{number:>15,}  {kind}: {KINDS[kind][2] if kind in KINDS else 'removed'}")
+            report.setdefault("repaired", {})[name] = {"file": str(outputs[name]), "done": done}
         if is_clean(findings):
             print("\nafter repairs only notes are left")
         else:
             print("left after repairs:")
             print(table([finding for finding in findings if finding.severity != "note"]))
-        report["repaired"] = {name: {"file": str(outputs[name]), "done": done[name]} for name in contents}
         report["left"] = [finding.to_json() for finding in findings]
     if args.json:
         _write(args.json, report, indent=2)
-    return int(not is_clean(findings))
+    return status or int(not is_clean(findings))
+
+
+def _what(kind: str) -> str:
+    return KINDS[kind][1] if kind in KINDS else "removed with them"
 
 
 def _outputs(file: Path, only: str | None, data: Path) -> dict[str, Path]:

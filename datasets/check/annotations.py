@@ -8,8 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from samdetr.datasets.annotations import Annotations, first_few, image_size, is_category, is_id, is_image, repeated
+from samdetr.datasets.annotations import (
+    Annotations,
+    first_few,
+    has_text_id,
+    image_size,
+    is_category,
+    is_id,
+    is_image,
+    repeated,
+)
 from samdetr.datasets.check.report import Finding
+from samdetr.datasets.values import quoted
 
 
 def annotation_findings(annotations: Annotations, *, split: str, num_queries: int) -> list[Finding]:
@@ -29,29 +39,42 @@ def annotation_findings(annotations: Annotations, *, split: str, num_queries: in
         findings.extend(Finding.of(kind, split, faulty, describe))
 
     def image(row: int) -> str:
-        return f"image id {annotations.images[row]['id']} ({annotations.images[row]['file_name']!r})"
+        return f"image id {annotations.images[row]['id']} ({quoted(annotations.images[row]['file_name'])})"
 
     found("empty_list", [key for key in ("images", "categories") if not content[key]])
-    found("image_entry", [e for e in content["images"] if not is_image(e)], "{!r:.200}".format)
-    found("category_entry", [e for e in content["categories"] if not is_category(e)], "{!r:.200}".format)
+    found("number_form", annotations.converted, lambda place: annotations.conversion(*place))
+    for name, kind, is_valid in (("images", "image_entry", is_image), ("categories", "category_entry", is_category)):
+        text_ids, others = (
+            [e for e in content[name] if has_text_id(e)],
+            [e for e in content[name] if not has_text_id(e)],
+        )
+        found("text_id", text_ids, f"{name}: {{!r:.200}}".format)
+        found(kind, [e for e in others if not is_valid(e)], "{!r:.200}".format)
     found("annotation_entry", [e for e in content["annotations"] if not isinstance(e, dict)], "{!r:.200}".format)
 
     groups = list(repeated(annotations.images, "id").items())
     found("duplicate_image_id", groups, lambda i: f"image id {i[0]}: {_names(i[1], 'file_name')}")
     distinct = {(entry["file_name"], entry["id"]): entry for entry in annotations.images}.values()
     groups = list(repeated(distinct, "file_name").items())
-    found("duplicate_file_name", groups, lambda i: f"{i[0]!r}: image ids {_names(i[1], 'id')}")
+    found("duplicate_file_name", groups, lambda i: f"{quoted(i[0])}: image ids {_names(i[1], 'id')}")
     groups = list(repeated(annotations.categories, "id").items())
     found("duplicate_category_id", groups, lambda i: f"category id {i[0]}: {_names(i[1], 'name')}")
     found("duplicate_annotation_id", [i for i, count in times.items() if count > 1], lambda i: f"annotation id {i}")
 
+    if not annotations.usable().any():
+        found("no_objects" if split == "train" else "no_val_objects", [len(entries)], "{:,} annotations".format)
+    found(
+        "iscrowd",
+        np.flatnonzero(annotations.bad_crowd),
+        lambda row: f"{annotations.name(row)}: iscrowd {entries[row]['iscrowd']!r:.80}",
+    )
     found("unknown_image", np.flatnonzero(~known), annotations.name)
     found(
         "unknown_category",
         np.flatnonzero(~annotations.known_category),
         lambda row: f"{annotations.name(row)}: category id {entries[row].get('category_id')!r}",
     )
-    crowded = np.flatnonzero(objects > num_queries)
+    crowded = np.argsort(-objects, kind="stable")[: (objects > num_queries).sum()]  # the largest first
     found("too_many_objects", crowded, lambda row: f"{image(row)}: {objects[row]} objects, {num_queries} queries")
     found("crowd_only_image", np.flatnonzero((of_any_kind > 0) & (crowds == of_any_kind)), image)
     # Annotations belong to the first of the images that share an id.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from samdetr.datasets.annotations import Annotations
+from samdetr.datasets.annotations import Annotations, number
 from samdetr.datasets.check.report import Finding
 
 ROUNDING = 1.0  # pixels by which a box may exceed its image: some formats count from 1, many round
@@ -152,7 +152,7 @@ def _mask_area(segmentation: Any) -> float | None:
     if isinstance(segmentation, dict):
         lengths = segmentation.get("counts")
         if isinstance(lengths, list) and all(isinstance(length, (int, float)) for length in lengths):
-            return float(sum(lengths[1::2]))
+            return sum(map(number, lengths[1::2]))
         return 0.0
     polygons = _polygons(segmentation)
     if not polygons:

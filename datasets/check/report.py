@@ -16,18 +16,29 @@ SEVERITIES = ("error", "warning", "note")
 KINDS = {
     # image files
     "missing_image": ("error", "image files that are listed but missing", "entries removed"),
+    "image_name": ("error", "image files that are there under another name", "name of the file in the folder"),
+    "outside_image": ("error", "file names that leave the image folder, without --allow_outside", "entries removed"),
     "zero_byte_image": ("error", "image files without any content", "entries removed"),
     "truncated_image": ("error", "image files that are cut", "entries removed"),
     "unreadable_image": ("error", "image files that cannot be decoded", "entries removed"),
+    "huge_image": ("error", "images with more pixels than are decoded", "entries removed"),
+    "special_file": ("error", "image files that are no regular files", "entries removed"),
     "image_size": ("error", "sizes that differ from the files", "size of the file if all boxes fit, else removed"),
     "exif_size": ("warning", "EXIF turns the image, but the size is that of the stored pixels, to which the boxes "
                   "therefore refer: turn the pixels of the file and remove the tag", ""),
+    "narrow_range": ("warning", "images of 12 or 16 bits that use less than 1/16 of their range, of which training "
+                     "sees the upper 8 bits: nearly nothing", ""),
     "unlisted_image": ("warning", "image files in the folder that the annotation file does not list", ""),
     "shared_image": ("warning", "the same pixels in train and val: the evaluation is too good", "removed from train"),
     "repeated_image": ("note", "the same pixels in several files of a split", ""),
     "exif_turned": ("note", "images that are turned upright as their EXIF tag says", ""),
     "removed_image": ("note", "images that an earlier --fix removed", ""),
     # the annotation file
+    "no_objects": ("error", "training split without a single usable object: nothing can be learnt", ""),
+    "no_val_objects": ("warning", "validation split without a single usable object: its AP says nothing", ""),
+    "number_form": ("note", "numbers as text or as 1.0, read as what they mean", "converted"),
+    "text_id": ("error", "ids that are texts", "numbered"),
+    "iscrowd": ("error", "iscrowd that is neither 0 nor 1", "\"true\", \"no\" and the like converted, others removed"),
     "empty_list": ("error", "lists of the annotation file without any entry", ""),
     "image_entry": ("error", "entries of 'images' without an integer id and a file name", "removed"),
     "category_entry": ("error", "entries of 'categories' without an integer id and a name", "removed"),
@@ -36,10 +47,13 @@ KINDS = {
     "duplicate_file_name": ("error", "files that are listed under several image ids", "merged into the first"),
     "duplicate_annotation_id": ("error", "annotation ids that occur twice", "the later ones get new ids"),
     "duplicate_category_id": ("error", "category ids that are defined twice", "one of equal entries kept"),
-    "categories_differ": ("error", "categories of val that train does not define with this id and name", ""),
+    "categories_differ": ("error", "categories with objects in val that train does not define with this id and name",
+                          "those of the same name get train's id, others are added to train"),
+    "unknown_val_category": ("note", "categories without objects in val that train does not define", ""),
     "unknown_image": ("error", "annotations of images that are not listed", "removed"),
     "unknown_category": ("error", "annotations of categories that are not defined", "removed"),
-    "too_many_objects": ("error", "images with more objects than queries: set num_queries to the largest count", ""),
+    "too_many_objects": ("warning", "images with more objects than queries, of which as many are learned and found as "
+                         "there are queries", ""),
     # boxes
     "box_entry": ("error", "boxes that are not four numbers", "removed"),
     "box_not_finite": ("error", "boxes with NaN or infinity", "removed"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from samdetr.datasets.annotations import Annotations, Size, image_size, split_paths
 from samdetr.datasets.check.annotations import annotation_findings
 from samdetr.datasets.check.boxes import box_findings
 from samdetr.datasets.check.files import FileState, file_findings, inspect_files, shared_pixels, unlisted_files
 from samdetr.datasets.check.report import Finding
+from samdetr.datasets.values import quoted
 
 SPLITS = ("train", "val")
 
@@ -33,11 +35,12 @@ class Split:
 
 
 def check_splits(
-    root: Path, *, only: str | None, full: bool, num_queries: int, num_workers: int
+    root: Path, *, only: str | None, full: bool, num_queries: int, **how: Any
 ) -> Iterator[tuple[Annotations, Split]]:
     """Read and check the splits of a data set, or `only` one.
 
-    `full` decodes every image; otherwise only the ends of files are read. Raises ValueError for what cannot be checked.
+    `full` decodes every image; otherwise only the ends of files are read. `how` as of `inspect_files`.
+    Raises ValueError for what cannot be checked.
     """
     if not root.is_dir():
         raise ValueError(f"data folder {root} does not exist; it must hold train2017/, val2017/ and annotations/")
@@ -49,7 +52,7 @@ def check_splits(
         annotations = Annotations.read(file)
         if not folder.is_dir():
             raise ValueError(f"image folder {folder} does not exist; {file} names its images")
-        states = inspect_files(folder, listed_sizes(annotations), full=full, num_workers=num_workers)
+        states = inspect_files(folder, listed_sizes(annotations), full=full, **how)
         yield annotations, check_split(annotations, states, split=name, folder=folder, num_queries=num_queries)
 
 
@@ -100,7 +103,8 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
     for split in splits:
         same_folder = [other for other in splits if other.folder.resolve() == split.folder.resolve()]
         listed = [name for other in same_folder for name in (*other.states, *other.removed)]
-        findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), repr)
+        listed += [state.new_name for other in same_folder for state in other.states.values() if state.new_name]
+        findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), quoted)
     used: set[int] = set().union(*(split.used for split in splits))
     names = {i: name for split in reversed(splits) for i, name in split.categories.items()}
     unused = sorted(names.keys() - used)
@@ -111,12 +115,16 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
     if len(splits) == 2:
         train, val = splits
         shared = shared_pixels(train.states, val.states)
-        findings += Finding.of("shared_image", "train", shared, lambda pair: f"train {pair[0]!r}, val {pair[1]!r}")
+        findings += Finding.of(
+            "shared_image", "train", shared, lambda pair: f"train {quoted(pair[0])}, val {quoted(pair[1])}"
+        )
         unlike = sorted(i for i, name in val.categories.items() if train.categories.get(i) != name)
-        in_each = [
-            f"id {i}: {train.categories.get(i, 'absent')!r} in train, {val.categories[i]!r} in val" for i in unlike
-        ]
-        findings += Finding.of("categories_differ", "val", in_each, str)
+
+        def in_each(i: int) -> str:
+            return f"id {i}: {train.categories.get(i, 'absent')!r} in train, {val.categories[i]!r} in val"
+
+        findings += Finding.of("categories_differ", "val", [i for i in unlike if i in val.used], in_each)
+        findings += Finding.of("unknown_val_category", "val", [i for i in unlike if i not in val.used], in_each)
         only = sorted(val.used - train.used - set(unlike))
         findings += Finding.of("category_only_in_val", "val", only, lambda i: f"{i}: {val.categories[i]!r}")
     return findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.check.files import FileState
@@ -22,13 +23,12 @@ def check_loaded(annotations: Annotations, dataset: CocoDetection, *, split: str
     return check_split(annotations, states, split=split, folder=dataset.image_folder, num_queries=num_queries)
 
 
-def start_lines(splits: Sequence[Split]) -> list[str]:
-    """Warnings and errors, a line each, and where to find more; none for clean data.
+def start_lines(splits: Sequence[Split], root: Path) -> list[str]:
+    """Warnings and errors of the data in `root`, a line each, and where to find more; none for clean data.
 
     Two splits must be train and val, in this order.
     """
     lines = [finding.line() for finding in by_severity(all_findings(splits)) if finding.severity != "note"]
     if lines:
-        root = splits[0].folder.parent
         lines.append(f"python -m datasets.check {root} shows everything, decodes images too, and repairs with --fix")
     return lines

@@ -6,7 +6,15 @@ from samdetr.models.deformable_detr.decoder import DeformableDecoder, Deformable
 from samdetr.models.deformable_detr.official_weights import convert_official, is_official
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder
-from samdetr.models.family import Family, build_aligner, build_backbone, build_projection, coarse_to_fine, read_settings
+from samdetr.models.family import (
+    OFFICIAL_LIMITS,
+    Family,
+    build_aligner,
+    build_backbone,
+    build_projection,
+    coarse_to_fine,
+    read_settings,
+)
 from samdetr.models.settings import AlignerConfig, Trunk
 from samdetr.util.settings import flag, with_default
 
@@ -67,6 +75,7 @@ FAMILY = Family(
     from_weights=read_settings,
     is_official=is_official,
     convert_official=convert_official,
+    official_limits=OFFICIAL_LIMITS,
     defaults={
         "lr": 2e-4,
         "lr_backbone": 2e-5,

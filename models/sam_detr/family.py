@@ -4,7 +4,15 @@ from dataclasses import dataclass, replace
 
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DeformableEncoder, DenseEncoder
-from samdetr.models.family import Family, build_aligner, build_backbone, build_projection, coarse_to_fine, read_settings
+from samdetr.models.family import (
+    OFFICIAL_LIMITS,
+    Family,
+    build_aligner,
+    build_backbone,
+    build_projection,
+    coarse_to_fine,
+    read_settings,
+)
 from samdetr.models.sam_detr.decoder import SAMDecoder, SAMDecoderLayer
 from samdetr.models.sam_detr.official_weights import convert_official, is_official
 from samdetr.models.settings import AlignerConfig, Trunk
@@ -53,9 +61,18 @@ def build(trunk: Trunk, config: Config) -> Detector:
         layer=SAMDecoderLayer(sizes, aligner=aligner),
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
-        levels=coarse_to_fine(trunk.dec_layers, num_levels),
+        levels=attended_levels(trunk.dec_layers, num_levels),
     )
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
+
+
+def attended_levels(num_layers: int, num_levels: int) -> tuple[int, ...]:
+    """The level that each decoder layer attends. Of three levels as published for up to six layers, which the official
+    code cannot exceed: two layers each from coarse to fine, the finer levels missing if there are fewer layers. Else an
+    even split."""
+    if num_levels == 3 and num_layers <= 6:
+        return (2, 2, 1, 1, 0, 0)[:num_layers]
+    return coarse_to_fine(num_layers, num_levels)
 
 
 def _check(trunk: Trunk, config: Config) -> None:
@@ -65,10 +82,10 @@ def _check(trunk: Trunk, config: Config) -> None:
         raise ValueError(
             f"`multiscale` uses C3, C4 and C5, `backbone_level` {trunk.backbone_level} one of them; leave one flag out"
         )
-    if config.multiscale and not trunk.enc_layers and trunk.dec_layers < 3:
+    if config.multiscale and not trunk.enc_layers and trunk.dec_layers < 5:
         raise ValueError(
             f"`multiscale` has three levels, of which `enc_layers` 0 and `dec_layers` {trunk.dec_layers} leave some "
-            "unused; use an encoder, or at least 3 decoder layers"
+            "unused; use an encoder, or at least 5 decoder layers"
         )
 
 
@@ -79,4 +96,5 @@ FAMILY = Family(
     from_weights=read_settings,
     is_official=is_official,
     convert_official=convert_official,
+    official_limits=OFFICIAL_LIMITS,
 )

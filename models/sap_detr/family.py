@@ -10,7 +10,14 @@ from torch import Tensor
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.models.encoder import DenseEncoder
-from samdetr.models.family import Family, build_backbone, build_projection, read_settings, weighted_criterion
+from samdetr.models.family import (
+    OFFICIAL_LIMITS,
+    Family,
+    build_backbone,
+    build_projection,
+    read_settings,
+    weighted_criterion,
+)
 from samdetr.models.sap_detr import losses
 from samdetr.models.sap_detr.decoder import TEMPERATURE, SAPDecoder, SAPDecoderLayer
 from samdetr.models.sap_detr.official_weights import convert_official, is_official
@@ -78,7 +85,7 @@ def build_criterion(loss: Loss, config: Config) -> SetCriterion:
     """Focal loss, corner L1 and generalised IoU, objectness, and the count of points outside their boxes."""
     return weighted_criterion(
         loss,
-        costs=[losses.object_class_cost(alpha=loss.focal_alpha), losses.corner_l1_cost, losses.giou_cost],
+        costs=[losses.object_class_cost(alpha=loss.cost_alpha), losses.corner_l1_cost, losses.giou_cost],
         more_costs=[(losses.OUTSIDE, losses.outside_cost)],
         losses=[
             losses.corner_box_losses,
@@ -96,10 +103,16 @@ def from_weights(state: dict[str, Tensor]) -> dict[str, Any]:
         "newconvinit": "decoder.initial_content.0.bias" in state,
         "transformer_activation": "prelu" if "decoder.layers.0.feed_forward.activation.weight" in state else "relu",
     }
-    heads = [state[name] for name in state if re.fullmatch(r"decoder\.distance_heads\.\d+\.layers\.2\.bias", name)]
-    if any(not torch.equal(head, heads[0]) for head in heads):
+    if _differ(state, r"decoder\.distance_heads\.\d+\.layers\.2\.bias"):
         found["bbox_embed_diff_each_layer"] = True
+    if _differ(state, r"decoder\.class_heads\.[1-9]\d*\.layers\.2\.bias"):  # all but the first are one here
+        found["class_embed_diff_each_layer"] = True
     return found
+
+
+def _differ(state: dict[str, Tensor], pattern: str) -> bool:
+    found = [state[name] for name in state if re.fullmatch(pattern, name)]
+    return any(not torch.equal(found[0], other) for other in found)
 
 
 FAMILY = Family(
@@ -110,12 +123,22 @@ FAMILY = Family(
     from_weights=from_weights,
     is_official=is_official,
     convert_official=convert_official,
+    official_limits={
+        **OFFICIAL_LIMITS,
+        "transformer_activation": ("relu", "prelu"),
+        "pe_temperatureH": (20,),
+        "pe_temperatureW": (20,),
+        "class_embed_diff_each_layer": (False,),
+        "pre_norm": (False,),
+        "rm_self_attn_decoder": (False,),
+    },
     defaults={
         "num_queries": 306,
         "dropout": 0.0,
         "input_proj_norm": "none",
         "meshgrid_refpoints_xy": True,
         "cls_loss_coef": 1.0,
+        "set_cost_alpha": None,
         "warmup_iters": 1000,
     },
 )

@@ -12,9 +12,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "../export.h"
+#include "../memory.h"
 
 namespace {
 
@@ -40,19 +40,25 @@ struct Sample {
   bool inside;    // all four cells exist
 };
 
-// location * size - 0.5, rounded as by PyTorch's grid_sample on a CPU. At the published initialisation all points lie at
-// cells' centres, where rounding decides between two gradients.
+// location * size - 0.5, rounded as by PyTorch's grid_sample on this kind of CPU, which the published code takes there.
+// At the published initialisation all points lie at cells' centres, where rounding decides between two gradients.
 template <typename T>
 inline T in_cells(T location, int64_t size) {
-  return std::fma((2 * location - 1) + 1, T(size) / 2, T(-0.5));
+  const T place = (2 * location - 1) + 1;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return std::fma(place, T(size) / 2, T(-0.5));
+#else
+  return place * (T(size) / 2) - T(0.5);
+#endif
 }
 
-// False where the point touches no cell, also where its location is infinite or not a number.
+// False where the point touches no cell, also where its location is infinite or not a number. A point one cell before
+// the first still has a gradient, as in grid_sample: on maps of 4, 8, ... cells the published points lie just there.
 template <typename T>
 inline bool locate(T x, T y, int64_t height, int64_t width, Sample<T>& sample) {
   x = in_cells(x, width);
   y = in_cells(y, height);
-  if (!(x > T(-1) && y > T(-1) && x < T(width) && y < T(height))) return false;
+  if (!(x >= T(-1) && y >= T(-1) && x < T(width) && y < T(height))) return false;
   const T left = std::floor(x), top = std::floor(y);
   const int64_t column = int64_t(left), line = int64_t(top);
   const T right = x - left, down = y - top;
@@ -80,8 +86,7 @@ inline bool locate(T x, T y, int64_t height, int64_t width, Sample<T>& sample) {
 // `width` channels (at most WIDTH; equal to it where FULL) of one head of one query. `value` points to these channels
 // of the head's first row, `stride` leads to the next row.
 template <typename T, int WIDTH, bool FULL>
-inline void gather(const std::vector<Sample<T>>& samples, int64_t count, const T* value, int64_t stride, int width,
-                   T* out) {
+inline void gather(const Sample<T>* samples, int64_t count, const T* value, int64_t stride, int width, T* out) {
   const int end = FULL ? WIDTH : width;
   T sum[WIDTH] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -111,9 +116,10 @@ inline void gather(const std::vector<Sample<T>>& samples, int64_t count, const T
 template <typename T>
 void forward(const Problem& p, const T* value, const T* locations, const T* weights, T* out) {
   const int64_t stride = p.heads * p.channels;
+  const memory::Rooms<Sample<T>> rooms(p.threads, p.levels * p.points);
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<Sample<T>> samples(p.levels * p.points);
+    Sample<T>* const samples = rooms.mine().take(p.levels * p.points).get();
 #pragma omp for schedule(dynamic, 64)
     for (int64_t bq = 0; bq < p.batch * p.queries; ++bq) {
       for (int64_t n = 0; n < p.heads; ++n) {
@@ -234,15 +240,18 @@ void backward(const Problem& p, const T* grad_out, const T* value, const T* loca
 }  // namespace
 
 #define EXPORT_FOR(T, NAME)                                                                                          \
-  EXPORT void ms_deform_attn_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,            \
-                                            const T* value, const T* locations, const T* weights, T* out) {          \
-    forward<T>(problem(sizes, dimensions, threads), value, locations, weights, out);                                 \
+  EXPORT int ms_deform_attn_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,             \
+                                           const T* value, const T* locations, const T* weights, T* out) {           \
+    return memory::status_of(                                                                                        \
+        [&] { forward<T>(problem(sizes, dimensions, threads), value, locations, weights, out); });                   \
   }                                                                                                                  \
-  EXPORT void ms_deform_attn_backward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,           \
-                                             const T* grad_out, const T* value, const T* locations,                  \
-                                             const T* weights, T* grad_value, T* grad_locations, T* grad_weights) {  \
-    backward<T>(problem(sizes, dimensions, threads), grad_out, value, locations, weights, grad_value,                \
-                grad_locations, grad_weights);                                                                       \
+  EXPORT int ms_deform_attn_backward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,            \
+                                            const T* grad_out, const T* value, const T* locations, const T* weights, \
+                                            T* grad_value, T* grad_locations, T* grad_weights) {                     \
+    return memory::status_of([&] {                                                                                   \
+      backward<T>(problem(sizes, dimensions, threads), grad_out, value, locations, weights, grad_value,              \
+                  grad_locations, grad_weights);                                                                     \
+    });                                                                                                              \
   }
 
 EXPORT_FOR(float, float32)

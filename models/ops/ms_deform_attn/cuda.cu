@@ -123,11 +123,18 @@ struct Place {
   W right, down;     // from there to the point, in cells
 };
 
+// location * size - 0.5, rounded as in the published kernel, whose float product is rounded before the difference. At
+// the published initialisation all points lie at cells' centres, where rounding decides between two gradients.
+__device__ inline float in_cells(float location, int size) {
+  return __fsub_rn(__fmul_rn(location, float(size)), 0.5f);
+}
+__device__ inline double in_cells(double location, int size) { return location * size - 0.5; }
+
 // False where the point touches no cell, also where its location is infinite or not a number.
 template <typename W>
 __device__ inline bool locate(W x, W y, int height, int width, Place<W>& place) {
-  x = x * W(width) - W(0.5);
-  y = y * W(height) - W(0.5);
+  x = in_cells(x, width);
+  y = in_cells(y, height);
   if (!(x > W(-1) && y > W(-1) && x < W(width) && y < W(height))) return false;
   const W left = floor(x), top = floor(y);
   place.column = int(left);
