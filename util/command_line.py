@@ -32,8 +32,8 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
     A ValueError raised in this project means bad input; `describe` turns names of arguments into flags. A ValueError of
-    another package is a bug and keeps its traceback. A data loading worker that was killed, and memory that ran out, are
-    reported in one line, too, with status 1. If nobody reads the output any more (`| head`), the status is 141.
+    another package is a bug and keeps its traceback. A data loading worker that was killed, and memory that ran
+    out, are reported in one line, too, with status 1. If nobody reads the output any more (`| head`), the status is 141.
     """
     for stream in (sys.stdout, sys.stderr):  # names in files may hold what the terminal's encoding lacks
         if hasattr(stream, "reconfigure"):
