@@ -33,7 +33,8 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
 
     A ValueError raised in this project means bad input; `describe` turns names of arguments into flags. A ValueError of
     another package is a bug and keeps its traceback. A data loading worker that was killed, and memory that ran
-    out, are reported in one line, too, with status 1. If nobody reads the output any more (`| head`), the status is 141.
+    out, are reported in one line, too, with status 1. If nobody reads the output any more (`| head`), the status is
+    141.
     """
     for stream in (sys.stdout, sys.stderr):  # names in files may hold what the terminal's encoding lacks
         if hasattr(stream, "reconfigure"):
