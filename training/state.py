@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from samdetr.training.ema import WeightAverage
 from samdetr.training.optim import groups_of_run, load_optimizer_state, optimizer_state
-from samdetr.util.checkpoint import SCHEMA_VERSION, check_weights
+from samdetr.util.checkpoint import SCHEMA_VERSION
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
 from samdetr.util.schema import anything, brief, each, listed, maybe, number, record, tensor
@@ -168,8 +168,6 @@ class TrainingState:
             weights[name].grad = torch.empty_like(weights[name]).copy_(gradient)
         parts = {"scaler": self.scaler, "ema": self.ema, **self.extras}
         saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
-        if saved["ema"]:
-            check_weights(self.model, saved["ema"]["model"], source=f"{source}: the average of the weights")
         for name, part in parts.items():
             if part is not None and saved.get(name):
                 part.load_state_dict(saved[name])
