@@ -12,6 +12,7 @@ from samdetr.models.build import FAMILIES, build_model
 from samdetr.models.detector import Detector
 from samdetr.models.settings import FamilyConfig, Trunk
 from samdetr.util.checkpoint import check_weights, read_file
+from samdetr.util.device import memory
 from samdetr.util.download import socket_timeout
 from samdetr.util.foreign import kept_elsewhere
 from samdetr.util.logger import log
@@ -158,13 +159,32 @@ def check_network(trunk: Trunk, config: FamilyConfig, state: dict[str, Tensor], 
             f"are more layers than it has tensors, {len(state)}"
         )
     try:
-        with torch.device("meta"):
-            network, _, _ = build_model(trunk, config)
+        network = _without_memory(trunk, config)
     except ValueError as error:
         raise ValueError(f"{source} does not fit the network: {error}") from None
-    except (NotImplementedError, RuntimeError):  # a family from outside that needs numbers: loading checks
-        return
-    check_weights(network, state, source=source)
+    if network:
+        check_weights(network, state, source=source)
+
+
+def check_memory(trunk: Trunk, config: FamilyConfig) -> None:
+    """Require memory for the network of these settings, before it is built. Raises ValueError."""
+    network = _without_memory(trunk, config)
+    need = sum(value.nbytes for value in network.state_dict().values()) if network else 0
+    if need > memory():
+        raise ValueError(
+            f"a network of `hidden_dim` {trunk.hidden_dim}, `dim_feedforward` {trunk.dim_feedforward}, `enc_layers` "
+            f"{trunk.enc_layers}, `dec_layers` {trunk.dec_layers} and `num_queries` {trunk.num_queries} takes "
+            f"{need / 1e9:.1f} GB, this machine has {memory() / 1e9:.1f} GB; make it smaller"
+        )
+
+
+def _without_memory(trunk: Trunk, config: FamilyConfig) -> Detector | None:
+    """The network on the device "meta"; None for a family from outside that needs numbers to be built."""
+    try:
+        with torch.device("meta"):
+            return build_model(trunk, config)[0]
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def network_settings(saved: dict[str, Any]) -> tuple[Trunk, FamilyConfig]:

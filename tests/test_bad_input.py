@@ -231,6 +231,7 @@ def test_resume_with_other_groups_of_parameters(refused, shapes, trained):
         ("--dropout 1.5", ["--dropout 1.5"]),
         ("--train_sizes 64 0", ["--train_sizes 0"]),
         ("--lr_linear_proj_names nothing", ["--lr_linear_proj_names nothing"]),
+        ("--hidden_dim 80000 --dim_feedforward 80000", ["--hidden_dim 80000", "GB, this machine has"]),
         ("--dataset_file voc", ["--dataset_file 'voc'", "coco"]),
         ("--world_size 2", ["--world_size 2", "torchrun"]),
     ],

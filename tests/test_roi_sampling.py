@@ -1,5 +1,7 @@
 """roi_sampling by its kernels and by plain PyTorch: equal to torchvision and grid_sample, and to each other."""
 
+import resource
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,3 +228,19 @@ def test_shapes_that_do_not_fit(shapes, message):
     tensors = [None if shape is None else torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError, match=message):
         roi_sampling(*tensors)
+
+
+def test_out_of_memory_is_an_exception():
+    """Not the end of the process: a kernel that needs 560 MB where 200 MB are left. Afterwards it works again."""
+    cells, of_all = torch.rand(1, 20_000, 1, 1), boxes(1, 1000, 20_000, 1, torch.float32)
+    assert binding.forward(cells, of_all[:, :3], None, 7).shape == (1, 3, 7, 7, 1)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, before[1]))
+    try:
+        with pytest.raises(MemoryError, match="roi_sampling_forward on the CPU ran out of memory"):
+            binding.forward(cells, of_all, None, 7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert binding.forward(cells, of_all[:, :9], None, 7).isfinite().all()

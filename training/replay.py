@@ -17,20 +17,40 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.engine import compute_losses, predict
+from samdetr.models.checkpoints import check_network
 from samdetr.models.criterion import SetCriterion
 from samdetr.training.checkpoints import REPLAY, CheckpointFolder
 from samdetr.training.guard import BadSteps, StepRecord
-from samdetr.training.optim import load_optimizer_state, optimizer_state
+from samdetr.training.optim import OPTIMIZER_RULE, load_optimizer_state, optimizer_state
 from samdetr.training.run import AMP, build_network, build_optimizer
 from samdetr.training.settings import RunSettings
-from samdetr.training.state import TrainingState, set_random_state
+from samdetr.training.state import RANDOM_RULE, TrainingState, set_random_state
 from samdetr.util.checkpoint import load_weights, read_file, save_file
 from samdetr.util.device import place, set_arithmetic
 from samdetr.util.distributed import all_gather_object, barrier, get_rank
 from samdetr.util.logger import log
 from samdetr.util.padded_images import PaddedImages
+from samdetr.util.schema import anything, each, listed, number, record, tensor
 
 VERSION = 1
+_TARGET_RULE = record(dict.fromkeys(("labels", "image_id"), tensor(dtype=torch.int64)) | {"boxes": tensor()})
+RULES = record(
+    {
+        "epoch": number(least=0),
+        "iteration": number(least=0),
+        "parts": listed(
+            record({"images": tensor(), "padding": tensor(dtype=torch.bool), "targets": listed(_TARGET_RULE, least=1)}),
+            least=1,
+        ),
+        "num_boxes": tensor(),
+        "random": RANDOM_RULE,
+        "model": each(tensor()),
+        "optimizer": OPTIMIZER_RULE,
+        "gradients": each(tensor()),
+        "settings": each(anything),
+        "scale": anything,
+    }
+)
 
 
 def keep(
@@ -94,6 +114,18 @@ def read(source: str) -> dict[str, Any]:
     content = read_file(source, name="replay")
     if content.get("replay") != VERSION:
         raise ValueError(f"`replay` {source} holds no step; pass the {REPLAY} that a run left when it stopped")
+    try:
+        RULES(content, "")
+        for part in content["parts"]:
+            images, padding, targets = part["images"], part["padding"], part["targets"]
+            if images.ndim != 4 or images.shape[1] != 3 or padding.shape != (len(targets), *images.shape[2:]):
+                raise ValueError(f"'images' {tuple(images.shape)}, 'padding' {tuple(padding.shape)} do not go together")
+            for target in targets:
+                number_of_boxes = len(target["labels"]) if target["labels"].ndim == 1 else -1
+                if target["boxes"].shape != (number_of_boxes, 4) or target["image_id"].numel() != 1:
+                    raise ValueError("'targets' has boxes without labels")
+    except ValueError as error:
+        raise ValueError(f"`replay` {source} holds no step that can be repeated: {error}") from None
     return content
 
 
@@ -118,10 +150,10 @@ class Repeated:
 
     def see(self, name: str, value: Any) -> None:
         """Examine the tensors in a value: nested dicts, lists and dataclasses."""
-        for tensor in _tensors(value):
-            if self.nan is None and tensor.isnan().any():
+        for part in _tensors(value):
+            if self.nan is None and part.isnan().any():
                 self.nan = name
-            if self.infinite is None and tensor.isinf().any():
+            if self.infinite is None and part.isinf().any():
                 self.infinite = name
 
     def see_gradient(self, name: str, weight: Tensor) -> None:
@@ -195,7 +227,11 @@ def repeat(
 def run(source: str, *, device: torch.device) -> int:
     """Repeat the step of a file and report. Returns 0 if it is finite, otherwise 1. Raises ValueError."""
     content = read(source)
-    settings = RunSettings.from_flat(content["settings"])
+    try:
+        settings = RunSettings.from_flat(content["settings"])
+    except ValueError as error:
+        raise ValueError(f"`replay` {source} has settings that no run has: {error}") from None
+    check_network(settings.trunk, settings.family, content["model"], source=source)
     set_arithmetic(tf32=settings.speed.tf32, deterministic=settings.speed.deterministic)
     network, criterion, _ = build_network(settings)
     load_weights(network, content["model"], source=source)
@@ -203,7 +239,7 @@ def run(source: str, *, device: torch.device) -> int:
     optimizer = build_optimizer(network, settings, device)
     load_optimizer_state(optimizer, content["optimizer"], source=source)
     for group, saved in zip(optimizer.param_groups, content["optimizer"]["param_groups"]):
-        group["lr"] = saved["lr"]  # of that step; in a training it follows from the position
+        group["lr"] = saved.get("lr", group["lr"])  # of that step; in a training it follows from the position
     log(f"epoch {content['epoch']}, iteration {content['iteration']}, image ids {image_ids(content)}")
     repeated = repeat(content, network=network, criterion=criterion, device=device, amp=AMP[settings.speed.amp])
     for line in repeated.lines():

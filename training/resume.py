@@ -25,6 +25,7 @@ from samdetr.models.checkpoints import INPUT_SETTINGS, read_checkpoint
 from samdetr.training.checkpoints import NEWEST, CheckpointFolder
 from samdetr.training.settings import RunSettings
 from samdetr.training.state import TrainingState, check_state
+from samdetr.util.checkpoint import check_weights
 from samdetr.util.distributed import from_main, get_world_size, is_main
 from samdetr.util.logger import log
 from samdetr.util.schema import number
@@ -87,6 +88,8 @@ class Resume:
         if not checkpoint:
             return False
         log(f"resuming from {path} at epoch {self.epoch}" + (f", step {self.step}" if self.step else ""))
+        if checkpoint.get("ema"):
+            check_weights(state.model, checkpoint["ema"]["model"], source=f"{path}: the average of the weights")
         if checkpoint["official"] or "optimizer" not in checkpoint:
             log("the optimiser starts anew: this file has no state of it that fits our parameters")
         else:

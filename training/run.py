@@ -23,7 +23,7 @@ from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.sampler import TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
-from samdetr.models.checkpoints import check_network, chosen_weights, load_backbone_weights
+from samdetr.models.checkpoints import check_memory, check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.training.checkpoints import CheckpointFolder
@@ -175,6 +175,7 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
 def build_network(settings: RunSettings) -> tuple[Detector, SetCriterion, Callable[..., Any]]:
     """As `build_model`, with the modules of `freeze` frozen, and the backbone if its learning rate is 0. Raises
     ValueError."""
+    check_memory(settings.trunk, settings.family)
     network, criterion, postprocess = build_model(settings.trunk, settings.family, settings.loss)
     frozen = settings.optimisation.freeze
     freeze(network, frozen if settings.optimisation.lr_backbone else (*frozen, "backbone"))

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from samdetr.training.ema import WeightAverage
 from samdetr.training.optim import groups_of_run, load_optimizer_state, optimizer_state
-from samdetr.util.checkpoint import SCHEMA_VERSION, check_weights
+from samdetr.util.checkpoint import SCHEMA_VERSION
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
 from samdetr.util.schema import anything, brief, each, listed, maybe, number, record, tensor
@@ -36,6 +36,9 @@ def _gpu_random_rule(value: Any, place: str) -> None:
         raise ValueError(f"{place} is {brief(value)}, not the state of a generator of a GPU")
 
 
+RANDOM_RULE = record({"torch": _random_rule}, optional={"cuda": _gpu_random_rule})
+
+
 def _real(value: Any, place: str) -> None:
     """A number, or what is none: sums of losses may overflow."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -48,7 +51,7 @@ RULES = record(
         "iteration": maybe(_COUNT),
         "samples_seen": _COUNT,
         "sampler": record({"seed": _COUNT, "batch": number(least=1, most=2**62), "position": _COUNT}),
-        "random_states": listed(record({"torch": _random_rule}, optional={"cuda": _gpu_random_rule}), least=1),
+        "random_states": listed(RANDOM_RULE, least=1),
         "averages": listed(record({"sums": each(_real), "counts": each(number(least=0, whole=False))}), least=1),
         "extras": record(
             {},
@@ -165,8 +168,6 @@ class TrainingState:
             weights[name].grad = torch.empty_like(weights[name]).copy_(gradient)
         parts = {"scaler": self.scaler, "ema": self.ema, **self.extras}
         saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
-        if saved["ema"]:
-            check_weights(self.model, saved["ema"]["model"], source=f"{source}: the average of the weights")
         for name, part in parts.items():
             if part is not None and saved.get(name):
                 part.load_state_dict(saved[name])

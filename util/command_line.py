@@ -32,8 +32,9 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
     """Call `function` and return the exit status: its own or 0, or 2 after one line on stderr about what is wrong.
 
     A ValueError raised in this project means bad input; `describe` turns names of arguments into flags. A ValueError of
-    another package is a bug and keeps its traceback. A data loading worker that was killed is reported in one line,
-    too, with status 1. If nobody reads the output any more (`| head`), the status is 141.
+    another package is a bug and keeps its traceback. A data loading worker that was killed, and memory that ran
+    out, are reported in one line, too, with status 1. If nobody reads the output any more (`| head`), the status is
+    141.
     """
     for stream in (sys.stdout, sys.stderr):  # names in files may hold what the terminal's encoding lacks
         if hasattr(stream, "reconfigure"):
@@ -53,6 +54,9 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
     except RecursionError:
         _print_error(file, "the data or settings are nested too deeply to be read or written")
         return 2
+    except MemoryError as error:
+        _print_error(file, f"out of memory ({error or 'Python'}); {describe('pass a smaller `batch_size`')}")
+        return 1
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
@@ -70,6 +74,7 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
 
 
 def _print_error(file: str, message: str) -> None:
+    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     print(f"{program_name(file)}: error: {f'rank {get_rank()}: ' if get_rank() else ''}{message}", file=sys.stderr)
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches of each worker, as torch has them
 
+_full: Any = None  # set by a worker, in memory that all share, if there is no more of it
 _waiting_since: float | None = None  # of the main thread, for a batch
 
 
@@ -36,6 +37,9 @@ class Loader(DataLoader):
     then. Options as of DataLoader."""
 
     def __init__(self, dataset: Any, *, timeout: float, num_workers: int, **options: Any) -> None:
+        global _full
+        if _full is None and num_workers:
+            _full = multiprocessing.RawValue("b", 0)
         super().__init__(dataset, timeout=timeout if num_workers else 0, num_workers=num_workers, **options)
 
     def __iter__(self) -> Any:
@@ -70,8 +74,7 @@ def _limited(timeout: float) -> Iterator[None]:
     except RuntimeError as error:
         reason = _reason(f"{error} {error.__cause__ or ''}", timeout=timeout)
         if reason or str(error).startswith("DataLoader worker (pid"):
-            for worker in multiprocessing.active_children():
-                worker.kill()  # one that hangs would not end otherwise, and this process waits for it
+            _end_workers()
         if reason is None:
             raise
         raise ValueError(reason) from None
@@ -79,13 +82,20 @@ def _limited(timeout: float) -> Iterator[None]:
         _waiting_since = None
 
 
+def _end_workers() -> None:
+    """One that hangs would not end otherwise, and this process waits for it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def _reason(error: str, *, timeout: float) -> str | None:
     """What happened, from the words of PyTorch; None if it is neither that a batch is late nor shared memory."""
     late = error.startswith("DataLoader timed out")
-    full = any(
-        words in error
-        for words in ("shared memory", "No space left on device", "Bus error", f"exit code {errno.ENOSPC}.")
-    )
+    full = any(words in error for words in ("shared memory", "No space left on device", "Bus error"))
+    if _full is not None and _full.value:
+        full, _full.value = True, 0
     if full:
         return (
             f"a process that loads data had no space left in shared memory ({SHARED_MEMORY}: {_space()}): make it "
@@ -135,7 +145,9 @@ def guard_worker() -> None:
 
     def fail(error: BaseException, _: object) -> None:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        os._exit(errno.ENOSPC if full else 1)
+        if full and _full is not None:
+            _full.value = 1
+        os._exit(1)
 
     assert threading.current_thread() is threading.main_thread()
     # Called by the thread that sends; it would print a traceback, drop the batch and continue.

@@ -191,8 +191,9 @@ def first_derivatives_only(backward: Any, name: str) -> None:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: object) -> None:
-    """A function of the CPU's library, for numbers of this type."""
-    getattr(load_cpu(), f"{name}_{CPU_NAMES[dtype]}")(*arguments)
+    """A function of the CPU's library, for numbers of this type. Raises MemoryError."""
+    if getattr(load_cpu(), f"{name}_{CPU_NAMES[dtype]}")(*arguments):
+        raise MemoryError(f"{name} on the CPU ran out of memory; smaller images or batches need less")
 
 
 def integers(values: list[int]) -> ctypes.Array:

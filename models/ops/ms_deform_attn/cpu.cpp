@@ -12,9 +12,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "../export.h"
+#include "../memory.h"
 
 namespace {
 
@@ -86,8 +86,7 @@ inline bool locate(T x, T y, int64_t height, int64_t width, Sample<T>& sample) {
 // `width` channels (at most WIDTH; equal to it where FULL) of one head of one query. `value` points to these channels
 // of the head's first row, `stride` leads to the next row.
 template <typename T, int WIDTH, bool FULL>
-inline void gather(const std::vector<Sample<T>>& samples, int64_t count, const T* value, int64_t stride, int width,
-                   T* out) {
+inline void gather(const Sample<T>* samples, int64_t count, const T* value, int64_t stride, int width, T* out) {
   const int end = FULL ? WIDTH : width;
   T sum[WIDTH] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -117,9 +116,10 @@ inline void gather(const std::vector<Sample<T>>& samples, int64_t count, const T
 template <typename T>
 void forward(const Problem& p, const T* value, const T* locations, const T* weights, T* out) {
   const int64_t stride = p.heads * p.channels;
+  const memory::Rooms<Sample<T>> rooms(p.threads, p.levels * p.points);
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<Sample<T>> samples(p.levels * p.points);
+    Sample<T>* const samples = rooms.mine().take(p.levels * p.points).get();
 #pragma omp for schedule(dynamic, 64)
     for (int64_t bq = 0; bq < p.batch * p.queries; ++bq) {
       for (int64_t n = 0; n < p.heads; ++n) {
@@ -240,15 +240,18 @@ void backward(const Problem& p, const T* grad_out, const T* value, const T* loca
 }  // namespace
 
 #define EXPORT_FOR(T, NAME)                                                                                          \
-  EXPORT void ms_deform_attn_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,            \
-                                            const T* value, const T* locations, const T* weights, T* out) {          \
-    forward<T>(problem(sizes, dimensions, threads), value, locations, weights, out);                                 \
+  EXPORT int ms_deform_attn_forward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,             \
+                                           const T* value, const T* locations, const T* weights, T* out) {           \
+    return memory::status_of(                                                                                        \
+        [&] { forward<T>(problem(sizes, dimensions, threads), value, locations, weights, out); });                   \
   }                                                                                                                  \
-  EXPORT void ms_deform_attn_backward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,           \
-                                             const T* grad_out, const T* value, const T* locations,                  \
-                                             const T* weights, T* grad_value, T* grad_locations, T* grad_weights) {  \
-    backward<T>(problem(sizes, dimensions, threads), grad_out, value, locations, weights, grad_value,                \
-                grad_locations, grad_weights);                                                                       \
+  EXPORT int ms_deform_attn_backward_##NAME(const int64_t* sizes, const int64_t* dimensions, int threads,            \
+                                            const T* grad_out, const T* value, const T* locations, const T* weights, \
+                                            T* grad_value, T* grad_locations, T* grad_weights) {                     \
+    return memory::status_of([&] {                                                                                   \
+      backward<T>(problem(sizes, dimensions, threads), grad_out, value, locations, weights, grad_value,              \
+                  grad_locations, grad_weights);                                                                     \
+    });                                                                                                              \
   }
 
 EXPORT_FOR(float, float32)

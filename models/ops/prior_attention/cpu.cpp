@@ -20,6 +20,7 @@
 #include <memory>
 
 #include "../export.h"
+#include "../memory.h"
 #include "../vectors.h"
 #include "dropping.h"
 #include "exponential.h"
@@ -151,12 +152,16 @@ void forward(const Problem<T>& p, T* output, T* log_sums) {
   const auto mask = padded_mask(p, mask_stride);
   const int64_t map_stride = p.columns_of_map + S;
 
+  const int64_t size = of_block * (p.depth + KEYS_FORWARD + 2 + p.width + map_stride) + 2 * (KEYS_FORWARD + S);
+  const memory::Rooms<T> rooms(p.threads, size, 8);
+
 #pragma omp parallel num_threads(p.threads)
   {
-    const auto query = buffer<T>(of_block * p.depth), logits = buffer<T>(of_block * KEYS_FORWARD);
-    const auto sums = buffer<T>(of_block), most = buffer<T>(of_block), sampled = buffer<T>(of_block * p.width);
-    const auto columns = buffer<T>(of_block * map_stride), bias = buffer<T>(KEYS_FORWARD + S);
-    const auto kept = buffer<T>(KEYS_FORWARD + S);
+    auto room = rooms.mine();
+    const auto query = room.take(of_block * p.depth), logits = room.take(of_block * KEYS_FORWARD);
+    const auto sums = room.take(of_block), most = room.take(of_block), sampled = room.take(of_block * p.width);
+    const auto columns = room.take(of_block * map_stride), bias = room.take(KEYS_FORWARD + S);
+    const auto kept = room.take(KEYS_FORWARD + S);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < p.batch * p.heads * query_blocks; ++task) {
       const int64_t first = task % query_blocks * of_block, n = task / query_blocks % p.heads;
@@ -279,14 +284,19 @@ void backward(const Problem<T>& p, const T* output, const T* log_sums, const T* 
   const auto row_shares = buffer<T>(with_prior ? (groups - 1) * of_rows : 0);
   const auto column_shares = buffer<T>(with_prior ? (groups - 1) * of_columns : 0);
 
+  const int64_t size = 2 * QUERIES * KEYS_BACKWARD + S + KEYS_BACKWARD * (p.key_heads * p.depth + p.width) +
+                       2 * (KEYS_BACKWARD + S) + 2 * map_stride + QUERIES * p.depth;
+  const memory::Rooms<T> rooms(p.threads, size, 9);
+
 #pragma omp parallel num_threads(p.threads)
   {
-    const auto logits = buffer<T>(QUERIES * KEYS_BACKWARD);
-    const auto of_weights = buffer<T>(QUERIES * KEYS_BACKWARD + S);  // read in whole vectors from any place in a row on
-    const auto of_key = buffer<T>(p.key_heads * KEYS_BACKWARD * p.depth), bias = buffer<T>(KEYS_BACKWARD + S);
-    const auto of_value = buffer<T>(KEYS_BACKWARD * p.width), kept = buffer<T>(KEYS_BACKWARD + S);
-    const auto padded_columns = buffer<T>(map_stride), padded_gradient = buffer<T>(map_stride);
-    const auto query = buffer<T>(QUERIES * p.depth);
+    auto room = rooms.mine();
+    const auto logits = room.take(QUERIES * KEYS_BACKWARD);
+    const auto of_weights = room.take(QUERIES * KEYS_BACKWARD + S);  // read in whole vectors from any place in a row on
+    const auto of_key = room.take(p.key_heads * KEYS_BACKWARD * p.depth), bias = room.take(KEYS_BACKWARD + S);
+    const auto of_value = room.take(KEYS_BACKWARD * p.width), kept = room.take(KEYS_BACKWARD + S);
+    const auto padded_columns = room.take(map_stride), padded_gradient = room.take(map_stride);
+    const auto query = room.take(QUERIES * p.depth);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < p.batch * groups; ++task) {
       const int64_t b = task / groups, group = task % groups;
@@ -443,18 +453,23 @@ Problem<T> problem(const int64_t* d, int threads, const T* query, const T* key, 
 // dimensions: B, N, Q, L, D, E, heads of the key, H, W (0 without a prior), heads of the prior, and the strides along
 // batch, heads and rows of query, key and value.
 #define EXPORT_FOR(T, NAME)                                                                                           \
-  EXPORT void prior_attention_forward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,        \
-                                       const T* key, const T* value, const T* rows, const T* columns, const T* mask,  \
-                                       const int64_t* seed, T* output, T* log_sums) {                                 \
-    forward<T>(problem<T>(dimensions, threads, query, key, value, rows, columns, mask, seed, dropout), output,        \
-               log_sums);                                                                                             \
+  EXPORT int prior_attention_forward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,   \
+                                            const T* key, const T* value, const T* rows, const T* columns,            \
+                                            const T* mask, const int64_t* seed, T* output, T* log_sums) {             \
+    return memory::status_of([&] {                                                                                    \
+      forward<T>(problem<T>(dimensions, threads, query, key, value, rows, columns, mask, seed, dropout), output,      \
+                 log_sums);                                                                                           \
+    });                                                                                                               \
   }                                                                                                                   \
-  EXPORT void prior_attention_backward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,       \
-                                        const T* key, const T* value, const T* rows, const T* columns, const T* mask, \
-                                        const int64_t* seed, const T* output, const T* log_sums, const T* of_output,  \
-                                        T* of_query, T* of_key, T* of_value, T* of_rows, T* of_columns) {             \
-    backward<T>(problem<T>(dimensions, threads, query, key, value, rows, columns, mask, seed, dropout), output,       \
-                log_sums, of_output, Gradients<T>{of_query, of_key, of_value, of_rows, of_columns});                  \
+  EXPORT int prior_attention_backward_##NAME(const int64_t* dimensions, int threads, double dropout, const T* query,  \
+                                             const T* key, const T* value, const T* rows, const T* columns,           \
+                                             const T* mask, const int64_t* seed, const T* output, const T* log_sums,  \
+                                             const T* of_output, T* of_query, T* of_key, T* of_value, T* of_rows,     \
+                                             T* of_columns) {                                                         \
+    return memory::status_of([&] {                                                                                    \
+      backward<T>(problem<T>(dimensions, threads, query, key, value, rows, columns, mask, seed, dropout), output,     \
+                  log_sums, of_output, Gradients<T>{of_query, of_key, of_value, of_rows, of_columns});                \
+    });                                                                                                               \
   }
 
 EXPORT_FOR(float, float32)

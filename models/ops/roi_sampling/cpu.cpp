@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../export.h"
+#include "../memory.h"
 #include "../vectors.h"
 
 namespace {
@@ -122,22 +123,30 @@ struct Share {
   T weight;
 };
 
+// At most as many as there are bins, in the room of one thread.
 template <typename T>
-inline void shares_at(int64_t y, const T* rows, const Span* spans, int64_t bins, int64_t height,
-                      std::vector<Share<T>>& shares) {
-  shares.clear();
-  for (int64_t p = 0; p < bins; ++p)
-    if (spans[p].has(y)) shares.push_back({p, rows[p * height + y]});
-}
+struct Shares {
+  Share<T>* first;
+  int64_t count = 0;
+
+  const Share<T>* begin() const { return first; }
+  const Share<T>* end() const { return first + count; }
+  void find(int64_t y, const T* rows, const Span* spans, int64_t bins, int64_t height) {
+    count = 0;
+    for (int64_t p = 0; p < bins; ++p)
+      if (spans[p].has(y)) first[count++] = {p, rows[p * height + y]};
+  }
+};
 
 template <typename T>
 void pool(const Problem& p, const T* cells, const T* rows, const T* columns, T* pooled) {
   const auto in_rows = spans_of(rows, p.batch * p.queries * p.bins, p.height);
   const auto in_columns = spans_of(columns, p.batch * p.queries * p.bins, p.width);
   const int64_t size = p.bins * p.bins * p.channels;
+  const memory::Rooms<Share<T>> rooms(p.threads_for(size), p.bins);
 #pragma omp parallel num_threads(p.threads_for(size))
   {
-    std::vector<Share<T>> shares;
+    Shares<T> shares{rooms.mine().take(p.bins).get()};
 #pragma omp for schedule(dynamic, 8)
     for (int64_t bq = 0; bq < p.batch * p.queries; ++bq) {
       const T* map = cells + bq / p.queries * p.image;
@@ -147,7 +156,7 @@ void pool(const Problem& p, const T* cells, const T* rows, const T* columns, T* 
       std::fill(out, out + size, T(0));
       const Span box = all_of(spans_y, p.bins);
       for (int64_t y = box.begin; y < box.end; ++y) {
-        shares_at(y, along_y, spans_y, p.bins, p.height, shares);
+        shares.find(y, along_y, spans_y, p.bins, p.height);
         const T* line = map + y * p.width * p.channels;
         in_blocks<T, 8>(p.channels, [&](auto block, int64_t c) {
           for (int64_t q = 0; q < p.bins; ++q) {
@@ -169,17 +178,18 @@ void pool_backward(const Problem& p, const T* grad_pooled, const T* rows, const 
   const auto in_rows = spans_of(rows, p.batch * p.queries * p.bins, p.height);
   const auto in_columns = spans_of(columns, p.batch * p.queries * p.bins, p.width);
   const int64_t size = p.bins * p.bins * p.channels;
+  const memory::Rooms<Share<T>> rooms(p.threads_for(size), p.bins);
 #pragma omp parallel num_threads(p.threads_for(size))
   {
-    std::vector<Share<T>> shares;
+    Shares<T> shares{rooms.mine().take(p.bins).get()};
 #pragma omp for schedule(dynamic, 1)
     for (int64_t by = 0; by < p.batch * p.height; ++by) {
       const int64_t b = by / p.height, y = by % p.height;
       T* line = grad_cells + by * p.width * p.channels;
       std::fill(line, line + p.width * p.channels, T(0));
       for (int64_t bq = b * p.queries; bq < (b + 1) * p.queries; ++bq) {
-        shares_at(y, rows + bq * p.bins * p.height, &in_rows[bq * p.bins], p.bins, p.height, shares);
-        if (shares.empty()) continue;
+        shares.find(y, rows + bq * p.bins * p.height, &in_rows[bq * p.bins], p.bins, p.height);
+        if (!shares.count) continue;
         const T *given = grad_pooled + bq * size, *along_x = columns + bq * p.bins * p.width;
         const Span* spans_x = &in_columns[bq * p.bins];
         in_blocks<T, 8>(p.channels, [&](auto block, int64_t c) {
@@ -250,9 +260,11 @@ struct Points {
 template <typename T>
 void sample(const Problem& p, const T* cells, const T* rows, const T* columns, const T* positions, T* content) {
   const Points<T> points(p, rows, columns, positions);
-#pragma omp parallel num_threads(p.threads_for(4 * p.points * p.channels))
+  const int threads = p.threads_for(4 * p.points * p.channels);
+  const memory::Rooms<T> rooms(threads, p.width);
+#pragma omp parallel num_threads(threads)
   {
-    std::vector<T> weights(p.width);
+    const auto weights = rooms.mine().take(p.width);
 #pragma omp for schedule(dynamic, 8)
     for (int64_t bq = 0; bq < p.batch * p.queries; ++bq) {
       const T* map = cells + bq / p.queries * p.image;
@@ -302,9 +314,12 @@ template <typename T>
 void sample_backward_positions(const Problem& p, const T* grad_content, const T* cells, const T* rows, const T* columns,
                                const T* positions, T* grad_positions) {
   const Points<T> points(p, rows, columns, positions);
-#pragma omp parallel num_threads(p.threads_for(4 * p.points * p.channels))
+  const int threads = p.threads_for(4 * p.points * p.channels);
+  const memory::Rooms<T> rooms(threads, 2 * p.width, 2);
+#pragma omp parallel num_threads(threads)
   {
-    std::vector<T> weights(p.width), slopes(p.width);
+    auto room = rooms.mine();
+    const auto weights = room.take(p.width), slopes = room.take(p.width);
 #pragma omp for schedule(dynamic, 8)
     for (int64_t bq = 0; bq < p.batch * p.queries; ++bq) {
       const T* map = cells + bq / p.queries * p.image;
@@ -396,14 +411,15 @@ Problem problem(const int64_t* d, int threads) { return {d[0], d[1], d[2], d[3],
 
 }  // namespace
 
-#define EXPORT_FOR(T, NAME)                                                                                          \
-  EXPORT void roi_sampling_forward_##NAME(const int64_t* dimensions, int threads, const T* cells, const T* boxes,    \
-                                          const T* positions, T* out) {                                              \
-    forward<T>(problem(dimensions, threads), cells, boxes, positions, out);                                          \
-  }                                                                                                                  \
-  EXPORT void roi_sampling_backward_##NAME(const int64_t* dimensions, int threads, const T* given, const T* cells,   \
-                                           const T* boxes, const T* positions, T* of_cells, T* of_positions) {       \
-    backward<T>(problem(dimensions, threads), given, cells, boxes, positions, of_cells, of_positions);               \
+#define EXPORT_FOR(T, NAME)                                                                                         \
+  EXPORT int roi_sampling_forward_##NAME(const int64_t* dimensions, int threads, const T* cells, const T* boxes,    \
+                                         const T* positions, T* out) {                                              \
+    return memory::status_of([&] { forward<T>(problem(dimensions, threads), cells, boxes, positions, out); });      \
+  }                                                                                                                 \
+  EXPORT int roi_sampling_backward_##NAME(const int64_t* dimensions, int threads, const T* given, const T* cells,   \
+                                          const T* boxes, const T* positions, T* of_cells, T* of_positions) {       \
+    return memory::status_of(                                                                                       \
+        [&] { backward<T>(problem(dimensions, threads), given, cells, boxes, positions, of_cells, of_positions); }); \
   }
 
 EXPORT_FOR(float, float32)
