@@ -208,7 +208,7 @@ def test_resume_with_other_groups_of_parameters(refused, shapes, trained):
         ("--hidden_dim 42 --nheads 3", ["--hidden_dim 42", "multiple of 4"]),
         ("--hidden_dim 36 --epochs 12", ["not 36", "--input_proj_norm none"]),
         ("--dilation", ["--dilation", "resnet18"]),
-        ("--multiscale", ["--multiscale", "--backbone_level 4", "leave one flag out"]),  # of the tiny network
+        ("--multiscale", ["--multiscale", "--backbone_level 4", "pass --backbone_level 5"]),  # of the tiny network
         ("--multiscale --backbone_level 5 --enc_layers 0", ["--enc_layers 0", "--dec_layers 2", "unused"]),
         ("--sam_resample off", ["--smca", "--sam_resample off"]),
         ("--sam_points 3", ["--sam_points 3", "--nheads"]),

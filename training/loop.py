@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from samdetr.engine import train_one_epoch
-from samdetr.training import replay
+from samdetr.training import learning_rate, replay
 from samdetr.training.about import about
 from samdetr.training.checkpoints import BEST
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Request, Signals, Stopped, Votes
@@ -27,7 +27,7 @@ from samdetr.training.run import Parts, build_optimizer
 from samdetr.training.state import TrainingState
 from samdetr.training.update import Update
 from samdetr.util.curves import plot_training_curves
-from samdetr.util.distributed import barrier, get_rank, is_main
+from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 from samdetr.util.files import read_json_lines, write_json
 from samdetr.util.logger import MetricAverager, log
 from samdetr.util.sections import timed_by
@@ -62,6 +62,8 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
         epoch=resume.epoch,
     )
     log(start_block(parts, resume))
+    if not settings.optimisation.scale_lr and (line := learning_rate.warning(settings, get_world_size())):
+        log(line)
     same_random_numbers = resume.restore(state)
     earlier = resume.trim_log(parts.folder)
     if resume.epoch >= settings.optimisation.epochs:

@@ -26,6 +26,7 @@ from samdetr.models.build import build_model
 from samdetr.models.checkpoints import check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
+from samdetr.training import learning_rate
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
@@ -153,6 +154,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
             "with `pretrained` instead of `resume`"
         )
     settings = settings.with_resolved_norm()
+    if settings.optimisation.scale_lr and not run.eval:
+        settings = learning_rate.scaled(settings, get_world_size())
     weights = _weights(source, settings)
     if weights is not None:
         check_network(settings.trunk, settings.family, weights, source=source.path)
