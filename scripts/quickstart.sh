@@ -10,7 +10,10 @@ output=output/quickstart
 
 # Small enough for two CPU cores: a ResNet-18 up to C3 (stride 8) from scratch, one encoder and three decoder layers
 # (docs/training.md lists the flags of the preset), for small pictures with few objects.
-small=(--preset tiny --num_queries 10 --train_sizes 80 --eval_size 80 --epochs 8)
+small=(
+  --preset tiny --num_queries 10 --train_sizes 80 --eval_size 80
+  --batch_size 16 --lr 6e-4 --lr_backbone 6e-4 --epochs 8
+)
 
 $python -m datasets.shapes --output "$data" --size 80
 $python main.py --coco_path "$data" --output_dir "$output" "${small[@]}" \

@@ -34,8 +34,8 @@ def test_no_warning_for_recipes(path):
         ("--batch_size 4 --accumulate 2", 4, (2e-4, 2e-5)),
         ("-m deformable_detr --batch_size 4", 2, (5e-5, 5e-6)),
         ("--batch_size 2 --lr 2e-5", 1, None),  # chosen for this run
-        ("--preset tiny --batch_size 4", 1, (1.5e-4, 1.5e-4)),
-        ("--preset tiny --batch_size 4 --lr 1e-4", 1, None),
+        ("--preset tiny --batch_size 1", 1, (1e-4, 1e-4)),
+        ("--preset tiny --batch_size 1 --lr 2e-4", 1, None),
         ("--preset small", 1, None),
     ],
 )
@@ -58,7 +58,7 @@ def test_the_rate_in_the_warning_is_that_of_scale_lr_and_silences_it(flags, proc
 def test_presets_build_every_family_and_typed_flags_win(model, preset):
     flags = f"-m {model} --preset {preset} --nheads 8"
     assert settings(flags).trunk.nheads == 8
-    assert settings(flags).optimisation.lr == 6e-4
+    assert settings(flags).optimisation.lr == 4e-4
     assert sum(weight.numel() for weight in from_flags(flags)[0].parameters()) < 6e6
 
 
@@ -66,21 +66,21 @@ def test_a_preset_leaves_the_network_of_a_checkpoint_alone(shapes, trained, tmp_
     """Resumed, evaluated, or of an official file that does not say what it is."""
     checkpoint, output = str(trained / "checkpoint.pth"), tmp_path / "more"
     data = ["--coco_path", str(shapes), "--device", "cpu", "--num_workers", "0"]
-    small = ["--preset", "tiny", "--train_sizes", "64", "--batch_size", "4", "--scale_lr", "--epochs", "3"]
+    small = ["--preset", "tiny", "--train_sizes", "64", "--batch_size", "2", "--scale_lr", "--epochs", "3"]
     assert call_program(*data, "--resume", checkpoint, "--output_dir", str(output), *small) == 0
     shown = capsys.readouterr().out
     saved = torch.load(output / "checkpoint.pth", weights_only=True)["settings"]
     assert (saved["hidden_dim"], saved["eval_size"], saved["lr_schedule"]) == (32, 64, "onecycle")
-    assert saved["lr"] == pytest.approx(6e-4 * 4 / 16)
+    assert saved["lr"] == pytest.approx(4e-4 * 2 / 4)
     row = next(line for line in shown.splitlines() if line.startswith("preset"))
     assert "--lr_schedule onecycle" in row
     assert "--hidden_dim" not in row
     assert "--batch_size" not in row
-    assert "--lr 0.00015" in shown
+    assert "--lr 0.0002" in shown
     assert call_program(*data, "--resume", checkpoint, "--eval", "--preset", "tiny") == 0
     assert "note: --preset has no effect with --eval" in capsys.readouterr().out
     official = settings("--preset tiny").with_checkpoint({"model": "sam_detr", "num_classes": 91}, {"preset": "tiny"})
-    assert (official.trunk.backbone, official.data.eval_size, official.optimisation.lr) == ("resnet50", 800, 6e-4)
+    assert (official.trunk.backbone, official.data.eval_size, official.optimisation.lr) == ("resnet50", 800, 4e-4)
 
 
 def test_an_unknown_preset_is_refused(shapes, capsys):
