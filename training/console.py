@@ -24,6 +24,8 @@ _TRAINING = (
 )  # fmt: skip
 _SAVING = ("keep", "overwrite", "save_every_epoch", "save_every_iterations", "save_every_minutes")
 
+_AUGMENTATION = ("train_sizes", "crop_augmentation")
+
 
 def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
     """A line for each flag that has no effect in this combination. `given`: values of the flags that were typed."""
@@ -35,6 +37,8 @@ def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
             why["raw_weights"] = "without `eval` or `pretrained`"
         if not run.output_dir:
             why |= dict.fromkeys(_SAVING, "without `output_dir`")
+        if run.overfit:
+            why |= dict.fromkeys((*_SAVING, *_AUGMENTATION, "output_dir"), "with `overfit`")
     if settings.optimisation.lr_schedule != "step":
         why["lr_drop"] = f"with `lr_schedule` {settings.optimisation.lr_schedule}"
     if run.resume and not is_auto(run.resume):
@@ -74,6 +78,8 @@ def start_block(parts: Parts, resume: Resume | None) -> str:
         )
         how = settings.optimisation
         rows["rates"] = f"`lr` {how.lr:g}, `lr_backbone` {how.lr_backbone:g}{', by `scale_lr`' * how.scale_lr}"
+        if settings.run.overfit:
+            rows["output"] = "nowhere, with `overfit`"
         if settings.run.preset != "none":
             rows["preset"] = f"{settings.run.preset}: {in_use(settings)}"
     width = max(map(len, rows))

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.bad_images import BadImages
 from samdetr.datasets.build import build_dataset, collate, read_split
 from samdetr.datasets.categories import Categories, checkpoint_categories
@@ -26,7 +27,7 @@ from samdetr.models.build import build_model
 from samdetr.models.checkpoints import check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
-from samdetr.training import learning_rate
+from samdetr.training import learning_rate, overfit
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
@@ -115,6 +116,9 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`pretrained` has no effect with `eval`; pass the file with `resume`")
     if run.pretrained and run.resume and not is_auto(run.resume):
         raise ValueError("`pretrained` starts a run, `resume` continues one: pass one of them, or `resume` auto")
+    if run.overfit and (run.eval or run.resume):
+        flag = "`eval`" if run.eval else "`resume`"
+        raise ValueError(f"`overfit` trains anew: leave {flag} out; `pretrained` FILE starts from weights")
     if is_auto(run.resume) and not run.output_dir:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if is_auto(run.resume) and run.overwrite:
@@ -133,7 +137,9 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     can use.
     """
     device, run = choose_device(settings.run.device), settings.run
-    folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
+    folder = None
+    if run.output_dir and not run.overfit:
+        folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep)
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
     pretrained = (
@@ -142,6 +148,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     if pretrained:
         settings = pretrained.applied(settings, given)
     settings.check_family(given)
+    if run.overfit:
+        settings = overfit.applied(settings, given)
     if folder and not run.eval:
         claim_folder(source, folder, overwrite=run.overwrite)
     data = load_data(settings, source, given, folder)
@@ -208,9 +216,11 @@ def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.dev
 def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], folder: CheckpointFolder | None) -> Data:
     """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
     checked: list[Split] = []
+    read: dict[str, Annotations] = {}
 
     def load(split: str, categories: Categories | None) -> CocoDetection:
         annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
+        read[split] = annotations
         dataset = build_dataset(
             split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
         )
@@ -226,7 +236,10 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     categories = checkpoint_categories(source.checkpoint) if source.checkpoint else None
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
-    val_set = load("val", categories)
+    if train_set and settings.run.overfit:
+        train_set, val_set = overfit.data_sets(settings, train_set, read["train"])
+    else:
+        val_set = load("val", categories)
     for line in start_lines(checked, Path(settings.data.coco_path)):
         log(line)
     processes = source.evaluating_processes(given) if settings.run.eval else None
@@ -275,7 +288,8 @@ def build_loaders(
     if train_set is None:
         return None, val_loader
     batch = batch_size * accumulate * world_size
-    if len(train_set) < batch:
+    repeats = overfit.repeats(settings, len(train_set)) if settings.run.overfit else 1
+    if len(train_set) * repeats < batch:
         times = f" `accumulate` {accumulate}" if accumulate > 1 else ""
         raise ValueError(
             f"`batch_size` {batch_size}{times} in {world_size} process(es) is more than the {len(train_set)} training "
@@ -286,9 +300,10 @@ def build_loaders(
     if line := shared_memory_warning(num_workers=settings.data.num_workers, batch_bytes=bytes_of_batch):
         log(line)
     shuffled = TrainSampler(
-        length=len(train_set), batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
+        length=len(train_set) * repeats, batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
     )
-    return Loader(train_set, batch_size=batch_size, sampler=shuffled, **options), val_loader
+    images: Dataset = ConcatDataset([train_set] * repeats) if repeats > 1 else train_set
+    return Loader(images, batch_size=batch_size, sampler=shuffled, **options), val_loader
 
 
 def _init_worker(number: int) -> None:

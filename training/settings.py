@@ -85,6 +85,12 @@ class Run(Settings):
         "", "detector to start from, ours or an official one; takes all weights that fit", metavar="{FILE,URL}"
     )
     preset: str = flag("none", "settings for own data, for flags that are not given", choices=tuple(PRESETS))
+    overfit: int = flag(
+        0,
+        "train and evaluate on N training images to see whether the run can learn; keeps nothing",
+        least=0,
+        metavar="N",
+    )
     start_epoch: int = flag(0, "first epoch, counted from 0; a checkpoint brings its own", least=0, metavar="EPOCH")
     eval: bool = flag(False, "evaluate, do not train")
     raw_weights: bool = flag(False, "with --eval: not the averaged weights of --ema")
