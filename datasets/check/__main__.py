@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.datasets.annotations import Annotations, split_paths
+from samdetr.datasets.check import draw
 from samdetr.datasets.check.files import inspect_files
 from samdetr.datasets.check.repair import repair_splits
 from samdetr.datasets.check.report import KINDS, by_severity, counts, is_clean, table
 from samdetr.datasets.check.splits import SPLITS, Split, all_findings, check_splits, missing_splits
+from samdetr.datasets.settings import Data
 from samdetr.util.command_line import run_command
 from samdetr.util.files import write_json
 
@@ -43,6 +45,24 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m datasets.c
     parser.add_argument("--allow_loss", action="store_true", help="status as usual if --fix leaves out more than 5 %%")
     parser.add_argument("--allow_outside", action="store_true", help="read files whose names leave the image folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report in JSON")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FOLDER",
+        help="draw images with boxes, as read and after the transforms of training",
+    )
+    parser.add_argument("--draw_images", type=int, default=12, metavar="N", help="images to draw (default: 12)")
+    parser.add_argument(
+        "--train_sizes",
+        type=int,
+        nargs="+",
+        default=Data.train_sizes,
+        metavar="PIXELS",
+        help="for --draw, as of training",
+    )
+    parser.add_argument("--eval_size", type=int, default=Data.eval_size, metavar="PIXELS", help="the same")
+    parser.add_argument("--max_size", type=int, default=Data.max_size, metavar="PIXELS", help="the same")
+    parser.add_argument("--no_crop", dest="crop", action="store_false", help="the same")
     parser.add_argument("--num_queries", type=int, default=300, help="objects that a network can find in an image")
     parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads")
     args = parser.parse_args(argv)
@@ -56,6 +76,14 @@ def run(args: argparse.Namespace) -> int:
         if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise ValueError(f"{flag} {file} cannot be written; name a file in an existing folder")
     outputs = _outputs(fix, only, data) if fix else {}
+    if args.draw:
+        if args.draw_images < 1:
+            raise ValueError(f"--draw_images {args.draw_images} must be at least 1")
+        draw.require_new(args.draw)
+    seen = Data(
+        coco_path=str(data), train_sizes=tuple(args.train_sizes), eval_size=args.eval_size, max_size=args.max_size,
+        crop_augmentation=args.crop, allow_outside=args.allow_outside,
+    )  # fmt: skip
 
     loaded: dict[str, Annotations] = {}
     splits: list[Split] = []
@@ -109,6 +137,9 @@ def run(args: argparse.Namespace) -> int:
         report["left"] = [finding.to_json() for finding in findings]
     if args.json:
         _write(args.json, report, indent=2)
+    if args.draw:
+        files = draw.draw(seen, args.draw, split=only or "train", number=args.draw_images)
+        print(f"\n{len(files)} images of {only or 'train'} are drawn in {args.draw}")
     return status or int(not is_clean(findings))
 
 
