@@ -14,16 +14,18 @@ from samdetr.training import overfit
 
 
 def test_overfit_says_that_a_run_can_learn_or_not(shapes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(overfit, "STEPS", 50)
-    flags = ["--batch_size", "2", "--lr_backbone", "2e-3", "--output_dir", str(tmp_path / "kept"), "--verbose"]
-    assert call_main(shapes, "--overfit", "2", "--lr", "2e-3", *flags) == 0
+    monkeypatch.setattr(overfit, "STEPS", 25)
+    flags = ["--batch_size", "2", "--lr_backbone", "1e-3", "--output_dir", str(tmp_path / "kept"), "--verbose"]
+    assert call_main(shapes, "--overfit", "1", "--lr", "1e-3", *flags) == 0
     shown = capsys.readouterr().out
-    found = re.search(r"overfit: AP50 (\S+) on the 2 images it was trained on, after (\d+) steps: .* can learn", shown)
+    found = re.search(
+        r"overfit: AP50 (\S+) on the 1 image\(s\) it was trained on, after (\d+) steps: .* can learn", shown
+    )
     assert float(found[1]) >= 0.9
-    assert int(found[2]) < 750  # it ends as soon as it has learned
-    assert "2 images to train on, 2 images to evaluate on" in shown
-    assert call_main(shapes, "--overfit", "2", "--lr", "0", *flags, "--epochs", "1") == 1
-    assert re.search(r"overfit: AP50 0\.\d+ .* after 50 steps: less than 0.9", capsys.readouterr().out)
+    assert int(found[2]) < 375  # it ends as soon as it has learned
+    assert "1 images to train on, 1 images to evaluate on" in shown
+    assert call_main(shapes, "--overfit", "1", "--lr", "0", *flags, "--epochs", "1") == 1
+    assert re.search(r"overfit: AP50 0\.\d+ .* after 25 steps: less than 0.9", capsys.readouterr().out)
     assert not (tmp_path / "kept").exists()
 
 

@@ -78,7 +78,7 @@ def is_enough(metrics: Sequence[float] | None) -> bool:
 def verdict(settings: RunSettings, metrics: Sequence[float] | None, steps: int) -> str:
     """A line about what the last evaluation shows."""
     count, ap50 = settings.run.overfit, f"{metrics[1]:.3f}" if metrics else "unknown"
-    found = f"overfit: AP50 {ap50} on the {count} images it was trained on, after {steps:,} steps"
+    found = f"overfit: AP50 {ap50} on the {count} image(s) it was trained on, after {steps:,} steps"
     if is_enough(metrics):
         return f"{found}: this run can learn"
     return (

@@ -34,7 +34,7 @@ def require_new(folder: Path) -> None:
 
 def draw(data: Data, folder: Path, *, split: str, number: int) -> list[Path]:
     """Write a sheet for each of `number` images of a split, from everywhere in it, into a new `folder`: the image as it
-    is read, then as the first epochs of a run with the default seed see it (in validation: as every evaluation sees it).
+    is read, then as the first epochs of a run with the default seed see it (in validation: as an evaluation does).
 
     Images that cannot be read are left out. Returns the files. Raises ValueError.
     """
