@@ -102,7 +102,7 @@ def _write(target: Source, source: Source, annotations: Annotations, *, link: bo
             os.symlink((source.folder / name).resolve(), copy)
         else:
             shutil.copyfile(source.folder / name, copy)
-    content = dict(annotations.content)
+    content = {key: value for key, value in annotations.content.items() if key != "shared_folder"}
     if not annotations.annotated:
         del content["annotations"]
     file = target.file if annotations.annotated else target.file.with_name("image_info_test2017.json")

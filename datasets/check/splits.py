@@ -31,6 +31,7 @@ class Split:
     used: set[int]  # ids of the categories that have objects
     annotations: int
     findings: list[Finding]
+    shared_folder: bool = False  # with splits that are not checked
 
     def sizes(self) -> dict[str, int]:
         return {"images": len(self.states), "annotations": self.annotations, "categories": len(self.categories)}
@@ -85,8 +86,9 @@ def check_split(
         *annotation_findings(annotations, split=split, num_queries=num_queries),
         *box_findings(annotations, split=split),
     ]
+    shared = annotations.content.get("shared_folder") is True
     used = set(annotations.category_ids[annotations.objects()].tolist())
-    return Split(split, folder, states, removed, annotations.names, used, len(annotations.entries), findings)
+    return Split(split, folder, states, removed, annotations.names, used, len(annotations.entries), findings, shared)
 
 
 def all_findings(splits: Sequence[Split]) -> list[Finding]:
@@ -102,7 +104,8 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
         same_folder = [other for other in splits if other.folder.resolve() == split.folder.resolve()]
         listed = [name for other in same_folder for name in (*other.states, *other.removed)]
         listed += [state.new_name for other in same_folder for state in other.states.values() if state.new_name]
-        findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), quoted)
+        if not split.shared_folder:
+            findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), quoted)
     used: set[int] = set().union(*(split.used for split in splits))
     names = {i: name for split in reversed(splits) for i, name in split.categories.items()}
     unused = sorted(names.keys() - used)

@@ -27,7 +27,8 @@ class Source:
     """A split: its image folder, and the file that lists it, which messages name.
 
     `make` returns the content of a COCO annotation file; by default `file` is one. Without a list 'annotations' it is
-    that of images without annotations, as COCO publishes for its test images.
+    that of images without annotations, as COCO publishes for its test images. With "shared_folder" the folder holds
+    images of other splits, too.
     """
 
     folder: Path

@@ -79,6 +79,8 @@ class VocSet:
         first = 0 if any(min(left, top) < 1 for left, top, _, _ in corners) else 1
         ids = {name: number for number, name in enumerate(names)}
         content: dict[str, Any] = {"images": [], "categories": [{"id": i, "name": name} for name, i in ids.items()]}
+        if listed:
+            content["shared_folder"] = True
         annotations: list[dict] = []
         by_stem = {name.rpartition(".")[0]: name for name in image_files(images)}
         for number, file in enumerate(chosen, 1):

@@ -93,6 +93,8 @@ class Part:
         content: dict[str, Any] = {
             "images": images, "categories": [{"id": i, "name": name} for i, name in sorted(names.items())]
         }  # fmt: skip
+        if self.places != (self.folder,):
+            content["shared_folder"] = True
         return {**content, "annotations": annotations} if any(paths) else content
 
     def _images(self) -> dict[str, Path]:
