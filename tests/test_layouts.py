@@ -139,6 +139,7 @@ BROKEN = [
     ("yolo", LABEL, "0 .5 .5 .1", "4 values"),
     ("yolo", LABEL, b"\xff\xfe0\0 \0", "no text in UTF-8"),
     ("yolo", "images/train/a.png", None, "has no image"),
+    ("yolo", "val.txt", "images/val/d.png\nimages/val/gone.png\n", "gone.png does not exist"),
     ("yolo", DESCRIPTION, "", "is empty"),
     ("yolo", DESCRIPTION, "train: images/train\nval: images/val\n", "'names' is None"),
     ("yolo", DESCRIPTION, "names: [cat, no]\ntrain: images/train\n", "class 1 is False"),

@@ -86,7 +86,9 @@ class VocSet:
         for number, file in enumerate(chosen, 1):
             stem = file.relative_to(folder).with_suffix("").as_posix()
             labels = files.get(file) or Labels("", None, [])
-            named = labels.file_name if labels.file_name and (images / labels.file_name).is_file() else f"{stem}.jpg"
+            named = labels.file_name
+            if not named or (Path(named).stem != Path(stem).name and not (images / named).is_file()):
+                named = f"{stem}.jpg"
             size = dict(zip(("width", "height"), labels.size)) if labels.size else {}
             content["images"].append({"id": number, "file_name": by_stem.get(stem, named), **size})
             for name, (left, top, right, bottom), difficult in labels.objects:

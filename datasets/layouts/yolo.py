@@ -20,7 +20,7 @@ DESCRIPTIONS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 NO_LABELS = {"classes.txt", "labels.txt", "notes.txt"}  # what programs for labelling put beside the label files
 ROUNDING = 1e-3  # how far a fraction may lie beyond 0 and 1
 _brief = reprlib.Repr()
-_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, 80, 80
+_brief.maxlevel, _brief.maxlist, _brief.maxdict, _brief.maxstring, _brief.maxother = 2, 3, 3, 80, 80
 
 
 def yolo(root: Path) -> dict[str, Source]:
@@ -106,7 +106,7 @@ class Part:
                 raise ValueError(
                     f"{shown(self.file)}: {self.key!r} is {shown(place)}, which does not exist; correct it"
                 )
-            paths = [place / name for name in image_files(place)] if place.is_dir() else self._listed(place)
+            paths = [place / name for name in image_files(place)] if place.is_dir() else self._listed(place, faults)
             if place.is_dir():
                 _check_labels_have_images(place, paths, faults)
             found |= {os.path.relpath(path, self.folder): path for path in paths}
@@ -119,9 +119,14 @@ class Part:
         # A path that leads elsewhere is written as it is; it is refused where names may not leave the folder.
         return {(str(path.absolute()) if name.startswith("..") else name): path for name, path in found.items()}
 
-    def _listed(self, file: Path) -> list[Path]:
-        lines = [line.strip() for line in read_text(file, "image list").splitlines()]
-        return [_first_existing(file.parent / line, self.folder / line) for line in lines if line]
+    def _listed(self, file: Path, faults: Faults) -> list[Path]:
+        found = []
+        for number, line in enumerate(read_text(file, "image list").splitlines(), 1):
+            if line.strip():
+                found.append(_first_existing(file.parent / line.strip(), self.folder / line.strip()))
+                if not os.path.lexists(found[-1]):
+                    faults.add(f"{shown(file)}, line {number}: {shown(found[-1])} does not exist; correct the line")
+        return found
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
