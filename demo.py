@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--resume", required=True, help="checkpoint: a file or URL, ours or an official one")
+    parser.add_argument(
+        "--allow_http", action="store_true", help="fetch --resume URL over http from other machines, too"
+    )
     parser.add_argument("--raw_weights", action="store_true", help="not the averaged weights of --ema, if any")
     parser.add_argument("--images", default="images", help='an image, a folder, a pattern like "photos/*.jpg" or a URL')
     parser.add_argument("--output", default="", help="folder for the pictures; empty: beside the images")
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     sources = find_images(args.images)[0][: args.limit]
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ValueError(f"`output` {args.output} is not a folder")
-    predictor = load(args.resume, device=args.device, raw=args.raw_weights)
+    predictor = load(args.resume, device=args.device, raw=args.raw_weights, allow_http=args.allow_http)
     check_points(predictor, salient_points=args.salient_points, sampling_points=position)
     truth = read_truth(args.annotations, sources, predictor) if args.annotations else {}
     if not predictor.has_names:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
-from samdetr.util.logger import MetricAverager, MovingMean, progress
+from samdetr.util.distributed import all_gather_object
+from samdetr.util.logger import MetricAverager, MovingMean, log, progress
 from samdetr.util.prefetch import on_device
 from samdetr.util.sections import section
 from samdetr.util.targets import TargetBatch
@@ -108,11 +109,12 @@ def evaluate(
 
     Returns:
         Averages as of `train_one_epoch`, and `coco_eval_bbox`, the 12 metrics in pycocotools' order. `evaluator` holds
-        the detections afterwards.
+        the detections afterwards. If outputs of images are not finite, `nonfinite_images` is their number.
     """
     model.eval()
     criterion.eval()
     averager = MetricAverager()
+    nonfinite: list[int] = []  # ids of images with outputs that are not finite
     # Without DDP's wrapper: the processes may have different numbers of batches, and must not exchange anything.
     network = model
     if isinstance(model, DistributedDataParallel):
@@ -126,9 +128,20 @@ def evaluate(
         outputs = predict(network, images, amp)
         averager.update(compute_losses(criterion, outputs, targets)[1])
         sizes = torch.stack([t["orig_size"] for t in targets])
+        nonfinite += [int(t["image_id"]) for t, good in zip(targets, _finite_images(outputs)) if not good]
         detections = postprocess(outputs, sizes)
         evaluator.update({int(t["image_id"]): d for t, d in zip(targets, detections)})
-    return {**averager.averages(), "coco_eval_bbox": list(evaluator.summarize().values())}
+    metrics = {**averager.averages(), "coco_eval_bbox": list(evaluator.summarize().values())}
+    if images := sorted(i for found in all_gather_object(nonfinite) for i in found):
+        metrics["nonfinite_images"] = len(images)
+        log(f"warning: outputs of {len(images)} images are not finite, which detect nothing; image ids {images[:10]}")
+    return metrics
+
+
+def _finite_images(outputs: dict[str, Any]) -> list[bool]:
+    """Whether all predictions of an image are finite, for each image of a batch."""
+    parts = [outputs[name].isfinite().flatten(1).all(1) for name in ("pred_logits", "pred_boxes")]
+    return (parts[0] & parts[1]).tolist()
 
 
 def _groups(

@@ -26,10 +26,10 @@ class Data(Settings):
     split: str = flag("val", "split that --eval evaluates on", choices=("val", "test"))
     dataset_file: str = flag("coco", "only coco is known; --data_format names layouts")
     train_sizes: tuple[int, ...] = flag(
-        tuple(range(480, 801, 32)), "short sides drawn from in training", least=1, metavar="PIXELS"
+        tuple(range(480, 801, 32)), "short sides drawn from in training", least=1, most=2**14, metavar="PIXELS"
     )
-    eval_size: int = flag(800, "short side in evaluation", least=1, metavar="PIXELS")
-    max_size: int = flag(1333, "longest side", least=1, metavar="PIXELS")
+    eval_size: int = flag(800, "short side in evaluation", least=1, most=2**14, metavar="PIXELS")
+    max_size: int = flag(1333, "longest side", least=1, most=2**14, metavar="PIXELS")
     crop_augmentation: bool = flag(True, "no random crops in training", off=("--no_crop",))
     cache_mode: bool = flag(False, "hold the image files in memory, once per node")
     num_workers: int = flag(2, "processes that load images, for each training process", least=0)
@@ -37,4 +37,6 @@ class Data(Settings):
         0.001, "share of the training images that may be unreadable; others replace them", least=0, most=1
     )
     allow_outside: bool = flag(False, "read image files whose names leave the image folder")
-    pad_to_multiple: int = flag(1, "pad batches to multiples of this many pixels", least=1, metavar="PIXELS")
+    pad_to_multiple: int = flag(
+        1, "pad batches to multiples of this many pixels", least=1, most=2**14, metavar="PIXELS"
+    )

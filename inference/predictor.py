@@ -23,30 +23,46 @@ from samdetr.datasets.transforms import ByteImages, EvalTransforms
 from samdetr.inference.detections import Detections, check_threshold
 from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
-from samdetr.models.checkpoints import INPUT_SETTINGS, chosen_weights, network_settings, read_checkpoint
+from samdetr.models.checkpoints import (
+    INPUT_SETTINGS,
+    check_network,
+    chosen_weights,
+    network_settings,
+    read_checkpoint,
+)
 from samdetr.models.detector import Detector
-from samdetr.util.checkpoint import load_weights
+from samdetr.util.checkpoint import load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.padded_images import pad_images
 
 
-def load(source: str, *, device: str | torch.device = "auto", raw: bool = False) -> Predictor:
+def load(source: str, *, device: str | torch.device = "auto", raw: bool = False, allow_http: bool = False) -> Predictor:
     """A predictor from a checkpoint, a file or an http(s) URL: one of ours or an official one of a known family.
 
     Args:
         device: "auto" is a GPU if there is one.
         raw: whether to take the trained weights where the file also has averaged ones (--ema).
+        allow_http: whether a URL may be http to another machine.
 
     Raises:
         ValueError: names the file and what is wrong with it, or the device.
     """
     source = str(source)
     target = choose_device(str(device))
-    checkpoint = read_checkpoint(source, name="source")
+    checkpoint = read_checkpoint(source, name="source", allow_http=allow_http)
     trunk, config = network_settings(checkpoint["settings"])
+    try:
+        data = Data.pick(
+            {name: checkpoint["settings"][name] for name in INPUT_SETTINGS if name in checkpoint["settings"]}
+        )
+    except ValueError as error:
+        raise ValueError(f"{source} has settings that no network has: {error}") from None
+    weights = chosen_weights(checkpoint, raw=raw)
+    check_network(trunk, config, weights, source=source)
+    require_finite(weights, source=source)
     network, _, postprocess = build_model(trunk, config)
-    load_weights(network, chosen_weights(checkpoint, raw=raw), source=source)
-    sizes = {name: checkpoint["settings"].get(name, getattr(Data, name)) for name in INPUT_SETTINGS}
+    load_weights(network, weights, source=source)
+    sizes = {name: getattr(data, name) for name in INPUT_SETTINGS}
     return Predictor(
         network.eval(),
         postprocess=postprocess,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from samdetr.models import criterion
-from samdetr.models.backbone import Backbone
+from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
 from samdetr.models.feature_levels import InputProjection
@@ -45,6 +45,7 @@ def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
 
 # Of all official programs; see `Family.official_limits`.
 OFFICIAL_LIMITS: dict[str, tuple[Any, ...]] = {
+    "backbone": RESNETS,
     "position_embedding": ("sine",),
     "masks": (False,),
     "frozen_weights": (None,),
@@ -137,7 +138,7 @@ def read_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = {"input_proj_norm": "group" if "projection.levels.0.1.weight" in state else "none"}
     for name in ("decoder.class_heads.0.bias", "decoder.class_heads.0.layers.2.bias"):
         if name in state:
-            found["num_classes"] = len(state[name])
+            found["num_classes"] = state[name].numel()
     return found
 
 

@@ -13,7 +13,7 @@ class Trunk(Settings):
     another family."""
 
     model: str = flag("sam_detr", "family; published defaults go with it", on=("-m",), carried=True)
-    num_classes: int = flag(91, "outputs of the class heads", least=1, hidden=True, carried=True)
+    num_classes: int = flag(91, "outputs of the class heads", least=1, most=10**6, hidden=True, carried=True)
     backbone: str = flag("resnet50", f"{', '.join(RESNETS)}, or timm/NAME", carried=True)
     backbone_level: int = flag(5, "the last stage used: 4 is C4, stride 16", choices=(3, 4, 5), carried=True)
     backbone_norm: str = flag(
@@ -27,13 +27,13 @@ class Trunk(Settings):
         choices=("auto", "group", "none"),
         carried=True,
     )
-    enc_layers: int = flag(6, "encoder layers", least=0, carried=True)
-    dec_layers: int = flag(6, "decoder layers", least=1, carried=True)
-    dim_feedforward: int = flag(2048, "width of the feed-forward branches", least=1, carried=True)
-    hidden_dim: int = flag(256, "width of the transformer", least=1, carried=True)
+    enc_layers: int = flag(6, "encoder layers", least=0, most=1000, carried=True)
+    dec_layers: int = flag(6, "decoder layers", least=1, most=1000, carried=True)
+    dim_feedforward: int = flag(2048, "width of the feed-forward branches", least=1, most=10**6, carried=True)
+    hidden_dim: int = flag(256, "width of the transformer", least=1, most=10**5, carried=True)
     dropout: float = flag(0.1, "of attention weights and of every branch", least=0, most=1)
     nheads: int = flag(8, "attention heads", least=1, carried=True)
-    num_queries: int = flag(300, "object queries", least=1, carried=True)
+    num_queries: int = flag(300, "object queries", least=1, most=10**5, carried=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,9 @@
 """Names of checkpoints, which stay, which is the newest good one; checksums; the order of samples."""
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.utils.data import DistributedSampler
 from samdetr.datasets.sampler import TrainSampler
 from samdetr.training import checkpoints
 from samdetr.training.checkpoints import CheckpointFolder
+from samdetr.util import files
 from samdetr.util.checkpoint import checksum, read_file, save_file
 from samdetr.util.files import append_json_line
 
@@ -84,14 +88,51 @@ def test_log_of_epochs_that_come_again_is_dropped(tmp_path):
 
 
 def test_leftovers_are_removed(tmp_path):
-    for name in (".12.checkpoint0003_000050.pth", ".7.checkpoint.pth", ".7.log.txt", ".mine", "checkpoint0003.pth"):
+    """Of processes that have ended, on this host or others; not of one that lives and may be writing."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = socket.gethostname().replace(".", "_")
+    gone = [f".{dead.pid}.checkpoint0003_000050.pth", f".{dead.pid}@{here}.log.txt", ".1@another_host.checkpoint.pth"]
+    stay = [f".{os.getppid()}@{here}.checkpoint.pth", ".mine", "checkpoint0003.pth", f".{dead.pid}.mine.pth"]
+    for name in gone + stay:
         (tmp_path / name).touch()
     CheckpointFolder(tmp_path).clean()
-    assert sorted(os.listdir(tmp_path)) == [".mine", "checkpoint0003.pth"]
+    assert sorted(os.listdir(tmp_path)) == sorted(stay)
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """And the name, after that: a loss of power leaves the old file or the new one, never an empty one."""
+    done: list[tuple[str, str]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        done.append(("fsync", os.path.realpath(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def replace(source, target) -> None:
+        done.append(("replace", os.path.realpath(source)))
+        real_replace(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "replace", replace)
+    writers = [
+        lambda path: save_file({"a": torch.zeros(3)}, path),
+        lambda path: files.write_json(path, {"a": 1}),
+    ]
+    for number, write in enumerate(writers):
+        done.clear()
+        write(tmp_path / str(number))
+        place = [kind for kind, _ in done].index("replace")
+        assert ("fsync", done[place][1]) in done[:place], done
+        assert ("fsync", str(tmp_path.resolve())) in done[place:], done
+    done.clear()
+    append_json_line(tmp_path / "log.txt", {"epoch": 1})
+    assert done == [("fsync", str(tmp_path.resolve() / "log.txt"))]
 
 
 def test_checksum_sees_every_value(tmp_path):
     base = {"a": [1, (2.0, None)], "w": torch.tensor([[1.0, 2.0]]), "n": {"x": True, "y": "é"}}
+    base["long"] = torch.zeros(3000)
     others = [
         base | {"a": [1, (2.0, 0)]},
         base | {"a": [1, 2.0, None]},
@@ -99,9 +140,10 @@ def test_checksum_sees_every_value(tmp_path):
         base | {"w": torch.tensor([[1.0, 2.0000002]])},
         base | {"w": base["w"].double()},
         base | {"n": {"x": True, "z": "é"}},
+        base | {"long": torch.zeros(3000).index_fill(0, torch.tensor([2999]), 1)},
     ]
     sums = {checksum(value) for value in (base, *others)}
-    assert len(sums) == 7
+    assert len(sums) == 8
     assert checksum(base | {"w": base["w"].to(memory_format=torch.preserve_format)}) == checksum(base)
 
     save_file(base, tmp_path / "x.pth")

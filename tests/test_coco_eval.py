@@ -238,6 +238,18 @@ def test_a_detection_with_a_score_or_box_that_is_no_number_is_dropped_alone(valu
     assert evaluator.summarize()["AR1"] > 0
 
 
+def test_widths_of_boxes_are_not_rounded_to_float32():
+    content = ground_truth()
+    image, category = content["images"][0]["id"], CATEGORIES[0]["id"]
+    corners, score = torch.tensor([[0.1, 0.7, 1000.3, 700.9]]), torch.tensor([0.3])
+    ours = evaluator(content)
+    ours.update({image: {"scores": score, "labels": torch.tensor([category]), "boxes": corners}})
+    left, top, right, bottom = corners[0].tolist()
+    wanted = {"bbox": [left, top, right - left, bottom - top], "score": score.item()}
+    assert ours.results == [{"image_id": image, "category_id": category, **wanted}]
+    assert wanted["bbox"][2:] != (corners[0, 2:] - corners[0, :2]).tolist()
+
+
 def test_only_updated_images_count():
     content = ground_truth()
     results = random_results(content)

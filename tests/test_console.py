@@ -19,7 +19,7 @@ def notes_of(words: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("--raw_weights", ["--raw_weights has no effect without --eval"]),
+        ("--raw_weights", ["--raw_weights has no effect without --eval or --pretrained"]),
         (
             "--keep 3 --save_every_minutes 5",
             [f"--{n} has no effect without --output_dir" for n in ("keep", "save_every_minutes")],

@@ -50,6 +50,8 @@ def test_average_equals_a_loop_in_float64(decay):
     assert torch.equal(weights["1.running_mean"], model[1].running_mean)  # of the network, not averaged
     assert not torch.allclose(weights["0.weight"], model[0].weight)
     assert average.state_dict()["updates"] == 32
+    nn.init.ones_(model[3].weight)  # frozen, so never averaged
+    assert torch.equal(average.weights()["3.weight"], torch.ones(3, 3))
 
 
 def test_decay_by_hand():

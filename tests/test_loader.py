@@ -2,10 +2,14 @@
 
 import gc
 import json
+import multiprocessing
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,8 @@ from PIL import Image
 
 from samdetr.datasets.coco import CocoDetection
 from samdetr.training.run import build_loaders
+from samdetr.util import loader
+from samdetr.util.loader import Loader, guard_worker, seconds_waited, shared_memory_warning
 
 # More workers than cores are no fault here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -163,3 +169,55 @@ def test_workers_do_not_grow(tmp_path):
     assert done.returncode == 0, done.stderr
     growth = json.loads(done.stdout.splitlines()[-1])
     assert statistics.median(growth) < 2, f"each worker's growth in MiB: {growth}"
+
+
+class Slow(torch.utils.data.Dataset):
+    """Batches of which the third does not come: it hangs, is stopped, or cannot be sent."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int):
+        if index == 2 and self.fault == "hangs":
+            time.sleep(1000)
+        if index == 2 and self.fault == "stops":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return Unsendable() if index == 2 and self.fault == "full" else index
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("hangs", "no batch came .* for 2 s (`timeout`)"),
+        ("stops", "no batch came"),
+        ("full", "no space left in shared memory (/dev/shm: .* MB are free): make it larger"),
+    ],
+)
+def test_waits_for_data_end(fault, said):
+    """With one line that names cause and remedy; no process is left."""
+    batches = Loader(
+        Slow(fault), timeout=2, num_workers=1, batch_size=1, collate_fn=list, worker_init_fn=lambda _: guard_worker()
+    )
+    start, found = time.monotonic(), []
+    with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")):
+        found += batches
+    assert time.monotonic() - start < 8
+    for worker in multiprocessing.active_children():
+        worker.join(5)
+    assert not multiprocessing.active_children()
+    assert seconds_waited() == 0
+
+
+def test_shared_memory_is_estimated(monkeypatch):
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=64e6, total=64e6))
+    assert shared_memory_warning(num_workers=4, batch_bytes=8_000_000) is None
+    line = shared_memory_warning(num_workers=4, batch_bytes=8_100_000)
+    assert "need 65 MB (4 `num_workers` x 2 batches of 8.1 MB), and /dev/shm has 64 MB free" in line

@@ -196,7 +196,7 @@ def test_signal_to_make_room(name, faults, epoch, step, forks, alone, tmp_path):
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 128 + 15), ("SIGINT", 128 + 2)])
 def test_second_signal_ends_at_once(name, status, forks, tmp_path):
     assert forks.run(tmp_path / "output", faults=[("step", 2, f"{name}, {name}")]) == [status]
-    assert os.listdir(tmp_path / "output") == []
+    assert set(os.listdir(tmp_path / "output")) <= {".lock"}  # which says who held it, and holds no lock any more
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGINT", 130)])

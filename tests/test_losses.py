@@ -318,6 +318,15 @@ def test_a_batch_without_objects():
     assert torch.equal(outputs["pred_boxes"].grad, torch.zeros(2, 7, 4))
 
 
+def test_the_error_of_classes_with_one_object():
+    """The average over matched queries, of which there is one: right or wrong."""
+    outputs, targets = random_case(1, queries=1)
+    outputs["pred_logits"] = torch.tensor([[[0.0, 1, 0, 0, 0]]], dtype=torch.float64)
+    for label, wanted in ((1, 0), (2, 100)):
+        targets[0]["labels"] = torch.tensor([label])
+        assert criterion()(outputs | {"aux_outputs": []}, targets)["class_error"] == wanted
+
+
 # ---- Post-processing
 
 
@@ -372,6 +381,22 @@ def test_sine_encoding_by_hand():
     torch.testing.assert_close(encoded, torch.tensor(wanted), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="6"):
         sine_encoding(torch.zeros(2), num_channels=6)
+
+
+def test_periods_are_float32_for_points_of_any_type():
+    """As published: what the sines of a float64 point say of them, at angles small enough to turn back."""
+    sines = sine_encoding(torch.tensor([0.0, 1e-3], dtype=torch.float64), num_channels=24)[:12:2]
+    periods = 2e-3 * math.pi / sines.asin()
+    torch.testing.assert_close(periods, 10000 ** (torch.arange(6, dtype=torch.float64) / 6), rtol=1e-6, atol=0)
+    torch.testing.assert_close(periods, periods.float().double(), rtol=1e-11, atol=0)  # a float32 number each
+
+
+def test_positions_of_rows_that_are_all_padding_are_the_published_ones():
+    """-0.5 divided by what float32 leaves of (-0.5 + 1e-6) + 0.5. Encoded, it reaches RoIAlign at an image's border."""
+    half, eps = np.float32(0.5), np.float32(1e-6)
+    points = grid_points(torch.tensor([[[False, False], [True, True]]]))
+    assert points[0, 1, :, 0].tolist() == [-half / ((-half + eps) + half)] * 2
+    assert -half / ((-half + eps) + half) != -half / eps
 
 
 def test_grid_points_and_valid_ratio_by_hand():

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -503,6 +504,38 @@ def test_a_damaged_library_is_built_again(damage, fresh, monkeypatch):
     assert library.read_bytes()[:4] == content[:4]
     assert build.is_whole(library)
     assert torch.equal(run_once(), expected)
+
+
+def test_the_cache_is_this_users_alone(fresh, monkeypatch):
+    """What others could have written is not loaded; what killed builds left is removed; no wait is endless."""
+    body = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+    monkeypatch.setenv("CXX", fake_compiler(fresh, body))
+    recipe = build.cpu_recipe()
+    library = build.build(recipe)
+    folder = library.parent
+    assert [path.stat().st_mode & 0o077 for path in (folder, library, build.checksum_file(library))] == [0, 0, 0]
+
+    library.write_text("planted")
+    build.checksum_file(library).write_text(build.checksum(library))
+    folder.chmod(0o777)
+    (folder / f"{library.stem}.build-abc").mkdir()
+    assert build.build(recipe).read_text() == "library\n"
+    assert folder.stat().st_mode & 0o022 == 0
+    assert sorted(path.suffix for path in folder.iterdir()) == [".lock", ".sha256", ".so"]
+    library.chmod(0o722)
+    assert not build.is_whole(library)
+
+    with build.locked(library.with_suffix(".lock"), timeout=1):
+        start = time.monotonic()
+        with pytest.raises(build.BuildError, match=r"another process has held .*\.lock"):
+            build.build(recipe, timeout=0.5)
+        assert time.monotonic() - start < 5
+    if os.getuid() == 0:  # another user's folder
+        os.chown(folder, 12345, -1)
+        with pytest.raises(
+            build.BuildError, match="belongs to user 12345, and this is user 0; set TORCH_EXTENSIONS_DIR"
+        ):
+            build.build(recipe)
 
 
 def test_a_kernel_that_is_wrong_steps_aside(fresh, monkeypatch):

@@ -1,5 +1,6 @@
 """Parameter groups that cover everything once, and learning-rate schedules against figures worked out by hand."""
 
+import copy
 import io
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from samdetr.training.optim import build_scheduler, learning_rate_factor, parameter_groups
+from samdetr.training.optim import (
+    build_scheduler,
+    groups_of_run,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    parameter_groups,
+)
 
 
 def detector() -> nn.Module:
@@ -143,3 +151,75 @@ def test_a_resumed_schedule_goes_on_where_it_was():
         schedule.step()
     assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in whole.param_groups]
     assert whole.param_groups[0]["lr"] == pytest.approx(1e-4 * 0.17860620)  # (1 + cos(26 / 36 pi)) / 2
+
+
+def adamw(*names: str, layout: torch.memory_format = torch.contiguous_format) -> tuple[nn.Module, torch.optim.AdamW]:
+    """A network of two layers of equal shapes after one step, the parameters whose names contain `names` apart."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Conv2d(4, 4, 2), "second": nn.Conv2d(4, 4, 2)}).to(memory_format=layout)
+    groups = groups_of(model, lr_linear_proj_names=names)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    for name, weight in model.named_parameters():
+        weight.grad = torch.randn_like(weight) if name != "first.bias" else None
+    optimizer.step()
+    return model, optimizer
+
+
+def test_moments_go_to_their_parameters_whatever_the_layout_in_memory():
+    (model, first), (other, second) = adamw(), adamw(layout=torch.channels_last)
+    load_optimizer_state(second, optimizer_state(first), source="x")
+    for mine, theirs in zip(model.parameters(), other.parameters()):
+        saved, loaded = first.state.get(mine), second.state.get(theirs)
+        assert (saved is None) == (loaded is None)
+        if saved:
+            torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+            assert loaded["exp_avg"].stride() == theirs.stride()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda saved: saved["state"].update({1: dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros(3))}),
+            "first.bias",
+        ),
+        (lambda saved: saved["state"].pop(3), "no moments of second.bias"),
+        (lambda saved: saved["state"].update({9: saved["state"][3]}), r"parameters \[9\]"),
+        (lambda saved: saved["state"][3].update(exp_avg=torch.zeros(2)), r"exp_avg of second.bias is .* \(2,\)"),
+        (lambda saved: saved["state"][3].update(exp_avg=torch.zeros(4, dtype=torch.int64)), "exp_avg of second.bias"),
+        (lambda saved: saved["state"][3]["exp_avg_sq"].fill_(-1), "exp_avg_sq of second.bias"),
+        (lambda saved: saved["state"][3]["exp_avg"].fill_(torch.nan), "exp_avg of second.bias"),
+        (lambda saved: saved["state"][3].update(step=torch.tensor(-1.0)), "step count of second.bias"),
+        (lambda saved: saved["state"][3].update(max_exp_avg_sq=torch.zeros(4)), "max_exp_avg_sq"),
+        (lambda saved: saved["state"][3].pop("exp_avg"), "has no 'exp_avg'"),
+        (lambda saved: saved["param_groups"][0]["params"].reverse(), "not in order"),
+        (lambda saved: saved["param_groups"][0]["params"].pop(), "3 parameters in group 0, here 4"),
+        (
+            lambda saved: saved["param_groups"][0]["param_names"].reverse(),
+            "'second.bias' where this run has first.weight",
+        ),
+        (lambda saved: saved["param_groups"].append(saved["param_groups"][0]), "2 groups, here 1"),
+        (lambda saved: saved["param_groups"][0].update(weight_decay="much"), "weight_decay.*'much'"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_loaded(change, said):
+    saved = optimizer_state(adamw()[1])
+    optimizer = adamw()[1]
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    change(saved)
+    with pytest.raises(ValueError, match=said):
+        load_optimizer_state(optimizer, saved, source="x")
+    torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=0, atol=0)
+
+
+def test_other_names_of_as_many_parameters_are_refused():
+    """Also where the file holds no names: then its settings say which parameters were apart."""
+    (model, optimizer), (_, other) = adamw("first"), adamw("second")
+    saved = optimizer_state(optimizer)
+    with pytest.raises(ValueError, match=r"'second\.weight' where this run has first\.weight.*`lr_linear_proj_names`"):
+        load_optimizer_state(other, saved, source="x")
+    for group in saved["param_groups"]:
+        del group["param_names"]
+    rates = {"lr": 1e-3, "lr_backbone": 1e-3, "lr_linear_proj_names": ["first"], "lr_linear_proj_mult": 1.0}
+    with pytest.raises(ValueError, match=r"where this run has first\.weight"):
+        load_optimizer_state(other, saved, source="x", groups=groups_of_run(model, rates))

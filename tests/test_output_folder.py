@@ -4,6 +4,7 @@ import hashlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,7 +103,8 @@ def test_two_runs_in_one_folder(shapes, tmp_path, capsys):
         for more in ([], ["--resume", "auto"], ["--overwrite"]):
             assert call_main(shapes, *FAST, "--output_dir", str(output), *more) == 2
             line = error_line(capsys.readouterr().err)
-            assert f"another run is writing into --output_dir {output}" in line
+            holder = f"process {first.pid} on {socket.gethostname()} since 20"
+            assert f"another run is writing into --output_dir {output} ({holder}" in line
     finally:
         first.send_signal(signal.SIGKILL)
         first.wait()

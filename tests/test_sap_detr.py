@@ -201,9 +201,10 @@ def test_a_point_on_the_edge_is_inside():
     assert outside_cost(outputs, target)[0, :, 0].tolist() == [0, 1, 0, 1]
 
 
-def test_no_object_takes_a_point_outside_it():
+@pytest.mark.parametrize("weight", ["5", "200"])
+def test_no_object_takes_a_point_outside_it(weight):
     """However much better the rest of that query fits, and unless there is none inside."""
-    criterion = from_flags(TINY_SAP)[1]
+    criterion = from_flags([*TINY_SAP, "--set_cost_bbox", weight])[1]
     target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
     outputs = {
         "pred_logits": torch.tensor([[[0.0, 9, 0], [9, -9, 9], [9, -9, 9]]]),

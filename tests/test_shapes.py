@@ -138,7 +138,6 @@ def test_ground_truth_given_back_is_perfect(folder):
         annotation_file=folder / "annotations" / "instances_val2017.json",
         transforms=EvalTransforms(short_side=96),
         train=False,
-        max_objects=6,
     )
     dataset.check_files()
     evaluator = CocoEvaluator(dataset.ground_truth, dataset.categories)

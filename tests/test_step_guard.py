@@ -16,7 +16,7 @@ from samdetr import engine
 from samdetr.training import replay
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.ema import WeightAverage
-from samdetr.training.guard import BadSteps
+from samdetr.training.guard import BadSteps, StepGuard
 from samdetr.training.optim import build_scheduler
 from samdetr.training.state import TrainingState
 from samdetr.training.update import Update
@@ -183,6 +183,23 @@ def test_so_many_in_a_row_stop_the_run():
     ((images, targets),) = step.parts
     torch.testing.assert_close(images.images, batch(8, spoilt=True)[0].images, equal_nan=True)
     assert [int(t["image_id"]) for t in targets] == [81, 82]
+
+
+def test_what_is_skipped_what_is_bad_and_what_counts_in_a_row():
+    """A loss without gradient is at fault alone; an overflow that a loss scale caused neither counts nor ends a row."""
+    guard = StepGuard(torch.nn.Linear(1, 1), device=CPU)
+    one, nan, inf, scale = torch.tensor([1.0, math.nan, math.inf, 4.0])
+    asked = [
+        ([one, nan], one, None, (1, 1), 1),
+        ([one], inf, scale, (1, 0), 1),
+        ([one], inf, scale / 8, (1, 1), 2),
+        ([nan], inf, scale, (1, 1), 3),
+        ([one, one], one, scale, (0, 0), 0),
+    ]
+    for losses, norm, of_scaler, wanted, in_a_row in asked:
+        assert tuple(map(int, guard.judge(losses, norm, scale=of_scaler))) == wanted
+        assert guard.state_dict()["in_a_row"] == in_a_row
+    assert guard.state_dict() == {"skipped": 4, "bad": 3, "in_a_row": 0}
 
 
 def test_counts_go_on_after_a_resume():

@@ -99,6 +99,37 @@ def test_zooms_have_three_sizes(monkeypatch):
     assert all(20 < drawn.count(shape) < 60 for shape in set(drawn))
 
 
+def test_the_published_preset_number_by_number(monkeypatch):
+    """Eleven short sides, three zooms, and crops of 384 to 600 pixels anywhere in them: what each step is asked for."""
+    sizes, crops = [], []
+
+    def without_pixels(made, real, asked):
+        def call(inpt, *place, **how):
+            if not isinstance(inpt, tv_tensors.Image):
+                return real(inpt, *place, **how)  # boxes
+            asked.append(place)
+            return tv_tensors.Image(torch.zeros(()).expand(3, *made(*place)))
+
+        return call
+
+    monkeypatch.setattr(transforms.F, "resize", without_pixels(lambda size: size, transforms.F.resize, sizes))
+    monkeypatch.setattr(transforms.F, "crop", without_pixels(lambda *place: place[2:], transforms.F.crop, crops))
+    transform, sides = TrainTransforms(normalize=False, max_size=None), set()
+    for _ in range(400):
+        sizes.clear()
+        transform(*scene(9, 9))
+        if len(sizes) == 1:  # not cropped
+            sides |= {tuple(size) for size in sizes[0]}
+    assert sides == {(side, side) for side in (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)}
+    top, left, height, width = np.array(crops).T
+    for place, length in ((top, height), (left, width)):
+        assert 384 <= min(length) < 395
+        assert 570 < max(length) <= 600
+        assert 0 <= min(place) < 10
+        assert max(place) > 150  # of 216
+        assert 590 < max(place + length) <= 600
+
+
 def test_pixels_are_pils_bilinear_and_imagenets_normalisation():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     tensor = EvalTransforms(short_side=40, max_size=None)(noise)  # shrinking shows whether it is antialiased

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.util.checkpoint import save_file
-from samdetr.util.files import append_json_line, read_json_lines, whole_file
+from samdetr.util.files import append_json_line, read_json_lines, remove_leftovers, whole_file
 from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -30,7 +30,7 @@ _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
 _ANY = re.compile(r"checkpoint\w*\.pth")
 _OTHERS = {"log.txt", "curves.png", "settings.json", "bad_images.txt", REPLAY}
 # Temporary files of util.files.whole_file, which a run leaves if it is killed while it writes.
-_LEFTOVER = re.compile(r"\.\d+\.(checkpoint\w*\.pth|replay\.pth|settings\.json|log\.txt|curves\.png)")
+_LEFTOVER = re.compile(r"checkpoint\w*\.pth|replay\.pth|settings\.json|log\.txt|curves\.png")
 
 
 class CheckpointFolder:
@@ -99,12 +99,10 @@ class CheckpointFolder:
             ) from None
 
     def clean(self) -> None:
-        """Remove files that a killed run left half written."""
+        """Remove files that a killed run left half written. The caller holds the lock on the folder: only the run that
+        holds it writes such files."""
         if self.path.is_dir():
-            for path in self.path.iterdir():
-                if _LEFTOVER.fullmatch(path.name):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+            remove_leftovers(self.path, _LEFTOVER, of_other_hosts=True)
 
     def newest_good(self, read: Callable[[str], dict[str, Any]]) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that `read` can read, and its content; None if there is none.

@@ -30,7 +30,8 @@ def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
     if run.eval:
         why |= dict.fromkeys(_TRAINING, "with `eval`")
     else:
-        why["raw_weights"] = "without `eval`"
+        if not run.pretrained:
+            why["raw_weights"] = "without `eval` or `pretrained`"
         if not run.output_dir:
             why |= dict.fromkeys(_SAVING, "without `output_dir`")
     if settings.optimisation.lr_schedule != "step":

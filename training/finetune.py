@@ -15,6 +15,7 @@ from samdetr.datasets.categories import Categories, checkpoint_categories
 from samdetr.models.checkpoints import chosen_weights, read_checkpoint
 from samdetr.models.detector import Detector
 from samdetr.training.settings import RunSettings
+from samdetr.util.checkpoint import require_finite
 from samdetr.util.logger import log
 
 # How the source saw its training images; a checkpoint that is resumed leaves this to the command line.
@@ -31,9 +32,9 @@ class Pretrained:
     checkpoint: dict[str, Any]
 
     @classmethod
-    def read(cls, source: str) -> Pretrained:
+    def read(cls, source: str, *, allow_http: bool = False) -> Pretrained:
         """From a file or URL. Raises ValueError."""
-        return cls(source, read_checkpoint(source, name="pretrained"))
+        return cls(source, read_checkpoint(source, name="pretrained", allow_http=allow_http))
 
     def applied(self, settings: RunSettings, given: Mapping[str, Any]) -> RunSettings:
         """The settings with the source's network and input where the user typed nothing; with its backbone alone if the
@@ -58,6 +59,7 @@ class Pretrained:
             ValueError: nothing fits.
         """
         theirs, ours = chosen_weights(self.checkpoint, raw=raw), network.state_dict()
+        require_finite(theirs, source=f"`pretrained` {self.source}")
         if self.checkpoint["settings"].get("backbone", network.backbone.name) != network.backbone.name:
             theirs = {name: weight for name, weight in theirs.items() if not name.startswith("backbone.")}
         rows = class_rows(checkpoint_categories(self.checkpoint), categories)

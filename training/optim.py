@@ -1,13 +1,17 @@
-"""Learning rates: groups of parameters, and schedules."""
+"""Learning rates: groups of parameters, and schedules. The saved state of an optimiser."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from samdetr.util.schema import brief, each, listed, number, record, tensor, text
 
 SCHEDULES = ("step", "cosine", "onecycle")
 OPTIONAL_LINEAR_PROJ_NAMES = ("reference_points", "sampling_offsets")  # of deformable models; others have none
@@ -41,15 +45,28 @@ def parameter_groups(
 
     # The order of the official code, on which the numbering in a saved optimizer state depends.
     learning_rates = {"main": lr, "backbone": lr_backbone, "linear_proj": lr * lr_linear_proj_mult}
-    members: dict[str, list[nn.Parameter]] = {group: [] for group in learning_rates}
-    for name, parameter in trainable.items():
-        group = "backbone" if name in backbone else "linear_proj" if name in projection else "main"
-        members[group].append(parameter)
+    members: dict[str, list[str]] = {group: [] for group in learning_rates}
+    for name in trainable:
+        members["backbone" if name in backbone else "linear_proj" if name in projection else "main"].append(name)
     return [
-        {"name": group, "params": parameters, "lr": learning_rates[group]}
-        for group, parameters in members.items()
-        if parameters
+        {
+            "name": group,
+            "params": [trainable[name] for name in names],
+            "param_names": names,  # which a saved state keeps, so that it goes to these parameters or nowhere
+            "lr": learning_rates[group],
+        }
+        for group, names in members.items()
+        if names
     ]
+
+
+def groups_of_run(model: nn.Module, settings: Mapping[str, Any]) -> list[dict] | None:
+    """`parameter_groups` by the settings that a checkpoint holds; None if it holds none that fit this network."""
+    names = ("lr", "lr_backbone", "lr_linear_proj_names", "lr_linear_proj_mult")
+    try:
+        return parameter_groups(model, **{name: settings[name] for name in names})
+    except (KeyError, ValueError):
+        return None
 
 
 def learning_rate_factor(step: int, *, schedule: str, total_steps: int, drop_step: int, warmup_steps: int) -> float:
@@ -92,3 +109,115 @@ def build_scheduler(
         place = {"last_epoch": first_step, "_step_count": first_step + 1, "_last_lr": rates}
         scheduler.load_state_dict({**scheduler.state_dict(), **place})
     return scheduler
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, one of each for a parameter
+_GROUP_RULE = record(
+    {"params": listed(number(least=0))},
+    optional={name: number(least=0, whole=False) for name in ("lr", "weight_decay")},
+)
+OPTIMIZER_RULE = record(
+    {
+        "param_groups": listed(_GROUP_RULE),
+        "state": each(record(dict.fromkeys(MOMENTS, tensor())), key=number(least=0)),
+    },
+    optional={"without_moments": listed(text)},
+)
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimiser's state dict, and the names of parameters that have no moments since they never had a gradient."""
+    without = [
+        name
+        for group in optimizer.param_groups
+        for name, parameter in zip(group.get("param_names", ()), group["params"])
+        if parameter not in optimizer.state
+    ]
+    return {**optimizer.state_dict(), "without_moments": without}
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, saved: Any, *, source: str, groups: Sequence[dict[str, Any]] | None = None
+) -> None:
+    """Give an AdamW the moments, step counts and weight decay of `optimizer_state`; nothing else is taken from it.
+
+    Moments are compared with the parameters first: a fused optimiser writes through pointers, without looking.
+
+    Args:
+        source: the file, for messages.
+        groups: `parameter_groups` of the run that made the file; of use where it does not hold the names itself.
+
+    Raises:
+        ValueError: another order of parameters, or moments that do not fit; nothing is loaded then.
+    """
+    try:
+        OPTIMIZER_RULE(saved, "'optimizer'")
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be resumed: {error}; resume from another checkpoint") from None
+    _check_groups(optimizer, saved, source=source, groups=groups)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", group["params"])]
+    without = saved.get("without_moments")
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, (name, parameter) in enumerate(zip(names, parameters)):
+        if index in saved["state"]:
+            state[index] = _moments(saved["state"][index], parameter, name=name, source=source)
+        elif without is not None and name not in without:
+            raise ValueError(f"{source} has no moments of {name}; resume from another checkpoint")
+    if unknown := saved["state"].keys() - state.keys():
+        raise ValueError(f"{source} has moments of parameters {sorted(unknown)[:5]}, which no group has")
+    own = optimizer.state_dict()["param_groups"]
+    decays = [group.get("weight_decay", here["weight_decay"]) for group, here in zip(saved["param_groups"], own)]
+    own = [{**here, "weight_decay": decay} for here, decay in zip(own, decays)]
+    optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def _check_groups(
+    optimizer: Optimizer, saved: dict[str, Any], *, source: str, groups: Sequence[dict[str, Any]] | None
+) -> None:
+    """Require the parameters of the saved groups to be those of the optimiser, in the same order."""
+    here, theirs = optimizer.param_groups, saved["param_groups"]
+    wrong = "" if len(here) == len(theirs) else f"{len(theirs)} groups, here {len(here)}"
+    first = 0
+    for index, (ours, group) in enumerate(zip(here, theirs)):
+        count = len(ours["params"])
+        names = group.get("param_names") or (groups[index]["param_names"] if groups and index < len(groups) else None)
+        if len(group["params"]) != count:
+            wrong = wrong or f"{len(group['params'])} parameters in group {index}, here {count}"
+        elif list(group["params"]) != list(range(first, first + count)):
+            raise ValueError(f"{source}: the parameters of group {index} are not in order; use another checkpoint")
+        elif "param_names" in ours and names is not None and names != ours["param_names"]:
+            pairs = zip(names, ours["param_names"]) if isinstance(names, list) else ()
+            wrong = wrong or next(
+                (f"{brief(one)} where this run has {two}" for one, two in pairs if one != two), "names"
+            )
+        first += count
+    if wrong:
+        raise ValueError(
+            f"{source} was trained with other groups of parameters ({wrong}); pass the `lr_backbone` (0 or not) and "
+            "`lr_linear_proj_names` that it was trained with"
+        )
+
+
+def _moments(saved: dict[str, Any], parameter: nn.Parameter, *, name: str, source: str) -> dict[str, Tensor]:
+    """The state of one parameter, in its layout in memory."""
+    if unknown := saved.keys() - {"step", *MOMENTS}:
+        raise ValueError(
+            f"{source}: the state of {name} holds {brief(sorted(map(str, unknown))[0])}, which is not AdamW's"
+        )
+    step = saved.get("step")
+    step = step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex() else step
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 <= step < 2**53 or step % 1:
+        raise ValueError(f"{source}: the step count of {name} is {brief(step)}, not a number of steps")
+    moments = {}
+    for kind in MOMENTS:
+        moment = saved[kind]
+        if moment.shape != parameter.shape or not moment.is_floating_point():
+            raise ValueError(
+                f"{source}: {kind} of {name} is {brief(moment)}, the parameter has the shape {tuple(parameter.shape)}; "
+                "resume from another checkpoint"
+            )
+        if not moment.isfinite().all() or (kind == "exp_avg_sq" and (moment < 0).any()):
+            raise ValueError(f"{source}: {kind} of {name} is not finite or negative; resume from an earlier checkpoint")
+        moments[kind] = torch.empty_like(parameter).copy_(moment)
+    return {"step": torch.tensor(float(step), dtype=torch.float32), **moments}

@@ -20,6 +20,7 @@ from samdetr.engine import compute_losses, predict
 from samdetr.models.criterion import SetCriterion
 from samdetr.training.checkpoints import REPLAY, CheckpointFolder
 from samdetr.training.guard import BadSteps, StepRecord
+from samdetr.training.optim import load_optimizer_state, optimizer_state
 from samdetr.training.run import AMP, build_network, build_optimizer
 from samdetr.training.settings import RunSettings
 from samdetr.training.state import TrainingState, set_random_state
@@ -80,7 +81,7 @@ def pack(step: StepRecord, state: TrainingState) -> dict[str, Any]:
         "num_boxes": step.num_boxes,
         "random": step.random,
         "model": network.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "optimizer": optimizer_state(state.optimizer),
         "scale": 1.0 if step.scale is None else step.scale,
         "gradients": gradients if state.keep_gradients else {},
         "settings": state.facts["settings"],
@@ -200,7 +201,9 @@ def run(source: str, *, device: torch.device) -> int:
     load_weights(network, content["model"], source=source)
     place(network, device, channels_last=settings.speed.channels_last)
     optimizer = build_optimizer(network, settings, device)
-    optimizer.load_state_dict(content["optimizer"])
+    load_optimizer_state(optimizer, content["optimizer"], source=source)
+    for group, saved in zip(optimizer.param_groups, content["optimizer"]["param_groups"]):
+        group["lr"] = saved["lr"]  # of that step; in a training it follows from the position
     log(f"epoch {content['epoch']}, iteration {content['iteration']}, image ids {image_ids(content)}")
     repeated = repeat(content, network=network, criterion=criterion, device=device, amp=AMP[settings.speed.amp])
     for line in repeated.lines():

@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.datasets.sampler import TrainSampler
-from samdetr.models.checkpoints import read_checkpoint
+from samdetr.models.checkpoints import INPUT_SETTINGS, read_checkpoint
 from samdetr.training.checkpoints import NEWEST, CheckpointFolder
 from samdetr.training.settings import RunSettings
-from samdetr.training.state import TrainingState
+from samdetr.training.state import TrainingState, check_state
 from samdetr.util.distributed import from_main, get_world_size, is_main
 from samdetr.util.logger import log
+from samdetr.util.schema import number
 
 # Settings that an evaluation takes from the run that made the file, so that it repeats the figures of that run.
 AS_TRAINED = ("batch_size", "pad_to_multiple", "amp")
+# Settings of that run which are read, beside those of the network: the rates say how its optimiser's state is grouped.
+READ_LATER = (*AS_TRAINED, "lr", "lr_backbone", "lr_linear_proj_names", "lr_linear_proj_mult")
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def find_checkpoint(settings: RunSettings, given: Mapping[str, Any], folder: Che
     otherwise = resume.partition(":")[2] if auto else resume
     found = path = None
     if folder and (auto or (not evaluate and _same_file(resume, folder.path / NEWEST))):
-        found = folder.newest_good(read_checkpoint) if is_main() else None
+        found = folder.newest_good(_read) if is_main() else None
         path = from_main(lambda: str(found[0]) if found else None)
     if path is None and auto and folder:
         if evaluate and not otherwise:
@@ -125,10 +128,24 @@ def find_checkpoint(settings: RunSettings, given: Mapping[str, Any], folder: Che
     follows = "start_epoch" not in given
     if not path:
         return Source(path, None, same_run=auto and follows)
-    checkpoint = found[1] if found else read_checkpoint(path)
+    checkpoint = found[1] if found else _read(path, allow_http=settings.run.allow_http)
     in_folder = follows and folder is not None and Path(path).parent.resolve() == folder.path.resolve()
     # Early files lack the iteration.
     return Source(path, checkpoint, same_run=in_folder and "iteration" in checkpoint, in_folder=in_folder)
+
+
+def _read(path: str, *, allow_http: bool = False) -> dict[str, Any]:
+    """A checkpoint whose values a run can use. Raises ValueError."""
+    checkpoint = read_checkpoint(path, allow_http=allow_http)
+    check_state(checkpoint, source=path)
+    saved = {name: value for name, value in checkpoint["run_settings"].items() if name in READ_LATER}
+    inputs = {name: value for name, value in checkpoint["settings"].items() if name in INPUT_SETTINGS}
+    try:
+        RunSettings.from_flat({**saved, **inputs, "model": checkpoint["settings"]["model"]})
+        number(least=1, most=10**6)(checkpoint["run_settings"].get("world_size", 1), "'world_size'")
+    except ValueError as error:
+        raise ValueError(f"`resume` {path} has settings that no run has: {error}; pass another checkpoint") from None
+    return checkpoint
 
 
 def claim_folder(source: Source, folder: CheckpointFolder, *, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from samdetr.datasets.bad_images import BadImages
@@ -23,7 +23,7 @@ from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.datasets.sampler import TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
-from samdetr.models.checkpoints import chosen_weights, load_backbone_weights
+from samdetr.models.checkpoints import check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.training.checkpoints import CheckpointFolder
@@ -34,10 +34,11 @@ from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
-from samdetr.util.checkpoint import load_weights
+from samdetr.util.checkpoint import load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
 from samdetr.util.files import write_json
+from samdetr.util.loader import Loader, guard_worker, shared_memory_warning
 from samdetr.util.logger import log
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,7 +137,9 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
-    pretrained = Pretrained.read(run.pretrained) if run.pretrained and not source.checkpoint else None
+    pretrained = (
+        Pretrained.read(run.pretrained, allow_http=run.allow_http) if run.pretrained and not source.checkpoint else None
+    )
     if pretrained:
         settings = pretrained.applied(settings, given)
     settings.check_family(given)
@@ -152,8 +155,11 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
             "with `pretrained` instead of `resume`"
         )
     settings = settings.with_resolved_norm()
+    weights = _weights(source, settings)
+    if weights is not None:
+        check_network(settings.trunk, settings.family, weights, source=source.path)
     network, criterion, postprocess = build_network(settings)
-    _load_weights(network, source, settings, given, pretrained, data.categories)
+    _load_weights(network, weights, source, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     if settings.speed.compile:
         network.compile(dynamic=True)
@@ -250,6 +256,7 @@ def build_loaders(
     batch_size, accumulate = settings.optimisation.batch_size, settings.optimisation.accumulate
     rank, world_size = get_rank(), get_world_size()
     options: dict[str, Any] = {
+        "timeout": settings.run.timeout,
         "collate_fn": partial(collate, multiple=settings.data.pad_to_multiple),
         "num_workers": settings.data.num_workers,
         "persistent_workers": settings.data.num_workers > 0,  # started once, not for each epoch
@@ -263,7 +270,7 @@ def build_loaders(
         order=val_set.images.by_id(), batch_size=batch_size, processes=evaluating_processes or world_size, rank=rank,
         world_size=world_size,
     )  # fmt: skip
-    val_loader = DataLoader(val_set, batch_sampler=batches, **options)
+    val_loader = Loader(val_set, batch_sampler=batches, **options)
     if train_set is None:
         return None, val_loader
     batch = batch_size * accumulate * world_size
@@ -273,19 +280,37 @@ def build_loaders(
             f"`batch_size` {batch_size}{times} in {world_size} process(es) is more than the {len(train_set)} training "
             "images; make it smaller"
         )
+    height, width = max(settings.data.train_sizes), settings.data.max_size
+    bytes_of_batch = batch_size * 4 * height * max(height, width)  # colours and padding
+    if line := shared_memory_warning(num_workers=settings.data.num_workers, batch_bytes=bytes_of_batch):
+        log(line)
     shuffled = TrainSampler(
         length=len(train_set), batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
     )
-    return DataLoader(train_set, batch_size, sampler=shuffled, **options), val_loader
+    return Loader(train_set, batch_size=batch_size, sampler=shuffled, **options), val_loader
 
 
 def _init_worker(number: int) -> None:
     shield_worker(number)
+    guard_worker()
     leave_lock_to_parent()
+
+
+def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
+    """Those of the checkpoint, if any. Raises ValueError."""
+    if not source.checkpoint:
+        return None
+    weights = chosen_weights(source.checkpoint, raw=settings.run.raw_weights or not settings.run.eval)
+    if weights is not source.checkpoint["model"]:
+        log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+    if not settings.run.allow_nonfinite:
+        require_finite(weights, source=source.path, remedy="; `allow_nonfinite` takes it as it is")
+    return weights
 
 
 def _load_weights(
     network: Detector,
+    weights: dict[str, Tensor] | None,
     source: Source,
     settings: RunSettings,
     given: Mapping[str, Any],
@@ -293,14 +318,16 @@ def _load_weights(
     categories: Categories,
 ) -> None:
     """Those of the checkpoint; without one, those of the pretrained detector and of the backbone."""
-    raw, wanted = settings.run.raw_weights, settings.run.backbone_weights
-    if source.checkpoint:
-        weights = chosen_weights(source.checkpoint, raw=raw or not settings.run.eval)
-        if weights is not source.checkpoint["model"]:
-            log("these are averaged weights (`ema`); `raw_weights` takes those that were trained")
+    run = settings.run
+    wanted = run.backbone_weights
+    if weights is not None:
         load_weights(network, weights, source=source.path)
         return
-    if pretrained and pretrained.load_into(network, categories, raw=raw) and "backbone_weights" not in given:
+    if (
+        pretrained
+        and pretrained.load_into(network, categories, raw=settings.run.raw_weights)
+        and "backbone_weights" not in given
+    ):
         return
     with main_process_first():
         load_backbone_weights(network, wanted)
@@ -316,6 +343,12 @@ def write_evaluation(parts: Parts) -> None:
             f"{images.annotation_file} has no annotations to compare with; keep the detections: `output_dir`"
         )
     metrics, evaluator = parts.evaluate()
+    bad = metrics.get("nonfinite_images", 0)
+    if bad and not parts.settings.run.allow_nonfinite:
+        raise ValueError(
+            f"{parts.source.path}: outputs of {bad} of {len(parts.data.val_images)} images are not finite (with `amp` "
+            f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
+        )
     if not images.annotated:
         log(f"{images.annotation_file} has no annotations: there are detections, no figures")
         metrics = {}

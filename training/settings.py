@@ -69,7 +69,7 @@ class Run(Settings):
 
     output_dir: str = flag("", "where checkpoints and logs are saved; empty: nowhere", metavar="FOLDER")
     device: str = flag("auto", "auto: a GPU if there is one")
-    seed: int = flag(42, "of weights, data order and augmentation", least=0)
+    seed: int = flag(42, "of weights, data order and augmentation", least=0, most=2**62)
     backbone_weights: str = flag(
         "imagenet", "pretrained backbone; not used with --resume", metavar="{imagenet,none,FILE}"
     )
@@ -85,6 +85,8 @@ class Run(Settings):
     start_epoch: int = flag(0, "first epoch, counted from 0; a checkpoint brings its own", least=0, metavar="EPOCH")
     eval: bool = flag(False, "evaluate, do not train")
     raw_weights: bool = flag(False, "with --eval: not the averaged weights of --ema")
+    allow_http: bool = flag(False, "fetch files over http from other machines, too, where others can change them")
+    allow_nonfinite: bool = flag(False, "use weights, and with --eval count outputs, that are not finite")
     eval_every_epoch: int = flag(1, "epochs between evaluations", least=1, metavar="EPOCHS")
     patience: int = flag(
         0, "stop after this many evaluations without a higher AP; 0: never", least=0, metavar="EVALUATIONS"

@@ -14,9 +14,87 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from samdetr.training.ema import WeightAverage
-from samdetr.util.checkpoint import SCHEMA_VERSION
+from samdetr.training.optim import groups_of_run, load_optimizer_state, optimizer_state
+from samdetr.util.checkpoint import SCHEMA_VERSION, check_weights
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
+from samdetr.util.schema import anything, brief, each, listed, maybe, number, record, tensor
+
+_COUNT = number(least=0, most=2**62)
+
+
+def _random_rule(value: Any, place: str) -> None:
+    try:
+        torch.Generator().set_state(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{place} is {brief(value)}, not the state of a generator of random numbers") from None
+
+
+def _gpu_random_rule(value: Any, place: str) -> None:
+    tensor(dtype=torch.uint8)(value, place)
+    if value.shape != (16,):
+        raise ValueError(f"{place} is {brief(value)}, not the state of a generator of a GPU")
+
+
+def _real(value: Any, place: str) -> None:
+    """A number, or what is none: sums of losses may overflow."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{place} is {brief(value)}, not a number")
+
+
+RULES = record(
+    {},
+    optional={
+        "iteration": maybe(_COUNT),
+        "samples_seen": _COUNT,
+        "sampler": record({"seed": _COUNT, "batch": number(least=1, most=2**62), "position": _COUNT}),
+        "random_states": listed(record({"torch": _random_rule}, optional={"cuda": _gpu_random_rule}), least=1),
+        "averages": listed(record({"sums": each(_real), "counts": each(number(least=0, whole=False))}), least=1),
+        "extras": record(
+            {},
+            optional={
+                "bad_steps": record(dict.fromkeys(("skipped", "bad", "in_a_row"), _COUNT)),
+                "clock": record({"seconds": number(least=0, whole=False)}),
+            },
+        ),
+        "scaler": maybe(
+            record(
+                {},
+                optional={
+                    "scale": number(least=1e-40, most=1e38, whole=False),
+                    "growth_factor": number(least=1, most=1e6, whole=False),
+                    "backoff_factor": number(least=1e-6, most=1, whole=False),
+                    "growth_interval": number(least=1, most=2**31),
+                    "_growth_tracker": number(least=0, most=2**31),
+                },
+            )
+        ),
+        "ema": maybe(record({"model": each(tensor()), "updates": _COUNT})),
+        "gradients": each(tensor()),
+        "optimizer": anything,  # training.optim compares it with the parameters
+    },
+)
+
+
+def check_state(checkpoint: dict[str, Any], *, source: str) -> None:
+    """Require what `restore` and `restore_place` read to be there and to belong together. Raises ValueError."""
+    try:
+        RULES(checkpoint, "")
+        if checkpoint.get("iteration") is None:  # official and early files end with an epoch
+            return
+        record(dict.fromkeys(("epoch", "sampler", "random_states", "averages"), anything))(checkpoint, "")
+        order, done = checkpoint["sampler"], checkpoint["iteration"]
+        if order["position"] != done * order["batch"]:
+            raise ValueError(
+                f"'sampler' has the position {order['position']}, {done} steps of {order['batch']} images are another"
+            )
+        if len(checkpoint["averages"]) != len(checkpoint["random_states"]):
+            raise ValueError("'averages' and 'random_states' are of different numbers of processes")
+        for state in checkpoint["averages"]:
+            if state["sums"].keys() != state["counts"].keys():
+                raise ValueError("'averages' has sums without counts")
+    except ValueError as error:
+        raise ValueError(f"`resume` {source} cannot be resumed: {error}; pass another checkpoint") from None
 
 
 @dataclass(kw_only=True)
@@ -52,7 +130,7 @@ class TrainingState:
             "schema_version": SCHEMA_VERSION,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "epoch": self.epoch,
@@ -76,23 +154,19 @@ class TrainingState:
         of this project do, are left as they are.
 
         Raises:
-            ValueError: the file has other groups of parameters.
+            ValueError: the file has other groups of parameters, or state that does not fit them.
         """
-        rates = [(group["lr"], group["initial_lr"]) for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError:
-            raise ValueError(
-                f"{source} was trained with other groups of parameters; pass the `lr_backbone` (0 or not) and "
-                "`lr_linear_proj_names` that it was trained with"
-            ) from None
-        for group, (lr, initial_lr) in zip(self.optimizer.param_groups, rates):
-            group["lr"], group["initial_lr"] = lr, initial_lr
+        groups = groups_of_run(self.model, checkpoint.get("run_settings", {}))
+        load_optimizer_state(self.optimizer, checkpoint["optimizer"], source=source, groups=groups)
+        weights = dict(self.model.named_parameters())
         for name, gradient in checkpoint.get("gradients", {}).items() if self.keep_gradients else ():
-            weight = self.model.get_parameter(name)
-            weight.grad = gradient.to(weight)
+            if name not in weights or gradient.shape != weights[name].shape:
+                raise ValueError(f"{source} has a gradient {name} {tuple(gradient.shape)}, which no parameter has")
+            weights[name].grad = torch.empty_like(weights[name]).copy_(gradient)
         parts = {"scaler": self.scaler, "ema": self.ema, **self.extras}
         saved = {**checkpoint.get("extras", {}), "scaler": checkpoint.get("scaler"), "ema": checkpoint.get("ema")}
+        if saved["ema"]:
+            check_weights(self.model, saved["ema"]["model"], source=f"{source}: the average of the weights")
         for name, part in parts.items():
             if part is not None and saved.get(name):
                 part.load_state_dict(saved[name])

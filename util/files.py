@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_HOST = socket.gethostname().replace(".", "_")
+_TEMPORARY = re.compile(r"\.(\d+)(?:@([^.]+))?\.(.+)")  # process, host and name, of `whole_file`
 
 
 def append_json_line(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
@@ -43,9 +48,10 @@ def write_json(path: str | os.PathLike, value: Any, *, indent: int | None = 2) -
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path, whose file replaces `path` in one step when the body ends, and is removed if it fails. It keeps
-    the suffix of `path`, by which writers of pictures choose the format."""
+    the suffix of `path`, by which writers of pictures choose the format. Its name says whose it is: `remove_leftovers`
+    removes those of processes that have ended."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}@{_HOST}.{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -58,6 +64,32 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, names: re.Pattern, *, of_other_hosts: bool = False) -> None:
+    """Remove what `whole_file` left in a folder when its process was killed, of files whose names match `names`.
+
+    Of processes on other hosts nothing is known: their files go only if `of_other_hosts`, which the holder of a lock on
+    the folder may say.
+    """
+    for path in folder.iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and names.fullmatch(match[3]):
+            here = match[2] in (None, _HOST)
+            if not _lives(int(match[1])) if here else of_other_hosts:
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _lives(process: int) -> bool:
+    """Whether there is such a process on this machine; a number that was given again counts as the old one."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return process != os.getpid()
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -10,11 +10,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import numbers
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from samdetr.util.schema import brief
 
 S = TypeVar("S", bound="Settings")
 
@@ -53,9 +58,19 @@ def flags(settings: type | Settings) -> Iterator[tuple[str, Flag]]:
             yield each.name, each.metadata["flag"]
 
 
+@functools.cache
+def _hints(settings: type) -> dict[str, Any]:
+    return typing.get_type_hints(settings)
+
+
+def may_be_none(settings: type, name: str) -> bool:
+    """Whether a field may be unset: `int | None`."""
+    return type(None) in typing.get_args(_hints(settings)[name])
+
+
 def value_type(settings: type, name: str) -> tuple[type, bool]:
     """The type of one value of a field, and whether the field holds several: `tuple[int, ...]` -> (int, True)."""
-    hint = typing.get_type_hints(settings)[name]
+    hint = _hints(settings)[name]
     if isinstance(hint, types.UnionType):  # `int | None`
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -73,10 +88,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, declared in flags(self):
-            value = getattr(self, name)
+            value, (kind, several) = getattr(self, name), value_type(type(self), name)
             if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
-            for single in value if isinstance(value, tuple) else (value,):
+            if isinstance(value, tuple) != several:
+                raise ValueError(
+                    f"`{name}` {brief(value)} is not {'a list' if several else _KINDS.get(kind, 'a value')}"
+                )
+            if value is None and may_be_none(type(self), name):
+                continue
+            for single in value if several else (value,):
+                _check_type(name, single, kind)
                 _check(name, single, declared)
 
     @classmethod
@@ -90,15 +112,25 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    """Values of files and of Python have whatever type; those of a command line have the right one."""
+    wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"`{name}` {brief(value)} is not {_KINDS.get(kind, f'a {kind.__name__}')}")
+
+
 def _check(name: str, value: Any, declared: Flag) -> None:
-    if value is None:
-        return
     if declared.choices and value not in declared.choices:
-        raise ValueError(f"`{name}` {value!r} is none of {', '.join(map(str, declared.choices))}")
+        raise ValueError(f"`{name}` {brief(value)} is none of {', '.join(map(str, declared.choices))}")
     # Written so that NaN is refused, too.
     if declared.least is not None and not value >= declared.least:
-        raise ValueError(f"`{name}` {value} must be at least {declared.least:g}")
+        raise ValueError(f"`{name}` {brief(value)} must be at least {declared.least:g}")
     if declared.most is not None and not value <= declared.most:
-        raise ValueError(f"`{name}` {value} must be at most {declared.most:g}")
+        raise ValueError(f"`{name}` {brief(value)} must be at most {declared.most:g}")
     if declared.below is not None and not value < declared.below:
         raise ValueError(f"`{name}` {value} must be less than {declared.below:g}")
+    if isinstance(value, (int, float)) and not abs(value) < sys.float_info.max:
+        raise ValueError(f"`{name}` {brief(value)} is not finite")

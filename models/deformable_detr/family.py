@@ -25,12 +25,12 @@ class Config(AlignerConfig):
 
     sam_resample: str = with_default(AlignerConfig, "sam_resample", "off")
     num_feature_levels: int = flag(
-        4, "1: the last stage alone; more than C3 to C5: smaller ones", least=1, carried=True
+        4, "1: the last stage alone; more than C3 to C5: smaller ones", least=1, most=100, carried=True
     )
     with_box_refine: bool = flag(False, "a layer's boxes are the next one's references; separate heads", carried=True)
     two_stage: bool = flag(False, "queries are the encoder's best proposals; needs --with_box_refine", carried=True)
-    enc_n_points: int = flag(4, "points a head samples in each level, encoder", least=1, carried=True)
-    dec_n_points: int = flag(4, "the same, decoder", least=1, carried=True)
+    enc_n_points: int = flag(4, "points a head samples in each level, encoder", least=1, most=1000, carried=True)
+    dec_n_points: int = flag(4, "the same, decoder", least=1, most=1000, carried=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

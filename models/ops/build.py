@@ -119,20 +119,52 @@ def cuda_recipe(architecture: str) -> Recipe:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file, so that of the processes of one machine (or one shared home) a single one compiles."""
+def locked(path: Path, *, timeout: float) -> Iterator[None]:
+    """Holds a lock file, so that of the processes of one machine (or one shared home) a single one compiles.
+
+    Raises BuildError if another process holds it for longer than `timeout` seconds.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks here: the rename in build() still keeps half a file from being loaded
         yield
         return
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes, also when the process dies
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the file closes, however that happens
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise BuildError(f"another process has held {path} for {timeout:.0f} s; end it") from None
+                time.sleep(0.05)
         yield
 
 
+def private(folder: Path) -> None:
+    """Make the folder one that only this user can write into: what lies in it is loaded as code.
+
+    Raises BuildError if it is another user's. Libraries in a folder that others could write into are removed.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    user = os.geteuid()
+    if status.st_uid != user and not (status.st_uid == 0 and not status.st_mode & 0o022):
+        raise BuildError(
+            f"cache folder {folder} belongs to user {status.st_uid}, and this is user {user}; set TORCH_EXTENSIONS_DIR "
+            "to a folder of your own"
+        )
+    if status.st_mode & 0o022:
+        folder.chmod(status.st_mode & ~0o022)
+        for path in (*folder.glob("*.so"), *folder.glob("*.sha256")):
+            path.unlink()
+
+
 def checksum(library: Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()
+    """Size and SHA-256."""
+    content = library.read_bytes()
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
 
 
 def checksum_file(library: Path) -> Path:
@@ -140,9 +172,23 @@ def checksum_file(library: Path) -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether the library is there as it was built: to load a part of one ends the process (SIGBUS)."""
+    """Whether the library is there as it was built, by this user: to load a part of one ends the process (SIGBUS)."""
     saved = checksum_file(library)
-    return library.exists() and saved.exists() and saved.read_text() == checksum(library)
+    if not (library.is_file() and saved.is_file()):
+        return False
+    if any(path.stat().st_mode & 0o022 or path.stat().st_uid not in (0, os.geteuid()) for path in (library, saved)):
+        return False
+    text = saved.read_text(errors="replace")
+    return text.startswith(f"{library.stat().st_size} ") and text == checksum(library)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def build(recipe: Recipe, *, timeout: float = 900) -> Path:
@@ -154,30 +200,47 @@ def build(recipe: Recipe, *, timeout: float = 900) -> Path:
     """
     try:
         library = recipe.library
+        folder = library.parent
+        if folder.exists():
+            private(folder)
         if is_whole(library):
             return library
         compiler = recipe.find_compiler()
-        library.parent.mkdir(parents=True, exist_ok=True)
+        private(folder)
         asked = time.time()
-        with locked(library.with_suffix(".lock")):
+        with locked(library.with_suffix(".lock"), timeout=1.1 * timeout):
             failure = library.with_suffix(".failed")
             if is_whole(library):
                 return library
             if failure.exists() and failure.stat().st_mtime >= asked:
                 raise BuildError(failure.read_text())
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                output = Path(folder) / "library.so"
+            remove_leftovers(library, older=2 * timeout)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=f"{library.stem}.build-") as temporary:
+                output, digest = Path(temporary) / "library.so", Path(temporary) / "library.sha256"
                 try:
                     run([*compiler, *recipe.flags, *map(str, recipe.sources), "-o", str(output)], timeout=timeout)
                 except BuildError as error:
                     failure.write_text(str(error))
                     raise
-                checksum_file(library).write_text(checksum(output))
-                output.replace(library)  # in one step: others see no file or a whole one
+                digest.write_text(checksum(output))
+                for file, target in ((digest, checksum_file(library)), (output, library)):
+                    file.chmod(0o600 if file is digest else 0o700)
+                    sync(file)
+                    file.replace(target)  # in one step: others see no file or a whole one
+                sync(folder)
             failure.unlink(missing_ok=True)
         return library
     except OSError as error:
         raise BuildError(f"cache folder {cache_folder()}: {error}") from error
+
+
+def remove_leftovers(library: Path, *, older: float) -> None:
+    """Remove temporary folders of builds that were killed: of this library, whose lock the caller holds, and of others
+    if they are `older` than so many seconds."""
+    for path in (*library.parent.glob("*.build-*"), *library.parent.glob("tmp????????")):
+        own = path.name.startswith(f"{library.stem}.build-")
+        if path.is_dir() and (own or time.time() - path.stat().st_mtime > older):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def run(command: list[str], *, timeout: float) -> str:

@@ -29,7 +29,7 @@ from samdetr.util.settings import flag
 class Config(FamilyConfig):
     """Settings of SAP-DETR beside the trunk's."""
 
-    num_select: int = flag(300, "detections kept of an image", least=1, carried=True)
+    num_select: int = flag(300, "detections kept of an image", least=1, most=10**6, carried=True)
     transformer_activation: str = flag("relu", "of the feed-forward branches", choices=("relu", "prelu"), carried=True)
     meshgrid_refpoints_xy: bool = flag(False, "points start as a grid; always so, nothing else exists", carried=True)
     newconvinit: bool = flag(False, "queries start as the features at their points", carried=True)

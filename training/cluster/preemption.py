@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from samdetr.util.distributed import get_world_size
+from samdetr.util.loader import seconds_waited
 from samdetr.util.logger import log
 
 PREEMPTED = 75  # exit status "start me again" (sysexits.h: temporary failure); scripts_slurm/launch.sh knows it
@@ -26,6 +27,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Seconds in which a second signal counts as the same one: launchers forward a signal that every process has received
 # already, torchrun more slowly if it was interrupted itself.
 _ONE_SIGNAL = {signal.SIGTERM: 0.1, signal.SIGUSR1: 0.1, signal.SIGINT: 1.0}
+
+PATIENCE = 10.0  # seconds that a run waits for data after a signal
 
 
 class Request(enum.IntEnum):
@@ -63,6 +66,7 @@ class Signals:
         self.received: signal.Signals | None = None
         self._nothing_to_save = not saves
         self._lock = threading.Lock()
+        self._left = threading.Event()
 
     def __enter__(self) -> Signals:
         self._reader, self._writer = socket.socketpair()
@@ -76,6 +80,7 @@ class Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
+        self._left.set()
         self._writer.close()  # ends the thread
 
     def request(self) -> Request:
@@ -104,6 +109,7 @@ class Signals:
                 continue
             with self._lock:
                 if not self.received:
+                    threading.Thread(target=self._leave_if_data_is_late, daemon=True).start()
                     self.received, first = signal.Signals(number[0]), time.monotonic()
                     if self._nothing_to_save:
                         self._leave()
@@ -112,6 +118,14 @@ class Signals:
                 elif time.monotonic() - first > _ONE_SIGNAL[self.received]:
                     end_now(128 + number[0])
         self._reader.close()
+
+    def _leave_if_data_is_late(self) -> None:
+        """End the process if the main thread waits for data, since it does not look at signals until a step is made."""
+        while not self._left.wait(1):
+            if seconds_waited() > PATIENCE:
+                log(f"no data came for {PATIENCE:.0f} s after {self.received.name if self.received else 'a signal'}")
+                with self._lock:
+                    self._leave()
 
     def _leave(self) -> None:
         assert self.received is not None
