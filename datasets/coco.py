@@ -51,6 +51,7 @@ class CocoDetection(Dataset):
         allow_outside: read files whose names leave the image folder.
 
     Attributes:
+        annotated: False if the file has no list of annotations, as that of COCO's test images.
         ground_truth: what the evaluator compares with, crowds included; None for a training set.
         known_faults: faults of image files by index, as far as `check_files` has found them.
 
@@ -81,6 +82,7 @@ class CocoDetection(Dataset):
         self.categories = categories or found
 
         annotations.require_valid()
+        self.annotated = annotations.annotated
         if not self.image_folder.is_dir():
             raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
         # Tensors instead of lists of objects: datasets/image_list.py says why.

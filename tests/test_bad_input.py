@@ -49,7 +49,7 @@ def test_missing_data_folder(refused, tmp_path):
     line = refused(tmp_path / "empty" / "coco")
     assert f"{tmp_path}/empty/coco does not exist" in line
     assert "--coco_path" in line
-    assert "instances_train2017.json does not exist" in refused(tmp_path / "empty")
+    assert "holds neither train2017/ nor val2017/" in refused(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

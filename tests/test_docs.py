@@ -59,7 +59,7 @@ FOREIGN = {
     "SLURM": ["--ntasks", "--nodes", "--partition"],
 }
 # Files that runs write, which are named like those of the repository.
-WRITTEN = {"log.txt", "bad_images.txt"}
+WRITTEN = {"log.txt", "bad_images.txt", "labelmap.txt"}
 
 
 class Block(NamedTuple):
@@ -349,7 +349,8 @@ def test_every_file_that_is_named_exists(page):
             name in WRITTEN or name.startswith(("train2017", "val2017", "annotations")) or re.search(r"[A-Z]{4,}", name)
         ):  # scripts/NAME.sh
             continue
-        folders = ("", "docs", "models", "models/ops", "datasets", "training")
+        layouts = [f"tests/layouts/{layout}" for layout in ("roboflow", "yolo", "voc")]  # of users' data
+        folders = ("", "docs", "models", "models/ops", "datasets", "training", *layouts)
         assert any((REPOSITORY / folder / name).exists() for folder in folders), f"{page}: {name}"
 
 

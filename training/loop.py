@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,8 +148,7 @@ class Trainer:
         self.history = [(line["epoch"], ap) for line in earlier if (ap := average_precision(line)) is not None]
         self.votes = Votes()
         self.saved_at = time.monotonic()
-        data = Path(parts.settings.data.coco_path)
-        self.about = about(device=parts.device, data=data) if self.folder and is_main() else {}
+        self.about = about(device=parts.device, data=parts.settings.data) if self.folder and is_main() else {}
         self.metrics: list[float] | None = None  # of the last evaluation
         self._arrived = 0  # batches of this epoch
         self._tables = ""  # of the last evaluation

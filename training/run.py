@@ -112,6 +112,8 @@ def check_settings(settings: RunSettings) -> None:
     run = settings.run
     if run.eval and not run.resume:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
+    if settings.data.split != "val" and not run.eval:
+        raise ValueError(f"`split` {settings.data.split} is for `eval`; training evaluates on val: leave it out")
     if run.pretrained and run.eval:
         raise ValueError("`pretrained` has no effect with `eval`; pass the file with `resume`")
     if run.pretrained and run.resume and not is_auto(run.resume):
@@ -219,7 +221,7 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     read: dict[str, Annotations] = {}
 
     def load(split: str, categories: Categories | None) -> CocoDetection:
-        annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
+        annotations = read_split(split, settings.data, unannotated=settings.run.eval)
         read[split] = annotations
         dataset = build_dataset(
             split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
@@ -230,7 +232,7 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
                 "train on objects that are not crowds (iscrowd 0) and whose boxes have an area inside their image"
             )
         if is_main():
-            checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
+            checked.append(check_loaded(annotations, dataset, split=split, num_queries=settings.trunk.num_queries))
         return dataset
 
     categories = checkpoint_categories(source.checkpoint) if source.checkpoint else None
@@ -239,7 +241,7 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
     if train_set and settings.run.overfit:
         train_set, val_set = overfit.data_sets(settings, train_set, read["train"])
     else:
-        val_set = load("val", categories)
+        val_set = load(settings.data.split, categories)
     for line in start_lines(checked, Path(settings.data.coco_path)):
         log(line)
     processes = source.evaluating_processes(given) if settings.run.eval else None
@@ -353,6 +355,11 @@ def _load_weights(
 
 def write_evaluation(parts: Parts) -> None:
     """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
+    images = parts.data.val_images
+    if not images.annotated and not parts.folder:
+        raise ValueError(
+            f"{images.annotation_file} has no annotations to compare with; keep the detections: `output_dir`"
+        )
     metrics, evaluator = parts.evaluate()
     bad = metrics.get("nonfinite_images", 0)
     if bad and not parts.settings.run.allow_nonfinite:
@@ -360,12 +367,16 @@ def write_evaluation(parts: Parts) -> None:
             f"{parts.source.path}: outputs of {bad} of {len(parts.data.val_images)} images are not finite (with `amp` "
             f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
         )
-    log(evaluator.table())
-    if metrics["coco_eval_bbox"][0] < 0:
+    if not images.annotated:
+        log(f"{images.annotation_file} has no annotations: there are detections, no figures")
+        metrics = {}
+    else:
+        log(evaluator.table())
+    if metrics and metrics["coco_eval_bbox"][0] < 0:
         log(f"warning: AP is undefined (-1): {parts.data.val_images.annotation_file} has no object that is not a crowd")
     if parts.folder and is_main():
         with parts.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)
             facts = {"resume": parts.source.path, "settings": parts.saved_settings()}
             write_json(output / "eval.json", {**metrics, **facts})
-        log(f"detections and figures are in {parts.folder.path}")
+        log(f"detections{' and figures' if metrics else ''} are in {parts.folder.path}")
