@@ -75,7 +75,7 @@ def run(command: CommandLine) -> int:
     torch.manual_seed(settings.run.seed + ranks.rank)
     try:
         with Watchdog(timeout=settings.run.timeout, describe=command.with_flags) as watchdog:
-            saves = bool(settings.run.output_dir) and not settings.run.eval
+            saves = bool(settings.run.output_dir) and not settings.run.eval and not settings.run.overfit
             with (
                 Signals(watchdog.report, saves=saves) as signals,
                 FolderLock(Path(settings.run.output_dir)) if saves and is_main() else nullcontext(),
@@ -88,9 +88,9 @@ def run(command: CommandLine) -> int:
                     log(start_block(parts, None))
                     write_evaluation(parts)
                 else:
-                    train(parts, command.given, signals)
+                    return train(parts, command.given, signals)
     except Stopped as stopped:
-        return stopped.status
+        return stopped.status or int(bool(settings.run.overfit))  # one that ended early has shown nothing
     return 0
 
 

@@ -31,6 +31,7 @@ class Annotations:
     Numbers written as text or as 1.0 are read as what they mean (datasets.values), here and nowhere else: `content` has
     them converted. Of images or categories that share an id, annotations belong to the first.
 
+    - `annotated`: False for a content without 'annotations', which is that of images to detect objects in.
     - `converted`: list and place of each entry that was converted; `conversion` describes one.
     - `images`, `categories`: the entries with a valid id and a name; `entries`: the N annotations.
     - `image` int64 (N,): row in `images`, -1 for an unknown image; `row_of` maps an image id to its row.
@@ -44,6 +45,8 @@ class Annotations:
     def __init__(self, content: dict, *, file: str | Path = "the annotation file") -> None:
         """`file` appears in messages."""
         self.file = file
+        self.annotated = "annotations" in content
+        content = {"annotations": [], **content}
         self.converted: list[tuple[str, int]] = []
         self._original = content
         self.content = content = {**content, **{name: self._convert(name, content[name]) for name in LISTS}}
@@ -70,22 +73,7 @@ class Annotations:
     @classmethod
     def read(cls, file: Path) -> Annotations:
         """Raises ValueError for a file that does not exist or is not a COCO instances file."""
-        try:
-            with open_regular(file) as stream:
-                text = stream.read()
-        except FileNotFoundError:
-            raise ValueError(f"annotation file {shown(file)} does not exist; check the path to the data set") from None
-        except (OSError, ValueError) as error:
-            raise ValueError(f"annotation file {shown(file)} cannot be read: {error}") from None
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:  # wrong encoding or syntax, numbers of thousands of digits
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ValueError(f"{file} is not JSON ({reason}); pass a COCO instances file") from None
-        for key in LISTS:
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise ValueError(f"{file} has no list {key!r}; pass a COCO instances file")
-        return cls(content, file=file)
+        return cls(read_content(file, LISTS), file=file)
 
     def with_sizes(self, sizes: Mapping[str, Size | None]) -> Annotations:
         """A copy whose `frames` follow `sizes`: (width, height) by file name, None if unknown. Other images keep
@@ -182,12 +170,28 @@ class Annotations:
         return by_image[self.image]  # row -1 is that of unknown images
 
 
-def split_paths(root: Path, split: str) -> tuple[Path, Path]:
-    """Image folder and annotation file of a split in the folder layout of COCO 2017. The image folder may be in
-    images/, as SAP-DETR's published code has it."""
-    folder, within = root / f"{split}2017", root / "images" / f"{split}2017"
-    chosen = within if within.is_dir() and not folder.is_dir() else folder
-    return chosen, root / "annotations" / f"instances_{split}2017.json"
+def read_content(file: Path, lists: Sequence[str] = ("images", "categories")) -> dict[str, Any]:
+    """The content of a COCO annotation file, which has these `lists`.
+
+    Raises ValueError for a file that does not exist or is not one.
+    """
+    try:
+        with open_regular(file) as stream:
+            text = stream.read()
+    except FileNotFoundError:
+        raise ValueError(f"annotation file {shown(file)} does not exist; check the path to the data set") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"annotation file {shown(file)} cannot be read: {error}") from None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # wrong encoding or syntax, numbers of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file} is not JSON ({reason}); pass a COCO instances file") from None
+    for key in LISTS:
+        needed = key in lists or not isinstance(content, dict) or key in content
+        if needed and (not isinstance(content, dict) or not isinstance(content.get(key), list)):
+            raise ValueError(f"{file} has no list {key!r}; pass a COCO instances file")
+    return content
 
 
 def is_image(entry: Any) -> bool:

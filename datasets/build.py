@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-from samdetr.datasets.annotations import Annotations, split_paths
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.settings import Data
+from samdetr.datasets.sources import require_split
 from samdetr.datasets.transforms import ByteImages, EvalTransforms, TrainTransforms
 from samdetr.util.distributed import is_main
 from samdetr.util.padded_images import pad_images
 from samdetr.util.targets import TargetBatch
 
 
-def read_split(split: str, data: Data) -> Annotations:
-    """Read the annotation file of the split "train" or "val", in the folder layout of COCO 2017.
+def read_split(split: str, data: Data, *, unannotated: bool = False) -> Annotations:
+    """Read the annotations of the split "train", "val" or "test".
 
     Raises:
-        ValueError: unknown `dataset_file`, a missing folder or file, or a file that is not in COCO format.
+        ValueError: a missing folder or file, one that cannot be read, or no annotations, unless `unannotated`.
     """
-    if data.dataset_file != "coco":
-        raise ValueError(
-            f"`dataset_file` {data.dataset_file!r} is unknown; 'coco' (any data set in COCO format) is known"
-        )
-    root = Path(data.coco_path)
-    if not root.is_dir():
-        raise ValueError(
-            f"data folder {root} does not exist; set `coco_path` to a folder with train2017/, val2017/ and annotations/"
-        )
-    return Annotations.read(split_paths(root, split)[1])
+    return require_split(split, data).read(unannotated=unannotated)
 
 
 def build_dataset(
@@ -43,7 +34,7 @@ def build_dataset(
     categories: Categories | None = None,
     seed: int = 42,
 ) -> CocoDetection:
-    """The split "train" or "val". Its images are uint8; `collate` makes batches of them.
+    """The split "train", "val" or "test". Its images are uint8; `collate` makes batches of them.
 
     Every process of a run must call this. The main process checks every image file: see `CocoDetection.check_files`.
 
@@ -60,15 +51,15 @@ def build_dataset(
         {"short_sides": data.train_sizes, "crop": data.crop_augmentation} if train else {"short_side": data.eval_size}
     )
     kind = TrainTransforms if train else EvalTransforms
-    folder, file = split_paths(Path(data.coco_path), split)
+    source = require_split(split, data)
     dataset = CocoDetection(
-        image_folder=folder,
-        annotation_file=file,
+        image_folder=source.folder,
+        annotation_file=source.file,
         transforms=kind(**options, max_size=data.max_size, normalize=False),
         train=train,
         categories=categories,
         seed=seed,
-        annotations=annotations or read_split(split, data),
+        annotations=annotations or source.read(),
         allow_outside=data.allow_outside,
     )
     if is_main():

@@ -51,6 +51,7 @@ class CocoDetection(Dataset):
         allow_outside: read files whose names leave the image folder.
 
     Attributes:
+        annotated: False if the file has no list of annotations, as that of COCO's test images.
         ground_truth: what the evaluator compares with, crowds included; None for a training set.
         known_faults: faults of image files by index, as far as `check_files` has found them.
 
@@ -81,6 +82,7 @@ class CocoDetection(Dataset):
         self.categories = categories or found
 
         annotations.require_valid()
+        self.annotated = annotations.annotated
         if not self.image_folder.is_dir():
             raise ValueError(f"image folder {self.image_folder} does not exist; check the path to the data set")
         # Tensors instead of lists of objects: datasets/image_list.py says why.
@@ -108,13 +110,10 @@ class CocoDetection(Dataset):
         place = range(len(self))[index]
         index, image, unreadable = self._read_some_image(place)
         orig_size = (image.height, image.width)
-        start, end = self._first[index : index + 2].tolist()
-        boxes, labels = self._boxes[start:end], self._labels[start:end]
-        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([image.width, image.height] * 2))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        boxes, labels = self.objects(index, image.size)
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes[keep], format="XYXY", canvas_size=orig_size),
-            "labels": labels[keep],
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=orig_size),
+            "labels": labels,
         }
         with seeded(self._seed, int(self._epoch), place):
             image, target = self.transforms(image, target)
@@ -128,6 +127,14 @@ class CocoDetection(Dataset):
             "size": torch.tensor([height, width]),
             **({"unreadable": unreadable} if unreadable else {}),
         }
+
+    def objects(self, index: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Boxes (n, 4) of an image of `size` (width, height), xyxy in pixels, clipped to it, and labels (n,)."""
+        start, end = self._first[index : index + 2].tolist()
+        boxes, labels = self._boxes[start:end], self._labels[start:end]
+        boxes = boxes.clamp(min=0).minimum(boxes.new_tensor(size * 2))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return boxes[keep], labels[keep]
 
     def read_image(self, index: int) -> Image.Image:
         """Image `index` in RGB, upright, before any transform. Raises ValueError."""

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from samdetr.datasets.layouts.find import LAYOUTS
 from samdetr.util.settings import Settings, flag
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Settings):
-    """A data set in COCO format and how it is read."""
+    """A data set and how it is read."""
 
-    coco_path: str = flag("data/coco", "folder with train2017/, val2017/ and annotations/", metavar="FOLDER")
-    dataset_file: str = flag("coco", "format of the data set; coco is the only one")
+    coco_path: str = flag(
+        "data/coco", "folder of the data set, in one of the layouts of docs/data.md", metavar="FOLDER"
+    )
+    data_format: str = flag("auto", "layout of the data set; auto: found by looking", choices=("auto", *LAYOUTS))
+    train_images: str = flag("", "folder of the training images, if not that of the layout", metavar="FOLDER")
+    train_annotations: str = flag("", "their annotation file, in COCO form", metavar="FILE")
+    val_images: str = flag("", "folder of the validation images, if not that of the layout", metavar="FOLDER")
+    val_annotations: str = flag("", "their annotation file, in COCO form", metavar="FILE")
+    val_fraction: float = flag(
+        0.0, "hold out this share of the training images for validation, by a hash of the file name", least=0, below=1
+    )
+    split: str = flag("val", "split that --eval evaluates on", choices=("val", "test"))
+    dataset_file: str = flag("coco", "only coco is known; --data_format names layouts")
     train_sizes: tuple[int, ...] = flag(
         tuple(range(480, 801, 32)), "short sides drawn from in training", least=1, most=2**14, metavar="PIXELS"
     )

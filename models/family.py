@@ -66,6 +66,7 @@ class Family:
         convert_official: an official state dict under our names.
         official_limits: for flags of the official program that shape the network but are not, or not entirely, built
             here: their values that are. Those of our settings' names need no entry unless their values differ.
+        images_per_step: images of a step that the trunk's network was published with; None: unknown.
         defaults: its published settings of trunk, loss and training that differ from the defaults there.
     """
 
@@ -77,6 +78,7 @@ class Family:
     is_official: Callable[[Iterable[str]], bool] = lambda names: False
     convert_official: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     official_limits: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    images_per_step: Callable[[Trunk], int | None] = lambda trunk: None
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def check_official(self, flags: dict[str, Any], *, where: str) -> None:

@@ -15,6 +15,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "eval": ("samdetr.main", ("--eval",), "evaluate a checkpoint: --resume FILE (main.py --eval)"),
     "predict": ("samdetr.demo", (), "detect objects in images and draw them (demo.py)"),
     "check": ("samdetr.datasets.check", (), "find and repair faults of a data set (python -m datasets.check)"),
+    "convert": (
+        "samdetr.datasets.convert",
+        (),
+        "write a data set of any layout in COCO's (python -m datasets.convert)",
+    ),
     "doctor": ("samdetr.models.ops.doctor", (), "whether the compiled operators run on this machine, and why not"),
 }
 

@@ -20,7 +20,10 @@ from samdetr.models.checkpoints import read_checkpoint
 RECORDED = json.loads(gzip.decompress(Path(__file__).with_name("resolved_settings.json.gz").read_bytes()))
 # Settings that came later, with their defaults, and defaults that were changed on purpose.
 ADDED: dict[str, object] = {"allow_outside": False, "plugin": "", "overwrite": False, "verbose": False}
+ADDED |= {"data_format": "auto", "train_images": "", "train_annotations": "", "val_images": "", "val_annotations": ""}
+ADDED |= {"val_fraction": 0.0, "split": "val"}
 ADDED |= {"pretrained": "", "freeze": [], "set_cost_alpha": 0.25, "allow_nonfinite": False, "allow_http": False}
+ADDED |= {"preset": "none", "scale_lr": False, "overfit": 0}
 OF_FAMILY: dict[str, dict[str, object]] = {"sap_detr": {"set_cost_alpha": None}}
 # Users' runs keep the last checkpoints and the best; recipes pass `--keep -1`, all epochs, as published.
 CHANGED: dict[str, object] = {"keep": 1}

@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
-from samdetr.datasets.annotations import split_paths
+from samdetr.datasets.settings import Data
+from samdetr.datasets.sources import find_split
 from samdetr.training.state import versions
 
 _PROJECT = Path(__file__).resolve().parents[1]
 
 
-def about(*, device: torch.device, data: Path) -> dict[str, Any]:
-    """Command line, commit, versions, device, and hashes of the annotation files below `data`."""
+def about(*, device: torch.device, data: Data) -> dict[str, Any]:
+    """Command line, commit, versions, device, and hashes of the annotation files of `data`."""
     commit = _git("rev-parse", "HEAD")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    files = [file for split in ("train", "val") if (file := split_paths(data, split)[1]).is_file()]
+    sources = [source for split in ("train", "val") if (source := find_split(split, data))]
+    files = [source.file for source in sources if source.file.is_file()]
     return {
         "command": f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",  # "samdetr train" is one word there
         "commit": commit,

@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 
+from samdetr.training.presets import PRESETS
 from samdetr.training.resume import Resume, is_auto
 from samdetr.training.run import Parts
-from samdetr.training.settings import RunSettings
+from samdetr.training.settings import PARTS, RunSettings
 from samdetr.util.distributed import get_world_size
 
 _NAMES = 6  # classes that are named
 
 # Flags that change nothing in an evaluation. Those of published recipes are not listed: their test scripts pass them.
 _TRAINING = (
-    "accumulate", "ema", "max_hours", "overwrite", "patience", "profile", "save_every_iterations", "save_every_minutes",
-    "start_epoch",
+    "accumulate", "ema", "max_hours", "overwrite", "patience", "preset", "profile", "save_every_iterations",
+    "save_every_minutes", "scale_lr", "start_epoch",
 )  # fmt: skip
 _SAVING = ("keep", "overwrite", "save_every_epoch", "save_every_iterations", "save_every_minutes")
+
+_AUGMENTATION = ("train_sizes", "crop_augmentation")
 
 
 def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
@@ -34,6 +37,8 @@ def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
             why["raw_weights"] = "without `eval` or `pretrained`"
         if not run.output_dir:
             why |= dict.fromkeys(_SAVING, "without `output_dir`")
+        if run.overfit:
+            why |= dict.fromkeys((*_SAVING, *_AUGMENTATION, "output_dir"), "with `overfit`")
     if settings.optimisation.lr_schedule != "step":
         why["lr_drop"] = f"with `lr_schedule` {settings.optimisation.lr_schedule}"
     if run.resume and not is_auto(run.resume):
@@ -71,8 +76,27 @@ def start_block(parts: Parts, resume: Resume | None) -> str:
             f"{resume.epoch} to {settings.optimisation.epochs - 1}, each of {data.train.sampler.steps:,} steps of "
             f"{data.train.sampler.batch} images ({get_world_size()} x {batch}{f' x {accumulate}' * (accumulate > 1)})"
         )
+        how = settings.optimisation
+        rows["rates"] = f"`lr` {how.lr:g}, `lr_backbone` {how.lr_backbone:g}{', by `scale_lr`' * how.scale_lr}"
+        if settings.run.overfit:
+            rows["output"] = "nowhere, with `overfit`"
+        if settings.run.preset != "none":
+            rows["preset"] = f"{settings.run.preset}: {in_use(settings)}"
     width = max(map(len, rows))
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
+
+
+def in_use(settings: RunSettings) -> str:
+    """The values of the preset that the run has; others are the user's, or come from a checkpoint."""
+    names = {name for part in (*PARTS, "family") for name in getattr(settings, part).__dataclass_fields__}
+    found = settings.flat()
+    chosen = {n: list(v) if isinstance(v, tuple) else v for n, v in PRESETS[settings.run.preset].items() if n in names}
+    words = []
+    for name, value in chosen.items():
+        if found[name] == value:
+            several = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"`{name}`" if isinstance(value, bool) else f"`{name}` {several}")
+    return " ".join(words)
 
 
 def epoch_line(

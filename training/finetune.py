@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.datasets.categories import Categories, checkpoint_categories
+from samdetr.datasets.settings import Data
 from samdetr.models.checkpoints import chosen_weights, read_checkpoint
 from samdetr.models.detector import Detector
 from samdetr.training.settings import RunSettings
@@ -42,7 +43,8 @@ class Pretrained:
         saved = self.checkpoint["settings"]
         if given.get("model", saved["model"]) != saved["model"]:
             return settings.replace(**{name: saved[name] for name in BACKBONE if name in saved and name not in given})
-        seen = {name: value for name, value in self.checkpoint["run_settings"].items() if name in SEEN}
+        published = Data().flat()  # image sizes of a `preset` go with its network
+        seen = {name: self.checkpoint["run_settings"].get(name, published[name]) for name in SEEN}
         chosen = {name: given[name] for name in ("input_proj_norm",) if name in given}
         return settings.with_checkpoint({**seen, **saved}, given).replace(**chosen)
 

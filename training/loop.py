@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from samdetr.engine import train_one_epoch
-from samdetr.training import replay
+from samdetr.training import learning_rate, overfit, replay
 from samdetr.training.about import about
 from samdetr.training.checkpoints import BEST
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Request, Signals, Stopped, Votes
@@ -27,15 +26,17 @@ from samdetr.training.run import Parts, build_optimizer
 from samdetr.training.state import TrainingState
 from samdetr.training.update import Update
 from samdetr.util.curves import plot_training_curves
-from samdetr.util.distributed import barrier, get_rank, is_main
+from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 from samdetr.util.files import read_json_lines, write_json
 from samdetr.util.logger import MetricAverager, log
 from samdetr.util.sections import timed_by
 from samdetr.util.targets import TargetBatch
 
 
-def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
+def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> int:
     """Train to the last epoch. `given` are the values of the flags that the user typed.
+
+    Returns the exit status: 0, except that of `overfit`.
 
     Raises:
         Stopped: the run ended early, after a checkpoint.
@@ -62,20 +63,27 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> None:
         epoch=resume.epoch,
     )
     log(start_block(parts, resume))
+    if not settings.optimisation.scale_lr and (line := learning_rate.warning(settings, get_world_size())):
+        log(line)
     same_random_numbers = resume.restore(state)
     earlier = resume.trim_log(parts.folder)
     if resume.epoch >= settings.optimisation.epochs:
         log(f"nothing to do up to `epochs` {settings.optimisation.epochs}; `start_epoch` 0 starts over")
     if clock and clock.is_up:
         log(f"`max_hours` {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
-        return
+        return 0
+    trainer = Trainer(parts, state, update, signals, clock, earlier)
     try:
-        Trainer(parts, state, update, signals, clock, earlier).run(same_random_numbers=same_random_numbers)
+        trainer.run(same_random_numbers=same_random_numbers)
     except BadSteps as error:
         text = replay.keep(
             error, state=state, criterion=parts.criterion, device=parts.device, amp=parts.amp, folder=parts.folder
         )
         raise ValueError(text) from None
+    if not settings.run.overfit:
+        return 0
+    log(overfit.verdict(settings, trainer.metrics, (state.epoch + 1) * data.sampler.steps))
+    return 0 if overfit.is_enough(trainer.metrics) else 1
 
 
 def build_update(parts: Parts, resume: Resume, *, steps: int) -> Update:
@@ -140,8 +148,8 @@ class Trainer:
         self.history = [(line["epoch"], ap) for line in earlier if (ap := average_precision(line)) is not None]
         self.votes = Votes()
         self.saved_at = time.monotonic()
-        data = Path(parts.settings.data.coco_path)
-        self.about = about(device=parts.device, data=data) if self.folder and is_main() else {}
+        self.about = about(device=parts.device, data=parts.settings.data) if self.folder and is_main() else {}
+        self.metrics: list[float] | None = None  # of the last evaluation
         self._arrived = 0  # batches of this epoch
         self._tables = ""  # of the last evaluation
 
@@ -154,7 +162,7 @@ class Trainer:
         first, start = state.epoch, time.monotonic()
         self.saved_at = start
         for epoch in range(first, epochs):
-            if self._lost_patience():
+            if self._lost_patience() or (self.settings.overfit and overfit.is_enough(self.metrics)):
                 break
             if epoch > first:
                 state.epoch, state.iteration, state.averager = epoch, 0, MetricAverager()
@@ -167,6 +175,7 @@ class Trainer:
             self._act(self.votes.result())
             if (epoch + 1) % self.settings.eval_every_epoch == 0 or epoch + 1 == epochs:
                 line |= self._evaluate()
+                self.metrics = coco_metrics(line)
             self._write_log(line)
             seconds = (time.monotonic() - start) / (epoch + 1 - first) * (epochs - epoch - 1)
             best, where = self._best(), self.folder.path / BEST if self.folder else None

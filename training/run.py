@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.bad_images import BadImages
 from samdetr.datasets.build import build_dataset, collate, read_split
 from samdetr.datasets.categories import Categories, checkpoint_categories
@@ -26,6 +27,7 @@ from samdetr.models.build import build_model
 from samdetr.models.checkpoints import check_memory, check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
+from samdetr.training import learning_rate, overfit
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
@@ -110,10 +112,15 @@ def check_settings(settings: RunSettings) -> None:
     run = settings.run
     if run.eval and not run.resume:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
+    if settings.data.split != "val" and not run.eval:
+        raise ValueError(f"`split` {settings.data.split} is for `eval`; training evaluates on val: leave it out")
     if run.pretrained and run.eval:
         raise ValueError("`pretrained` has no effect with `eval`; pass the file with `resume`")
     if run.pretrained and run.resume and not is_auto(run.resume):
         raise ValueError("`pretrained` starts a run, `resume` continues one: pass one of them, or `resume` auto")
+    if run.overfit and (run.eval or run.resume):
+        flag = "`eval`" if run.eval else "`resume`"
+        raise ValueError(f"`overfit` trains anew: leave {flag} out; `pretrained` FILE starts from weights")
     if is_auto(run.resume) and not run.output_dir:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if is_auto(run.resume) and run.overwrite:
@@ -132,7 +139,9 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     can use.
     """
     device, run = choose_device(settings.run.device), settings.run
-    folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep) if run.output_dir else None
+    folder = None
+    if run.output_dir and not run.overfit:
+        folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep)
     source = find_checkpoint(settings, given, folder)
     settings = source.applied(settings, given)
     pretrained = None
@@ -140,6 +149,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
         pretrained = Pretrained.read(run.pretrained, allow_http=run.allow_http)
         settings = pretrained.applied(settings, given)
     settings.check_family(given)
+    if run.overfit:
+        settings = overfit.applied(settings, given)
     if folder and not run.eval:
         claim_folder(source, folder, overwrite=run.overwrite)
     data = load_data(settings, source, given, folder)
@@ -152,6 +163,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
             "with `pretrained` instead of `resume`"
         )
     settings = settings.with_resolved_norm()
+    if settings.optimisation.scale_lr and not run.eval:
+        settings = learning_rate.scaled(settings, get_world_size())
     weights = _weights(source, settings)
     if weights is not None:
         check_network(settings.trunk, settings.family, weights, source=source.path)
@@ -208,9 +221,11 @@ def build_optimizer(network: nn.Module, settings: RunSettings, device: torch.dev
 def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], folder: CheckpointFolder | None) -> Data:
     """Data sets and loaders, and lines about what is wrong with the data. Raises ValueError."""
     checked: list[Split] = []
+    read: dict[str, Annotations] = {}
 
     def load(split: str, categories: Categories | None) -> CocoDetection:
-        annotations, queries = read_split(split, settings.data), settings.trunk.num_queries
+        annotations = read_split(split, settings.data, unannotated=settings.run.eval)
+        read[split] = annotations
         dataset = build_dataset(
             split, settings.data, annotations=annotations, categories=categories, seed=settings.run.seed
         )
@@ -220,13 +235,16 @@ def load_data(settings: RunSettings, source: Source, given: Mapping[str, Any], f
                 "train on objects that are not crowds (iscrowd 0) and whose boxes have an area inside their image"
             )
         if is_main():
-            checked.append(check_loaded(annotations, dataset, split=split, num_queries=queries))
+            checked.append(check_loaded(annotations, dataset, split=split, num_queries=settings.trunk.num_queries))
         return dataset
 
     categories = checkpoint_categories(source.checkpoint) if source.checkpoint else None
     train_set = None if settings.run.eval else load("train", categories)
     categories = categories or (train_set.categories if train_set else None)
-    val_set = load("val", categories)
+    if train_set and settings.run.overfit:
+        train_set, val_set = overfit.data_sets(settings, train_set, read["train"])
+    else:
+        val_set = load(settings.data.split, categories)
     for line in start_lines(checked, Path(settings.data.coco_path)):
         log(line)
     processes = source.evaluating_processes(given) if settings.run.eval else None
@@ -275,7 +293,8 @@ def build_loaders(
     if train_set is None:
         return None, val_loader
     batch = batch_size * accumulate * world_size
-    if len(train_set) < batch:
+    repeats = overfit.repeats(settings, len(train_set)) if settings.run.overfit else 1
+    if len(train_set) * repeats < batch:
         times = f" `accumulate` {accumulate}" if accumulate > 1 else ""
         raise ValueError(
             f"`batch_size` {batch_size}{times} in {world_size} process(es) is more than the {len(train_set)} training "
@@ -286,9 +305,10 @@ def build_loaders(
     if line := shared_memory_warning(num_workers=settings.data.num_workers, batch_bytes=bytes_of_batch):
         log(line)
     shuffled = TrainSampler(
-        length=len(train_set), batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
+        length=len(train_set) * repeats, batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
     )
-    return Loader(train_set, batch_size=batch_size, sampler=shuffled, **options), val_loader
+    images: Dataset = ConcatDataset([train_set] * repeats) if repeats > 1 else train_set
+    return Loader(images, batch_size=batch_size, sampler=shuffled, **options), val_loader
 
 
 def _init_worker(number: int) -> None:
@@ -331,6 +351,11 @@ def _start_weights(
 
 def write_evaluation(parts: Parts) -> None:
     """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
+    images = parts.data.val_images
+    if not images.annotated and not parts.folder:
+        raise ValueError(
+            f"{images.annotation_file} has no annotations to compare with; keep the detections: `output_dir`"
+        )
     metrics, evaluator = parts.evaluate()
     bad = metrics.get("nonfinite_images", 0)
     if bad and not parts.settings.run.allow_nonfinite:
@@ -338,12 +363,16 @@ def write_evaluation(parts: Parts) -> None:
             f"{parts.source.path}: outputs of {bad} of {len(parts.data.val_images)} images are not finite (with `amp` "
             f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
         )
-    log(evaluator.table())
-    if metrics["coco_eval_bbox"][0] < 0:
+    if not images.annotated:
+        log(f"{images.annotation_file} has no annotations: there are detections, no figures")
+        metrics = {}
+    else:
+        log(evaluator.table())
+    if metrics and metrics["coco_eval_bbox"][0] < 0:
         log(f"warning: AP is undefined (-1): {parts.data.val_images.annotation_file} has no object that is not a crowd")
     if parts.folder and is_main():
         with parts.folder.writing() as output:
             write_json(output / "detections.json", evaluator.results, indent=None)
             facts = {"resume": parts.source.path, "settings": parts.saved_settings()}
             write_json(output / "eval.json", {**metrics, **facts})
-        log(f"detections and figures are in {parts.folder.path}")
+        log(f"detections{' and figures' if metrics else ''} are in {parts.folder.path}")

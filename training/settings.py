@@ -11,6 +11,7 @@ from samdetr.datasets.settings import Data
 from samdetr.models.build import FAMILIES
 from samdetr.models.settings import FamilyConfig, Loss, Trunk
 from samdetr.training.optim import SCHEDULES
+from samdetr.training.presets import PRESETS
 from samdetr.util.settings import Settings, flag, flags
 
 
@@ -20,6 +21,7 @@ class Optimisation(Settings):
 
     lr: float = flag(1e-4, "learning rate", least=0)
     lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it", least=0)
+    scale_lr: bool = flag(False, "learning rates in proportion to the images of a step")
     lr_linear_proj_names: tuple[str, ...] = flag((), "parameters whose names contain one of these", metavar="NAME")
     lr_linear_proj_mult: float = flag(0.1, "... learn at lr times this")
     freeze: tuple[str, ...] = flag(
@@ -82,6 +84,13 @@ class Run(Settings):
     pretrained: str = flag(
         "", "detector to start from, ours or an official one; takes all weights that fit", metavar="{FILE,URL}"
     )
+    preset: str = flag("none", "settings for own data, for flags that are not given", choices=tuple(PRESETS))
+    overfit: int = flag(
+        0,
+        "train and evaluate on N training images to see whether the run can learn; keeps nothing",
+        least=0,
+        metavar="N",
+    )
     start_epoch: int = flag(0, "first epoch, counted from 0; a checkpoint brings its own", least=0, metavar="EPOCH")
     eval: bool = flag(False, "evaluate, do not train")
     raw_weights: bool = flag(False, "with --eval: not the averaged weights of --ema")
@@ -136,7 +145,8 @@ class RunSettings:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> RunSettings:
-        """From values by name, published defaults of the family for those that are missing; unknown names are left out.
+        """From values by name; for those that are missing, of the `preset` among them, else as published for the
+        family. Unknown names are left out.
 
         Raises:
             ValueError: a value that no run can use, or an unknown family.
@@ -145,7 +155,8 @@ class RunSettings:
         if name not in FAMILIES:
             raise ValueError(f"`model` {name!r} is none of {', '.join(FAMILIES)}")
         family = FAMILIES[name]
-        values = {**family.defaults, **values}
+        preset = PRESETS.get(values.get("preset", "none"), {})  # its field refuses an unknown one
+        values = {**family.defaults, **preset, **values}
         parts: dict[str, Any] = {part: kind.pick(values) for part, kind in PARTS.items()}
         return cls(**parts, family=family.config.pick(values))
 
@@ -181,7 +192,12 @@ class RunSettings:
                 f"`model` {given['model']} does not fit the checkpoint, a {saved['model']}; leave the flag out"
             )
         shown = {name: saved[name] for name in ("model", "input_proj_norm", "num_classes") if name in saved}
-        return RunSettings.from_flat({**saved, **given, **shown})
+        # A preset does not shape a network that is there: what the file does not say is as published.
+        family = FAMILIES[saved["model"]]
+        published = {**Trunk().flat(), **family.config().flat(), **Data().flat(), **family.defaults}
+        carried = [name for kind in (Trunk, family.config) for name, one in flags(kind) if one.carried]
+        network = {name: published[name] for name in (*carried, "eval_size", "max_size")}
+        return RunSettings.from_flat({**network, **saved, **given, **shown})
 
     def with_resolved_norm(self) -> RunSettings:
         """`input_proj_norm` as "group" or "none". The reference has a GroupNorm in multi-scale models and if the

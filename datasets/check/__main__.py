@@ -1,4 +1,4 @@
-"""Check a data set in COCO format, and repair its annotation files as far as possible.
+"""Check a data set in any layout, and repair its annotation files as far as possible.
 
     python -m datasets.check data/coco
     python -m datasets.check my_data --fix repaired.json
@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from samdetr.datasets.annotations import Annotations, split_paths
+from samdetr.datasets.annotations import Annotations
+from samdetr.datasets.check import draw
 from samdetr.datasets.check.files import inspect_files
 from samdetr.datasets.check.repair import repair_splits
 from samdetr.datasets.check.report import KINDS, by_severity, counts, is_clean, table
 from samdetr.datasets.check.splits import SPLITS, Split, all_findings, check_splits, missing_splits
+from samdetr.datasets.settings import Data
+from samdetr.datasets.sources import add_source_flags, find_split
 from samdetr.util.command_line import run_command
 from samdetr.util.files import write_json
 
@@ -35,14 +38,33 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m datasets.c
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder with train2017/, val2017/ and annotations/")
-    parser.add_argument("--split", choices=SPLITS, help="check only this split")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder of the data set, or data.yaml")
+    parser.add_argument("--split", choices=(*SPLITS, "test"), help="check only this split")
+    add_source_flags(parser.add_argument)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="read only the ends of image files, as training does")
     form.add_argument("--fix", type=Path, metavar="OUT.json", help="write repaired annotations")
     parser.add_argument("--allow_loss", action="store_true", help="status as usual if --fix leaves out more than 5 %%")
     parser.add_argument("--allow_outside", action="store_true", help="read files whose names leave the image folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report in JSON")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        metavar="FOLDER",
+        help="draw images with boxes, as read and after the transforms of training",
+    )
+    parser.add_argument("--draw_images", type=int, default=12, metavar="N", help="images to draw (default: 12)")
+    parser.add_argument(
+        "--train_sizes",
+        type=int,
+        nargs="+",
+        default=Data.train_sizes,
+        metavar="PIXELS",
+        help="for --draw, as of training",
+    )
+    parser.add_argument("--eval_size", type=int, default=Data.eval_size, metavar="PIXELS", help="the same")
+    parser.add_argument("--max_size", type=int, default=Data.max_size, metavar="PIXELS", help="the same")
+    parser.add_argument("--no_crop", dest="crop_augmentation", action="store_false", help="the same")
     parser.add_argument("--num_queries", type=int, default=300, help="objects that a network can find in an image")
     parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads")
     args = parser.parse_args(argv)
@@ -55,12 +77,18 @@ def run(args: argparse.Namespace) -> int:
     for flag, file in (("--fix", fix), ("--json", args.json)):
         if file and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
             raise ValueError(f"{flag} {file} cannot be written; name a file in an existing folder")
-    outputs = _outputs(fix, only, data) if fix else {}
+    chosen = {name: value for name, value in vars(args).items() if name != "split"}
+    settings = Data.pick({**chosen, "coco_path": str(data)})
+    outputs = _outputs(fix, only, settings) if fix else {}
+    if args.draw:
+        if args.draw_images < 1:
+            raise ValueError(f"--draw_images {args.draw_images} must be at least 1")
+        draw.require_new(args.draw)
 
     loaded: dict[str, Annotations] = {}
     splits: list[Split] = []
     how: dict[str, Any] = {"full": not args.short, "num_workers": args.num_workers, "allow_outside": args.allow_outside}
-    for read, split in check_splits(data, only=only, num_queries=args.num_queries, **how):
+    for read, split in check_splits(settings, only=only, num_queries=args.num_queries, **how):
         splits.append(split)
         if fix:
             loaded[split.name] = read
@@ -109,6 +137,9 @@ def run(args: argparse.Namespace) -> int:
         report["left"] = [finding.to_json() for finding in findings]
     if args.json:
         _write(args.json, report, indent=2)
+    if args.draw:
+        files = draw.draw(settings, args.draw, split=only or "train", number=args.draw_images)
+        print(f"\n{len(files)} images of {only or 'train'} are drawn in {args.draw}")
     return status or int(not is_clean(findings))
 
 
@@ -116,10 +147,10 @@ def _what(kind: str) -> str:
     return KINDS[kind][1] if kind in KINDS else "removed with them"
 
 
-def _outputs(file: Path, only: str | None, data: Path) -> dict[str, Path]:
+def _outputs(file: Path, only: str | None, data: Data) -> dict[str, Path]:
     """The files for repaired splits. Raises ValueError if one is an annotation file of `data` itself."""
     outputs = {only: file} if only else {"train": file, "val": file.with_name(f"{file.stem}_val{file.suffix}")}
-    originals = [split_paths(data, split)[1] for split in SPLITS]
+    originals = [source.file for split in (*SPLITS, "test") if (source := find_split(split, data))]
     for split, output in outputs.items():
         if output.exists() and any(path.exists() and output.samefile(path) for path in originals):
             raise ValueError(f"--fix {output} is the annotation file of {split} itself; choose another name")

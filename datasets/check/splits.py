@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samdetr.datasets.annotations import Annotations, Size, image_size, split_paths
+from samdetr.datasets.annotations import Annotations, Size, image_size
 from samdetr.datasets.check.annotations import annotation_findings
 from samdetr.datasets.check.boxes import box_findings
 from samdetr.datasets.check.files import FileState, file_findings, inspect_files, shared_pixels, unlisted_files
 from samdetr.datasets.check.report import Finding
+from samdetr.datasets.settings import Data
+from samdetr.datasets.sources import find_split, require_split
 from samdetr.datasets.values import quoted
 
 SPLITS = ("train", "val")
@@ -29,29 +31,26 @@ class Split:
     used: set[int]  # ids of the categories that have objects
     annotations: int
     findings: list[Finding]
+    shared_folder: bool = False  # with splits that are not checked
 
     def sizes(self) -> dict[str, int]:
         return {"images": len(self.states), "annotations": self.annotations, "categories": len(self.categories)}
 
 
 def check_splits(
-    root: Path, *, only: str | None, full: bool, num_queries: int, **how: Any
+    data: Data, *, only: str | None, full: bool, num_queries: int, **how: Any
 ) -> Iterator[tuple[Annotations, Split]]:
-    """Read and check the splits of a data set, or `only` one.
+    """Read and check the splits train and val of a data set, or `only` one.
 
     `full` decodes every image; otherwise only the ends of files are read. `how` as of `inspect_files`.
     Raises ValueError for what cannot be checked.
     """
-    if not root.is_dir():
-        raise ValueError(f"data folder {root} does not exist; it must hold train2017/, val2017/ and annotations/")
-    names = [only] if only else [s for s in SPLITS if any(path.exists() for path in split_paths(root, s))]
-    if not names:
-        raise ValueError(f"data folder {root} holds neither train2017/ nor val2017/; pass a data set in COCO format")
-    for name in names:
-        folder, file = split_paths(root, name)
-        annotations = Annotations.read(file)
+    found = {only: require_split(only, data)} if only else {name: find_split(name, data) for name in SPLITS}
+    sources = {name: source for name, source in found.items() if source}
+    for name, source in (sources or {"train": require_split("train", data)}).items():
+        folder, annotations = source.folder, source.read(unannotated=name == "test")
         if not folder.is_dir():
-            raise ValueError(f"image folder {folder} does not exist; {file} names its images")
+            raise ValueError(f"image folder {folder} does not exist; {source.file} names its images")
         states = inspect_files(folder, listed_sizes(annotations), full=full, **how)
         yield annotations, check_split(annotations, states, split=name, folder=folder, num_queries=num_queries)
 
@@ -87,8 +86,9 @@ def check_split(
         *annotation_findings(annotations, split=split, num_queries=num_queries),
         *box_findings(annotations, split=split),
     ]
+    shared = annotations.content.get("shared_folder") is True
     used = set(annotations.category_ids[annotations.objects()].tolist())
-    return Split(split, folder, states, removed, annotations.names, used, len(annotations.entries), findings)
+    return Split(split, folder, states, removed, annotations.names, used, len(annotations.entries), findings, shared)
 
 
 def all_findings(splits: Sequence[Split]) -> list[Finding]:
@@ -104,7 +104,8 @@ def compare_splits(splits: Sequence[Split]) -> list[Finding]:
         same_folder = [other for other in splits if other.folder.resolve() == split.folder.resolve()]
         listed = [name for other in same_folder for name in (*other.states, *other.removed)]
         listed += [state.new_name for other in same_folder for state in other.states.values() if state.new_name]
-        findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), quoted)
+        if not split.shared_folder:
+            findings += Finding.of("unlisted_image", split.name, unlisted_files(split.folder, listed), quoted)
     used: set[int] = set().union(*(split.used for split in splits))
     names = {i: name for split in reversed(splits) for i, name in split.categories.items()}
     unused = sorted(names.keys() - used)

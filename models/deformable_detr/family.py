@@ -76,6 +76,7 @@ FAMILY = Family(
     is_official=is_official,
     convert_official=convert_official,
     official_limits=OFFICIAL_LIMITS,
+    images_per_step=lambda trunk: 32,
     defaults={
         "lr": 2e-4,
         "lr_backbone": 2e-5,

@@ -80,7 +80,8 @@ def _check(trunk: Trunk, config: Config) -> None:
         raise ValueError(f"`sam_points` {config.sam_points} must be 1, or as many as `nheads`, {trunk.nheads}")
     if config.multiscale and trunk.backbone_level != 5:
         raise ValueError(
-            f"`multiscale` uses C3, C4 and C5, `backbone_level` {trunk.backbone_level} one of them; leave one flag out"
+            f"`multiscale` uses C3, C4 and C5, `backbone_level` {trunk.backbone_level} one of them; pass "
+            "`backbone_level` 5, or leave `multiscale` out"
         )
     if config.multiscale and not trunk.enc_layers and trunk.dec_layers < 5:
         raise ValueError(
@@ -97,4 +98,5 @@ FAMILY = Family(
     is_official=is_official,
     convert_official=convert_official,
     official_limits=OFFICIAL_LIMITS,
+    images_per_step=lambda trunk: 8 if trunk.dilation else 16,
 )

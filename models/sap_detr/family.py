@@ -132,6 +132,7 @@ FAMILY = Family(
         "pre_norm": (False,),
         "rm_self_attn_decoder": (False,),
     },
+    images_per_step=lambda trunk: 8 if trunk.dilation else 16,
     defaults={
         "num_queries": 306,
         "dropout": 0.0,

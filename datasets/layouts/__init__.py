@@ -1,0 +1,1 @@
+"""Layouts of data sets: each module finds the splits of one layout in a folder, as `Source` objects."""
