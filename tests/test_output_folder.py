@@ -99,7 +99,7 @@ def test_two_runs_in_one_folder(shapes, tmp_path, capsys):
         [sys.executable, "-u", *command(shapes, *flags)], env=environment(), stdout=subprocess.PIPE, text=True
     )
     try:
-        wait_for("evaluation: ", first)
+        wait_for("epoch 1: ", first)  # the log has a line by then
         for more in ([], ["--resume", "auto"], ["--overwrite"]):
             assert call_main(shapes, *FAST, "--output_dir", str(output), *more) == 2
             line = error_line(capsys.readouterr().err)
