@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 # Tests compute little at a time: a second thread costs more than it brings, and ten times as much on a busy machine.
@@ -58,3 +61,25 @@ def trained_multiscale(shapes, tmp_path_factory) -> Path:
 def trained_any(request) -> Path:
     """One after the other."""
     return request.getfixturevalue("trained" if request.param == "one scale" else "trained_multiscale")
+
+
+class Server(ThreadingHTTPServer):
+    requests = 0
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        self.server.requests += 1
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves the files of `tmp_path` and counts requests; what is fetched is kept there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    monkeypatch.setenv("no_proxy", "*")
+    with Server(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

@@ -13,9 +13,6 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
 
 import pytest
@@ -265,27 +262,6 @@ def test_official_file_gives_the_figures_of_ours(network, norm, legacy, flags, s
     assert figures[8] > 0  # AR100
     resolved = read_json(tmp_path / "official" / "eval.json")["settings"]
     assert (resolved["input_proj_norm"], resolved["num_queries"], resolved["num_classes"]) == (norm, 100, 6)
-
-
-class Server(ThreadingHTTPServer):
-    requests = 0
-
-
-class Handler(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        self.server.requests += 1
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
-    monkeypatch.setenv("no_proxy", "*")
-    with Server(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_checkpoint_behind_a_url(server, shapes, tmp_path, capsys):

@@ -99,7 +99,7 @@ def test_losses_and_gradients_are_those_of_the_joint_batch(tmp_path):
     assert halves[1][1][0]["loss_bbox"] == 0  # in the second case the second process has no object
 
 
-def test_torchrun_trains_and_launch_evaluates(shapes, tmp_path):
+def test_torchrun_trains_and_launch_evaluates(server, shapes, tmp_path):
     """With learned norms, whose statistics differ between the processes until they evaluate. Batches of one image,
     because convolutions round by the size of their batch."""
     output, again = tmp_path / "output", tmp_path / "again"
@@ -113,9 +113,11 @@ def test_torchrun_trains_and_launch_evaluates(shapes, tmp_path):
     (line,) = read_log(output)
 
     checkpoint = output / "checkpoint.pth"
-    flags = ["--eval", "--resume", str(checkpoint), "--batch_size", "1", "--output_dir", str(again)]
+    url = f"http://127.0.0.1:{server.server_port}/output/checkpoint.pth"
+    flags = ["--eval", "--resume", url, "--batch_size", "1", "--output_dir", str(again)]
     run = run_process([*LAUNCH, *command(shapes, *flags, network=[])])
     assert run.returncode == 0, run.stderr
+    assert server.requests == 1  # one process fetched it, the other waited
     figures, detections = evaluate(shapes, checkpoint, tmp_path / "one", "--batch_size", "1")
     assert figures[8] > 0  # AR100
     assert line["test_coco_eval_bbox"] == figures
