@@ -10,10 +10,13 @@ from samdetr.models.ops import kernels
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype, plain_ms_deform_attn
 
 MAX_CUDA_LEVELS = 32  # they travel as a kernel argument; as in the CUDA source
+# Written out, because PyTorch below 2.7 does not read them from `list[int]`.
+FORWARD = "(Tensor value, int[] sizes, Tensor locations, Tensor weights) -> Tensor"
+BACKWARD = "(Tensor gradient, Tensor value, int[] sizes, Tensor locations, Tensor weights) -> (Tensor, Tensor, Tensor)"
 CUDA_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-@torch.library.custom_op("sam_detr::ms_deform_attn", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sam_detr::ms_deform_attn", mutates_args=(), device_types="cpu", schema=FORWARD)
 def forward(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Arguments as of plain_ms_deform_attn."""
     wide, locations, weights = _wide(value, locations, weights)  # once: less work than at every cell read
@@ -37,7 +40,7 @@ def _(value, sizes, locations, weights):
     return value.new_empty(_output_shape(value, locations))
 
 
-@torch.library.custom_op("sam_detr::ms_deform_attn_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sam_detr::ms_deform_attn_backward", mutates_args=(), device_types="cpu", schema=BACKWARD)
 def backward(
     gradient: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
