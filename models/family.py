@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,10 +29,12 @@ def weighted_criterion(
     """Focal loss and `losses`; `costs` of class, L1 distance and generalised IoU, weighted by the settings."""
     weights = (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou)
     terms = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
+    classes = focal_loss(alpha=loss.focal_alpha)
     return SetCriterion(
         matcher=HungarianMatcher(costs=[*zip(weights, costs), *more_costs]),
-        losses=[focal_loss(alpha=loss.focal_alpha), *losses],
+        losses=[classes, *losses],
         final_losses=[class_error],
+        denoising_losses=[classes, partial(box_losses, eps=1e-6)],  # DN-DETR's eps, not DETR's
         weights=terms | (more_weights or {}),
         auxiliary=loss.aux_loss,
     )
