@@ -167,9 +167,7 @@ def _averages(averager: MetricAverager, total: int) -> dict[str, float]:
     return {**averages, "lr": lr, "bad_steps": round((1 - good) * total)}
 
 
-def predict(
-    model: nn.Module, images: Any, amp: torch.dtype | None, noised: Noised | None = None
-) -> dict[str, Any]:
+def predict(model: nn.Module, images: Any, amp: torch.dtype | None, noised: Noised | None = None) -> dict[str, Any]:
     """The detector's dict, in float32 at least. `noised`: of `SetCriterion.noised`."""
     inputs = (images,) if noised is None else (images, noised)
     if amp is None:

@@ -2,21 +2,32 @@
 
 import json
 import math
-import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import MULTISCALE, TINY, TINY_DEFORMABLE, build_tiny, from_flags
+from helpers import (
+    MULTISCALE,
+    TINY,
+    TINY_DEFORMABLE,
+    build_tiny,
+    call_main,
+    error_line,
+    evaluate,
+    from_flags,
+    read_log,
+    run_main,
+)
 from parity.cases import FULL, needs_full_figures
 from torch import Tensor
 
-from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
+from samdetr.engine import compute_losses, predict
+from samdetr.inference.predictor import load
 from samdetr.models.denoising import Denoising, DenoisingQueries, Noised
-from samdetr.models.layers import inverse_sigmoid
-from samdetr.models.matcher import HungarianMatcher, l1_cost
-from samdetr.util.padded_images import pad_images
+from samdetr.training.optim import load_optimizer_state, optimizer_state, parameter_groups
+from samdetr.util.padded_images import PaddedImages, pad_images
 
 HERE = Path(__file__).parent / "parity"
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -338,3 +349,144 @@ def test_compiles_without_a_break(network):
         (found,), (wanted,) = (decoder(levels, noised) for decoder in (compiled, detector.decoder))
         for name in ("pred_logits", "pred_boxes"):
             torch.testing.assert_close(found["denoising"][name], wanted["denoising"][name], **EXACT)
+
+
+@pytest.mark.parametrize("network", [TINY, TINY_DEFORMABLE], ids=["sam_detr", "deformable_detr"])
+def test_parts_of_a_step_are_one_large_batch(network):
+    """`--accumulate`: terms and gradients of two parts, with an image without objects, are those of both together."""
+    detector, criterion = network_with(network, "--denoising", "2", "--denoising_box_noise", "0")
+    criterion.denoising = Denoising(**{**vars(criterion.denoising), "label_noise": 0.0})
+    images, targets = some_images(), objects(2, 2, 0)
+    results = []
+    for parts in ([slice(3)], [slice(1), slice(1, 3)]):
+        detector.zero_grad()
+        num_boxes, sums = criterion.count(targets, images.images), {}
+        for part in parts:
+            batch = PaddedImages(images.images[part], images.padding[part])
+            outputs = predict(detector, batch, None, criterion.noised(targets[part]))
+            loss, terms = compute_losses(criterion, outputs, targets[part], num_boxes=num_boxes, parts=len(parts))
+            loss.backward()
+            sums = {name: sums.get(name, 0) + term / len(parts) for name, term in terms.items()}
+        weights = {name: weight.grad.clone() for name, weight in detector.named_parameters() if weight.grad is not None}
+        results.append((weights, {name: sums[name] for name in sums if name.startswith("loss")}))
+    assert "loss_giou_dn_0_unscaled" in results[0][1]
+    assert results[0][0]["decoder.denoising.labels.weight"].abs().max() > 0
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+# ---- In a run
+
+
+def adamw_state(detector: torch.nn.Module) -> torch.optim.AdamW:
+    groups = parameter_groups(
+        detector, lr=1e-3, lr_backbone=1e-4, lr_linear_proj_names=("reference_points",), lr_linear_proj_mult=0.1
+    )
+    return torch.optim.AdamW(groups)
+
+
+@pytest.mark.parametrize("network", [TINY, TINY_DEFORMABLE], ids=["sam_detr", "deformable_detr"])
+def test_moments_go_to_the_same_parameters_with_and_without(network):
+    plain, copies = (build_tiny(*flags, network=network)[0] for flags in ((), WITH))
+    optimizers = [adamw_state(plain), adamw_state(copies)]
+    for detector, optimizer in zip((plain, copies), optimizers):
+        for name, parameter in detector.named_parameters():
+            parameter.grad = torch.full_like(parameter, float(len(name)))
+        optimizer.step()
+    for source, target, detector in ((0, 1, copies), (1, 0, plain), (1, 1, copies)):
+        fresh = adamw_state(detector)
+        load_optimizer_state(fresh, optimizer_state(optimizers[source]), source="file")
+        for name, parameter in detector.named_parameters():
+            new = "denoising" in name and (source, target) == (0, 1)
+            assert (parameter in fresh.state) == (parameter.requires_grad and not new), name
+            if parameter in fresh.state:
+                assert (fresh.state[parameter]["exp_avg"] == 0.1 * torch.tensor(float(len(name)))).all(), name
+    wrong = optimizer_state(optimizers[0])
+    wrong["param_groups"][0]["param_names"] = [*wrong["param_groups"][0]["param_names"][1:], "another"]
+    with pytest.raises(ValueError, match=r"other groups of parameters|not in order"):
+        load_optimizer_state(adamw_state(copies), wrong, source="file")
+
+
+RUN = ["--lr", "1e-3", "--epochs", "2", "--ema", "0.9", "--accumulate", "2", "--batch_size", "2"]
+
+
+@pytest.fixture(scope="module")
+def with_copies(shapes, tmp_path_factory) -> Path:
+    """Output folder of two epochs with dropout, denoising and --accumulate, saved in the middle, too."""
+    output = tmp_path_factory.mktemp("denoising") / "output"
+    run_main(shapes, *RUN, *WITH, "--save_every_iterations", "3", "--keep", "-1", "--output_dir", str(output))
+    return output
+
+
+def test_the_log_and_the_checkpoint(with_copies, shapes):
+    line = read_log(with_copies)[-1]
+    names = {f"train_loss_{kind}_dn{layer}" for kind in ("ce", "bbox", "giou") for layer in ("", "_0")}
+    assert names <= line.keys()
+    assert 0 < line["train_loss_bbox_dn"] < line["train_loss_bbox"]  # copies are near their objects
+    assert line["train_loss"] == pytest.approx(
+        sum(v for n, v in line.items() if n.startswith("train_loss_") and not n.endswith("unscaled")), rel=1e-5
+    )
+    assert not any("_dn" in name for name in line if name.startswith("test_"))
+    saved = torch.load(with_copies / "checkpoint.pth", weights_only=True)
+    assert saved["model"]["decoder.denoising.labels.weight"].shape == (6, 31)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(with_copies, shapes, tmp_path):
+    """From the middle of the second epoch: noise, dropout and the averages go on."""
+    shutil.copy(with_copies / "checkpoint0001_000003.pth", tmp_path)
+    (tmp_path / "log.txt").write_text((with_copies / "log.txt").read_text().splitlines(keepends=True)[0])
+    run_main(shapes, *RUN, *WITH, "--resume", "auto", "--output_dir", str(tmp_path))
+    resumed, straight = (torch.load(folder / "checkpoint.pth") for folder in (tmp_path, with_copies))
+    for parts in zip(
+        *((file["model"], file["ema"]["model"], file["optimizer"]["state"]) for file in (resumed, straight))
+    ):
+        torch.testing.assert_close(*parts, rtol=0, atol=0)
+    assert read_log(tmp_path) == read_log(with_copies)
+
+
+def test_a_run_goes_on_without_and_with(with_copies, trained, shapes, tmp_path, capsys):
+    """And says so. The rest of network, optimiser and averages is the file's."""
+    more = ["--epochs", "3", "--lr", "1e-12", "--ema", "0.9"]
+    for source, flags, said in (
+        (with_copies, (), "its label embedding is left out"),
+        (trained, WITH, "its label embedding starts from random weights"),
+    ):
+        output = tmp_path / str(len(flags))
+        start = source / "checkpoint.pth"
+        run_main(shapes, *more, *flags, "--resume", str(start), "--output_dir", str(output))
+        assert said in capsys.readouterr().out
+        before, after = (torch.load(folder / "checkpoint.pth") for folder in (source, output))
+        names = set(after["model"])
+        assert ("decoder.denoising.labels.weight" in names) == bool(flags)
+        assert before["model"].keys() ^ names == {"decoder.denoising.labels.weight"}
+        for name in ("decoder.reference_boxes", "decoder.class_heads.1.weight"):
+            torch.testing.assert_close(after["model"][name], before["model"][name], rtol=0, atol=1e-6)
+        steps = {int(state["step"]) for state in after["optimizer"]["state"].values()}
+        assert steps == ({12, 4} if flags else {12})
+    figures, detections = evaluate(shapes, with_copies / "checkpoint.pth", tmp_path / "eval")
+    assert detections
+    assert figures == read_log(with_copies)[-1]["test_ema_coco_eval_bbox"]
+    predictor = load(str(with_copies / "checkpoint.pth"))
+    assert predictor.model.decoder.denoising is None
+
+
+@pytest.mark.parametrize("flags", [(), WITH])
+def test_pretrained_with_and_without(flags, with_copies, trained, shapes, tmp_path, capsys):
+    source = trained if flags else with_copies
+    more = ["--epochs", "1", "--lr", "1e-9", "--pretrained", str(source / "checkpoint.pth")]
+    run_main(shapes, *more, *flags, "--output_dir", str(tmp_path), network=["--backbone_weights", "none"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decoder.denoising ")]
+    assert row.split()[1:] == (["0", "186", "0"] if flags else ["0", "0", "186"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--contrastive"], "--contrastive is a kind of --denoising, which is 0: pass its number of groups"),
+        (["--denoising", "-1"], "--denoising -1 must be at least 0"),
+        (["--denoising", "2", "--denoising_box_noise", "1.5"], "--denoising_box_noise 1.5 must be at most 1"),
+        (["--denoising", "2", "-m", "sap_detr"], "--denoising has no effect on -m sap_detr"),
+    ],
+)
+def test_bad_flags(flags, said, shapes, capsys):
+    assert call_main(shapes, *flags, network=[]) == 2
+    assert said in error_line(capsys.readouterr().err)

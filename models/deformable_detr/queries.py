@@ -80,7 +80,6 @@ class ProposedQueries(nn.Module):
         position, content = self.embed(encoded)
         return Queries(content, position, reference, proposals={"pred_logits": logits, "pred_boxes": boxes})
 
-
     def embed(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Position and content (B, Q, C) of queries at boxes, `encode_boxes` (B, Q, 2 C)."""
         position, content = self.box_norm(self.box_projection(encoded)).chunk(2, -1)
