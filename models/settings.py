@@ -131,6 +131,15 @@ class Loss(Settings):
         0.25, "the same in the matching cost; sap_detr: that of --focal_alpha", least=0, most=1
     )
 
+    class_loss: str = flag(
+        "focal", "loss of classes; by the fit of boxes: ia_bce (Align-DETR), mal (DEIM)",
+        choices=("focal", "ia_bce", "mal"),
+    )  # fmt: skip
+    class_cost: str = flag(
+        "focal", "class in the matching cost; position: modulated by the fit of boxes (Stable-DINO)",
+        choices=("focal", "position"),
+    )  # fmt: skip
+
     @property
     def cost_alpha(self) -> float:
         """The alpha of the matching cost."""
