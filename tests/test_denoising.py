@@ -248,45 +248,38 @@ def some_images(number: int = 3):
 
 
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_matching_queries_do_not_notice(network):
-    """Their outputs are those of a network without, whatever the objects, in training mode, too."""
-    images, targets = some_images(), objects(2, 0, 3)
+def test_who_notices_whom(network):
+    """In training mode, too: matching queries predict as in a network without, whatever the objects; copies do not
+    notice other groups, but their own label."""
+    images, targets = some_images(2), objects(2, 3)
     plain, _ = network_with(network)
-    with_copies, criterion = network_with(network, *WITH)
-    unused = with_copies.load_state_dict(plain.state_dict(), strict=False)
+    detector, criterion = network_with(network, *WITH)
+    unused = detector.load_state_dict(plain.state_dict(), strict=False)
     assert unused.unexpected_keys == []
     assert all(name.startswith("decoder.denoising.") for name in unused.missing_keys)
-    wanted = plain(images)
-    for noised in (None, *map(criterion.noised, (targets, objects(0, 0, 0), objects(7, 1, 0)))):
-        found = with_copies(images, noised)
-        layers = list(zip([*wanted["aux_outputs"], wanted], [*found["aux_outputs"], found]))
-        for one, other in layers:
-            for name in ("pred_logits", "pred_boxes"):
-                torch.testing.assert_close(other[name], one[name], **EXACT)
-            if noised is not None:
-                assert other["denoising"]["pred_boxes"].shape == noised.boxes.shape
-        assert ("enc_outputs" in found) == ("enc_outputs" in wanted)
-
-
-@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
-def test_a_group_does_not_notice_the_others(network):
-    """Group 0 alone, and with two more; and copies notice their noise."""
-    images, targets = some_images(), objects(2, 0, 3)
-    detector, criterion = network_with(network, *WITH)
     noised = criterion.noised(targets)
     first = Noised(noised.labels[:, :3], noised.boxes[:, :3], noised.group[:3])
-    other = Noised(noised.labels, torch.rand_like(noised.boxes), noised.group)
-    other.boxes[:, :3] = noised.boxes[:, :3]
-    found, alone, moved = (detector(images, each)["denoising"]["pred_boxes"] for each in (noised, first, other))
-    torch.testing.assert_close(found[:, :3], alone, **EXACT)
-    torch.testing.assert_close(found[:, :3], moved[:, :3], **EXACT)
-    assert (found[:, 3:] - moved[:, 3:]).abs().max() > 1e-3
+    moved = Noised(noised.labels, torch.rand_like(noised.boxes), noised.group)
+    moved.boxes[:, :3] = noised.boxes[:, :3]
     relabelled = Noised((noised.labels + 1) % 6, noised.boxes, noised.group)
-    logits = [detector(images, each)["denoising"]["pred_logits"] for each in (noised, relabelled)]
-    assert (logits[0][0] - logits[1][0]).abs().max() > 1e-4  # the label reaches the classes
+    with torch.no_grad():
+        wanted = plain(images)
+        found = [detector(images, each) for each in (noised, first, moved, relabelled, criterion.noised(objects(0, 0)))]
+    for other in found:
+        assert ("enc_outputs" in other) == ("enc_outputs" in wanted)
+        for layer, same in zip([*wanted["aux_outputs"], wanted], [*other["aux_outputs"], other]):
+            for name in ("pred_logits", "pred_boxes"):
+                torch.testing.assert_close(same[name], layer[name], **EXACT)
+    boxes = [each["denoising"]["pred_boxes"] for each in found]
+    assert [one.shape[1] for one in boxes] == [9, 3, 9, 9, 0]
+    torch.testing.assert_close(boxes[0][:, :3], boxes[1], **EXACT)
+    torch.testing.assert_close(boxes[0][:, :3], boxes[2][:, :3], **EXACT)
+    assert (boxes[0][:, 3:] - boxes[2][:, 3:]).abs().max() > 1e-3
+    logits = [each["denoising"]["pred_logits"] for each in found]
+    assert (logits[0][0] - logits[3][0]).abs().max() > 1e-4  # the label reaches the classes
 
 
-@pytest.mark.parametrize("network", [NETWORKS["one scale"], NETWORKS["deformable"], NETWORKS["two stages"]])
+@pytest.mark.parametrize("network", [NETWORKS["one scale"], NETWORKS["deformable"]], ids=["sam", "deformable"])
 def test_gradients_by_finite_differences(network):
     """In one layer: later ones do not see through the references that refinement detaches."""
     detector, criterion = network_with(network, *WITH, "--dec_layers", "1")
@@ -316,15 +309,14 @@ def test_gradients_by_finite_differences(network):
 
 def test_a_batch_without_objects_has_losses_of_zero():
     """And gives the embedding a gradient, as DistributedDataParallel wants."""
-    for network in (TINY, TINY_DEFORMABLE):
-        for contrast in ([], ["--contrastive"]):
-            detector, criterion = network_with(network, *WITH, *contrast)
-            targets = objects(0, 0, 0)
-            terms = criterion(detector(some_images(), criterion.noised(targets)), targets)
-            assert [terms[f"loss_{name}_dn"].item() for name in ("ce", "bbox", "giou")] == [0, 0, 0]
-            assert terms["class_error_dn"] == 100
-            sum(criterion.weighted(terms).values()).backward()
-            assert all((p.grad == 0).all() for p in detector.decoder.denoising.parameters())
+    for network in (TINY, [*TINY_DEFORMABLE, "--contrastive"]):
+        detector, criterion = network_with(network, *WITH)
+        targets = objects(0, 0)
+        terms = criterion(detector(some_images(2), criterion.noised(targets)), targets)
+        assert [terms[f"loss_{name}_dn"].item() for name in ("ce", "bbox", "giou")] == [0, 0, 0]
+        assert terms["class_error_dn"] == 100
+        sum(criterion.weighted(terms).values()).backward()
+        assert all((p.grad == 0).all() for p in detector.decoder.denoising.parameters())
 
 
 def test_evaluation_has_nothing_of_it():
@@ -407,6 +399,7 @@ def test_moments_go_to_the_same_parameters_with_and_without(network):
 
 
 RUN = ["--lr", "1e-3", "--epochs", "2", "--ema", "0.9", "--accumulate", "2", "--batch_size", "2"]
+RUN += ["--eval_every_epoch", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -469,7 +462,7 @@ def test_a_run_goes_on_without_and_with(with_copies, trained, shapes, tmp_path, 
     assert predictor.model.decoder.denoising is None
 
 
-@pytest.mark.parametrize("flags", [(), WITH])
+@pytest.mark.parametrize("flags", [WITH, pytest.param((), marks=pytest.mark.slow)])
 def test_pretrained_with_and_without(flags, with_copies, trained, shapes, tmp_path, capsys):
     source = trained if flags else with_copies
     more = ["--epochs", "1", "--lr", "1e-9", "--pretrained", str(source / "checkpoint.pth")]
