@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
+from samdetr.models.denoising import Noised
 from samdetr.util.distributed import all_gather_object
 from samdetr.util.logger import MetricAverager, MovingMean, log, progress
 from samdetr.util.prefetch import on_device
@@ -79,8 +80,9 @@ def train_one_epoch(
                 # The processes exchange gradients in the last part of a step only.
                 ddp = model if isinstance(model, DistributedDataParallel) and number < accumulate else None
                 with ddp.no_sync() if ddp else nullcontext():
+                    noised = criterion.noised(targets)
                     with section("forward"):
-                        outputs = predict(model, images, amp)
+                        outputs = predict(model, images, amp, noised)
                     with section("loss"):
                         loss, terms = compute_losses(criterion, outputs, targets, num_boxes=num_boxes, parts=accumulate)
                     step.backward(loss, terms)
@@ -165,12 +167,13 @@ def _averages(averager: MetricAverager, total: int) -> dict[str, float]:
     return {**averages, "lr": lr, "bad_steps": round((1 - good) * total)}
 
 
-def predict(model: nn.Module, images: Any, amp: torch.dtype | None) -> dict[str, Any]:
-    """The detector's dict, in float32 at least."""
+def predict(model: nn.Module, images: Any, amp: torch.dtype | None, noised: Noised | None = None) -> dict[str, Any]:
+    """The detector's dict, in float32 at least. `noised`: of `SetCriterion.noised`."""
+    inputs = (images,) if noised is None else (images, noised)
     if amp is None:
-        return model(images)
+        return model(*inputs)
     with torch.autocast(images.images.device.type, dtype=amp):
-        outputs = model(images)
+        outputs = model(*inputs)
 
     def widen(value: Any) -> Any:
         if isinstance(value, dict):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samdetr.models.layers import LayerSizes
@@ -42,9 +43,14 @@ class SelfAttention(nn.Module):
         projected = [getattr(self, f"{role}_{name}")(part) for name, part in zip(self.parts, parts)]
         return split_heads(reduce(torch.add, projected), self.num_heads)
 
-    def forward(self, content: Tensor, *positions: Tensor) -> Tensor:
-        """`content` and each of `positions` (B, Q, C) -> (B, Q, C)."""
+    def forward(self, content: Tensor, *positions: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """`content` and each of `positions` (B, Q, C) -> (B, Q, C). `hidden` (Q, Q) of bool: which query, row, does not
+        attend to which, column; None: each attends to all."""
         query, key = (self.project(role, content, *positions) for role in ("query", "key"))
         value = split_heads(self.value(content), self.num_heads)
-        attended = prior_attention(query, key, value, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if hidden is None:
+            attended = prior_attention(query, key, value, dropout=dropout)
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, dropout_p=dropout)
         return self.output(merge_heads(attended))

@@ -50,4 +50,5 @@ def build_model(
     if not isinstance(config, family.config):
         raise ValueError(f"a {trunk.model} takes a {family.config.__module__}.Config, not {type(config).__module__}'s")
     criterion = family.criterion(loss or family.loss(), config)
+    criterion.denoising = config.denoising_of(trunk.num_classes)
     return family.build(trunk, config), criterion, partial(postprocess, top_k=config.top_k)

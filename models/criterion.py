@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samdetr.models.denoising import Denoising, Noised
 from samdetr.models.matcher import HungarianMatcher, Matches, stack_predictions
 from samdetr.util.box_ops import cxcywh_to_xyxy, generalized_iou
 from samdetr.util.distributed import reduce_mean
@@ -48,10 +49,12 @@ def matched_boxes(outputs: dict[str, Any], targets: Targets, matches: Matches) -
     return outputs["pred_boxes"][matches.image, matches.query], wanted
 
 
-def box_losses(outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor) -> dict[str, Tensor]:
+def box_losses(
+    outputs: dict[str, Any], targets: Targets, matches: Matches, num_boxes: Tensor, *, eps: float = 0.0
+) -> dict[str, Tensor]:
     """`loss_bbox`, L1 on cx, cy, w, h, and `loss_giou`, of the matched pairs, divided by the number of boxes."""
     predicted, wanted = matched_boxes(outputs, targets, matches)
-    overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted))
+    overlap = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted), eps=eps)
     return {"loss_bbox": (predicted - wanted).abs().sum() / num_boxes, "loss_giou": (1 - overlap).sum() / num_boxes}
 
 
@@ -85,8 +88,11 @@ class SetCriterion(nn.Module):
         matcher: assigns queries to objects.
         losses: computed for every layer; names get the suffix `_0`, `_1`, ... in all layers except the last.
         final_losses: computed for the last layer alone.
+        denoising_losses: computed for the denoising queries of every layer, if there are any.
         weights: weight of each loss term, by its name without suffix; other terms are only reported.
         auxiliary: whether the earlier layers count (`aux_loss`).
+
+    `denoising` makes the denoising queries of training, if any.
     """
 
     def __init__(
@@ -95,12 +101,19 @@ class SetCriterion(nn.Module):
         matcher: HungarianMatcher,
         losses: Sequence[Loss],
         final_losses: Sequence[Loss] = (),
+        denoising_losses: Sequence[Loss] = (),
         weights: dict[str, float],
         auxiliary: bool = True,
     ):
         super().__init__()
         self.matcher, self.losses, self.final_losses = matcher, list(losses), list(final_losses)
+        self.denoising_losses = list(denoising_losses)
         self.weights, self.auxiliary = dict(weights), auxiliary
+        self.denoising: Denoising | None = None
+
+    def noised(self, targets: Targets) -> Noised | None:
+        """Noised copies of the objects, for the network; None in evaluation and without denoising."""
+        return self.denoising(targets) if self.denoising and self.training else None
 
     def count(self, targets: Targets, like: Tensor) -> Tensor:
         """The divisor of losses: the number of boxes, at least 1; a scalar of the type and device of `like`."""
@@ -115,7 +128,7 @@ class SetCriterion(nn.Module):
         """
         Args:
             outputs: the detector's dict. Its `enc_outputs`, if any, are matched and penalised like a layer, with class
-                0 for every object; suffix `_enc`.
+                0 for every object; suffix `_enc`. So are denoising queries, whose matches are known; suffix `_dn`.
             targets: for each image `labels` (n,), int64, and `boxes` (n, 4) as normalised cx, cy, w, h.
             num_boxes: of `count`, if these images are a part of a larger batch.
         Returns:
@@ -140,6 +153,29 @@ class SetCriterion(nn.Module):
         for match, (proposals, objects) in zip(of_proposals, groups[1:]):
             (of_these,) = _stacked(self.losses, proposals, objects, match, num_boxes)
             terms |= {f"{name}_enc": term for name, term in of_these.items()}
+        if "denoising" in outputs:
+            terms |= self._denoising_terms([layer["denoising"] for layer in predictions], targets, num_boxes)
+        return terms
+
+    def _denoising_terms(
+        self, predictions: Sequence[dict[str, Any]], targets: Targets, num_boxes: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of denoising queries without padding, as of one image. The divisor is the number of boxes times
+        that of groups: in one process, the number of denoised objects, as published."""
+        assert self.denoising is not None
+        known = self.denoising.known([len(t["labels"]) for t in targets], num_boxes.device)
+        predictions = [
+            {name: values[known.image, known.query][None] for name, values in layer.items()} for layer in predictions
+        ]
+        positive = known.positive
+        match = Matches(torch.zeros_like(positive), positive, known.target[positive])
+        divisor = num_boxes * known.groups
+        *layers, final = _stacked(self.denoising_losses, predictions, targets, [match] * len(predictions), divisor)
+        for loss in self.final_losses:
+            final |= loss(predictions[-1], targets, match, divisor)
+        terms = {f"{name}_dn": term for name, term in final.items()}
+        for layer, of_layer in enumerate(layers):
+            terms |= {f"{name}_dn_{layer}": term for name, term in of_layer.items()}
         return terms
 
     def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -169,5 +205,5 @@ def _stacked(
 
 
 def _plain(name: str) -> str:
-    """The name of a term without the suffix of its layer."""
-    return re.sub(r"_(\d+|enc)$", "", name)
+    """The name of a term without the suffixes of its queries and its layer."""
+    return re.sub(r"(_dn)?(_(\d+|enc))?$", "", name)

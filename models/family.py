@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,8 @@ from samdetr.models.backbone import RESNETS, Backbone
 from samdetr.models.criterion import SetCriterion, box_losses, cardinality_error, class_error, focal_loss
 from samdetr.models.detector import Detector
 from samdetr.models.feature_levels import InputProjection
-from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from samdetr.models.matcher import Cost, HungarianMatcher, focal_class_cost, giou_cost, l1_cost, position_class_cost
+from samdetr.models.quality_losses import ia_bce_loss, mal_loss
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.settings import AlignerConfig, FamilyConfig, Loss, Trunk
 from samdetr.models.timm_backbone import PREFIX, TimmBackbone
@@ -25,21 +27,25 @@ def weighted_criterion(
     more_costs: Sequence[tuple[float, Cost]] = (),
     more_weights: dict[str, float] | None = None,
 ) -> SetCriterion:
-    """Focal loss and `losses`; `costs` of class, L1 distance and generalised IoU, weighted by the settings."""
+    """Loss of classes and `losses`; `costs` of class, L1 distance and generalised IoU, weighted by the settings."""
     weights = (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou)
     terms = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
+    kinds = {"focal": focal_loss(alpha=loss.focal_alpha), "ia_bce": ia_bce_loss(), "mal": mal_loss()}
+    classes = kinds[loss.class_loss]
     return SetCriterion(
         matcher=HungarianMatcher(costs=[*zip(weights, costs), *more_costs]),
-        losses=[focal_loss(alpha=loss.focal_alpha), *losses],
+        losses=[classes, *losses],
         final_losses=[class_error],
+        denoising_losses=[classes, partial(box_losses, eps=1e-6)],  # DN-DETR's eps, not DETR's
         weights=terms | (more_weights or {}),
         auxiliary=loss.aux_loss,
     )
 
 
 def build_criterion(loss: Loss, config: FamilyConfig) -> SetCriterion:
-    """The losses of SAM-DETR and Deformable DETR: focal loss, L1 and generalised IoU of boxes."""
-    costs = [focal_class_cost(alpha=loss.cost_alpha), l1_cost, giou_cost]
+    """The losses of SAM-DETR and Deformable DETR: of classes, L1 and generalised IoU of boxes."""
+    class_cost = {"focal": focal_class_cost, "position": position_class_cost}[loss.class_cost]
+    costs = [class_cost(alpha=loss.cost_alpha), l1_cost, giou_cost]
     return weighted_criterion(loss, costs=costs, losses=[box_losses, cardinality_error])
 
 

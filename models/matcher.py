@@ -36,6 +36,17 @@ def focal_class_cost(*, alpha: float) -> Cost:
     return cost
 
 
+def position_class_cost(*, alpha: float) -> Cost:
+    """The same, position-modulated (Stable-DINO, Liu et al., ICCV 2023, section 3.3): of the probability times
+    sqrt(s), s = (GIoU + 1) / 2."""
+
+    def cost(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+        fit = ((1 - giou_cost(outputs, targets)) / 2).clamp(min=0).sqrt()
+        return focal_change(outputs["pred_logits"].sigmoid()[..., targets["labels"]] * fit, alpha=alpha)
+
+    return cost
+
+
 def focal_change(probability: Tensor, *, alpha: float, gamma: float = 2.0) -> Tensor:
     """Focal loss of a probability (S, Q, n) whose target is 1, less that for the target 0."""
     negative = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()

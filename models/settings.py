@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from samdetr.models.backbone import RESNETS
+from samdetr.models.denoising import Denoising
 from samdetr.models.layers import LayerSizes
 from samdetr.util.settings import Settings, flag
 
@@ -70,10 +71,15 @@ class FamilyConfig(Settings):
         """Whether the published network has a GroupNorm after its input projection, whatever its schedule."""
         return False
 
+    def denoising_of(self, num_classes: int) -> Denoising | None:
+        """What makes noised copies of the objects, in training with denoising queries."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlignerConfig(FamilyConfig):
-    """Base class for families whose decoder layers may have a Semantics Aligner."""
+    """Base class for families whose decoder layers may have a Semantics Aligner, and whose training may have denoising
+    queries."""
 
     sam_resample: str = flag(
         "points",
@@ -83,6 +89,30 @@ class AlignerConfig(FamilyConfig):
     )
     sam_range: str = flag("box", "where salient points may lie", choices=("box", "image"), carried=True)
     sam_reweight: bool = flag(True, "do not gate new queries by old ones", carried=True)
+    # Not carried: a network that is trained with them detects without.
+    denoising: int = flag(
+        0, "groups of noised copies of the objects as further queries in training; 0: none", least=0, most=1000,
+        metavar="GROUPS",
+    )  # fmt: skip
+    denoising_box_noise: float = flag(0.4, "how far their boxes move, in parts of their size", least=0, most=1)
+    denoising_label_noise: float = flag(0.2, "share of their labels that are replaced", least=0, most=1)
+    contrastive: bool = flag(False, "also copies that are moved further, which shall find nothing; needs --denoising")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contrastive and not self.denoising:
+            raise ValueError("`contrastive` is a kind of `denoising`, which is 0: pass its number of groups, e.g. 5")
+
+    def denoising_of(self, num_classes: int) -> Denoising | None:
+        if not self.denoising:
+            return None
+        return Denoising(
+            groups=self.denoising,
+            num_classes=num_classes,
+            box_noise=self.denoising_box_noise,
+            label_noise=self.denoising_label_noise,
+            contrastive=self.contrastive,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +130,15 @@ class Loss(Settings):
     set_cost_alpha: float | None = flag(
         0.25, "the same in the matching cost; sap_detr: that of --focal_alpha", least=0, most=1
     )
+
+    class_loss: str = flag(
+        "focal", "loss of classes; by the fit of boxes: ia_bce (Align-DETR), mal (DEIM)",
+        choices=("focal", "ia_bce", "mal"),
+    )  # fmt: skip
+    class_cost: str = flag(
+        "focal", "class in the matching cost; position: modulated by the fit of boxes (Stable-DINO)",
+        choices=("focal", "position"),
+    )  # fmt: skip
 
     @property
     def cost_alpha(self) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import settings
+from helpers import from_flags, settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -22,9 +22,10 @@ from samdetr.models.criterion import (
 )
 from samdetr.models.feature_levels import valid_ratio
 from samdetr.models.layers import inverse_sigmoid
-from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost
+from samdetr.models.matcher import HungarianMatcher, focal_class_cost, giou_cost, l1_cost, position_class_cost
 from samdetr.models.position_encoding import grid_points, sine_encoding
 from samdetr.models.postprocess import postprocess
+from samdetr.models.quality_losses import ia_bce_loss, mal_loss
 from samdetr.models.spatial_prior import gaussian_log_prior
 from samdetr.util.box_ops import box_area, cxcywh_to_xyxy, generalized_iou, xyxy_to_cxcywh
 from samdetr.util.padded_images import pad_images
@@ -427,3 +428,93 @@ def test_padded_images():
         assert torch.equal(batch.images[image], inside.float().expand(3, -1, -1))
     converted = batch.to(torch.float64)
     assert (converted.images.dtype, converted.padding.dtype) == (torch.float64, torch.bool)
+
+
+# ---- Class losses and a cost that know how well a box fits
+
+
+def plain_fit(predicted: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """IoU and generalised IoU of two boxes, by torchvision."""
+    pair = torchvision.ops.box_convert(torch.stack([predicted, wanted]), "cxcywh", "xyxy")
+    return (
+        torchvision.ops.box_iou(pair[:1], pair[1:]).item(),
+        torchvision.ops.generalized_box_iou(pair[:1], pair[1:]).item(),
+    )
+
+
+@pytest.mark.parametrize("kind", ["ia_bce", "mal"])
+def test_quality_losses_one_number_at_a_time(kind):
+    """Values by the papers' formulas, gradients by finite differences with the quality held."""
+    outputs, targets = random_case(2, 0, 3, queries=4, classes=3)
+    outputs["pred_boxes"][0, 1] = targets[0]["boxes"][0] + 0.01  # one that fits, others that hardly do
+    logits = outputs["pred_logits"].requires_grad_()
+    criterion = SetCriterion(
+        matcher=HungarianMatcher(costs=COSTS), losses=[{"ia_bce": ia_bce_loss(), "mal": mal_loss()}[kind]], weights={}
+    )
+    (matches,) = criterion.matcher([outputs], targets)
+    labels, boxes = (torch.cat([target[name] for target in targets]) for name in ("labels", "boxes"))
+    held = {}
+    for image, query, target in zip(matches.image.tolist(), matches.query.tolist(), matches.target.tolist()):
+        overlap = plain_fit(outputs["pred_boxes"][image, query], boxes[target])[0]
+        label = labels[target].item()
+        p = 1 / (1 + math.exp(-logits[image, query, label].item()))
+        held[image, query, label] = max(p**0.25 * overlap**0.75, 0.01) if kind == "ia_bce" else overlap**1.5
+    assert max(held.values()) > 0.5
+
+    def plain(values: Tensor) -> float:
+        total = 0.0
+        for place in np.ndindex(*values.shape):
+            p = 1 / (1 + math.exp(-values[place].item()))
+            if place in held:
+                total -= held[place] * math.log(p) + (1 - held[place]) * math.log(1 - p)
+            else:
+                weight = p**2 if kind == "ia_bce" else (1 / (1 + math.exp(-logits[place].item()))) ** 1.5
+                total -= weight * math.log(1 - p)
+        return total / 5
+
+    found = criterion({**outputs, "aux_outputs": []}, targets)["loss_ce"]
+    assert found.item() == pytest.approx(plain(logits.detach()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(found, logits)
+    for place in [*held, (1, 0, 0), (0, 3, 2)]:
+        step = torch.zeros_like(logits)
+        step[place] = 1e-6
+        slope = (plain((logits + step).detach()) - plain((logits - step).detach())) / 2e-6
+        assert gradient[place].item() == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+def test_quality_losses_of_hopeless_and_perfect_boxes_are_finite():
+    targets = [{"labels": torch.tensor([0, 1]), "boxes": torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.8, 0.8, 0.2, 0.2]])}]
+    for logit in (-200.0, 200.0):
+        boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.0, 0.0]]])
+        logits = torch.full((1, 2, 3), logit, requires_grad=True)
+        for loss in (ia_bce_loss(), mal_loss()):
+            criterion = SetCriterion(matcher=HungarianMatcher(costs=COSTS), losses=[loss], weights={})
+            value = criterion({"pred_logits": logits, "pred_boxes": boxes, "aux_outputs": []}, targets)["loss_ce"]
+            (gradient,) = torch.autograd.grad(value, logits)
+            assert value.isfinite()
+            assert gradient.isfinite().all()
+
+
+def test_position_modulated_cost_one_number_at_a_time():
+    outputs, targets = random_case(3, queries=4, classes=3)
+    found = position_class_cost(alpha=0.25)(outputs, targets[0])
+    for query in range(4):
+        for target in range(3):
+            box = outputs["pred_boxes"][0, query]
+            fit = math.sqrt((plain_fit(box, targets[0]["boxes"][target])[1] + 1) / 2)
+            p = fit / (1 + math.exp(-outputs["pred_logits"][0, query, targets[0]["labels"][target]].item()))
+            wanted = -0.25 * (1 - p) ** 2 * math.log(p + 1e-8) + 0.75 * p**2 * math.log(1 - p + 1e-8)
+            assert found[0, query, target].item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_flags_choose_class_loss_and_cost():
+    outputs, targets = random_case(2, 3)
+    outputs["aux_outputs"] = []
+    values = {}
+    for flags in ("", "--class_loss ia_bce", "--class_loss mal", "--class_cost position"):
+        criterion = from_flags(flags)[1]
+        values[flags] = criterion(outputs, targets)["loss_ce"].item()
+    assert len(set(values.values())) >= 3
+    for flags in ("--class_loss mal", "--class_cost position"):
+        with pytest.raises(ValueError, match="has no effect on --model sap_detr"):
+            from_flags(f"-m sap_detr {flags}")

@@ -28,6 +28,19 @@ RECIPES = {
     "r50_ms_smca_e12_8gpu": (8, 2, 12, 10, ["--multiscale", "--smca"], "42.8", "55.02 M", "203"),
     "r50_ms_smca_e50_8gpu": (8, 2, 50, 40, ["--multiscale", "--smca"], "47.1", "55.02 M", "203"),
 }
+# SAM-DETR++, as far as secondary sources tell.
+PLUS = {
+    "r50_pp_e12_4gpu": (4, 4, 12, 10, ["--smca", "--dropout 0"], "37.0", "58.12 M", "100"),
+    "r50_pp_e50_4gpu": (4, 4, 50, 40, ["--smca", "--dropout 0"], "42.7", "58.12 M", "100"),
+    "r50_pp_ms_e12_8gpu": (8, 2, 12, 10, ["--multiscale", "--smca", "--dropout 0"], "43.2", "55.02 M", "203"),
+    "r50_pp_ms_dn_e12_8gpu": (
+        8, 2, 12, 10, ["--multiscale", "--smca", "--dropout 0", "--denoising 5"], "44.8", "55.04 M", "203",
+    ),
+    "r50_pp_ms_dn_e50_8gpu": (
+        8, 2, 50, 40, ["--multiscale", "--smca", "--dropout 0", "--denoising 5"], "49.1", "55.04 M", "203",
+    ),
+}  # fmt: skip
+RECIPES |= PLUS
 
 # Deformable DETR, 32 images a step, 50 epochs, drop after 40: switches; the published AP, parameters that train, and
 # all; the published GFLOPs; strides of the backbone's maps
@@ -102,6 +115,7 @@ def test_recipe(name, tmp_path):
     assert re.search(rf"trainable parameters +{parameters}\n", text)
     assert re.search(rf"GFLOPs +published: (about )?{gflops};", text)
     assert text.count("measured by us: not yet") == 2
+    assert ("Our reading of the recipe, from secondary sources" in text) == (name in PLUS)
 
 
 # What the published results were trained with beside the flags above, and what every recipe therefore leaves alone.
@@ -112,7 +126,9 @@ PUBLISHED_DEFAULTS = {
     "dec_layers": 6, "dim_feedforward": 2048, "hidden_dim": 256, "dropout": 0.1, "nheads": 8, "num_queries": 300,
     "sam_resample": "points", "sam_points": None, "sam_range": "box", "sam_reweight": True, "aux_loss": True,
     "set_cost_class": 2, "set_cost_bbox": 5, "set_cost_giou": 2, "cls_loss_coef": 2, "bbox_loss_coef": 5,
-    "giou_loss_coef": 2, "focal_alpha": 0.25, "train_sizes": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+    "giou_loss_coef": 2, "focal_alpha": 0.25, "class_loss": "focal", "class_cost": "focal", "denoising": 0,
+    "denoising_box_noise": 0.4, "denoising_label_noise": 0.2, "contrastive": False,
+    "train_sizes": [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
     "eval_size": 800, "max_size": 1333, "crop_augmentation": True, "seed": 42, "eval": False, "resume": "",
 }  # fmt: skip
 
@@ -130,11 +146,14 @@ def test_recipe_builds_the_published_model(name, tmp_path):
     assert (args.batch_size, args.epochs, args.lr_drop) == (batch, epochs, drop)
     for switch in ("smca", "dilation", "multiscale"):
         assert getattr(args, switch) is (f"--{switch}" in switches), switch
-    assert {key: getattr(args, key) for key in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS
+    denoising = "--denoising 5" in switches
+    own = ({"dropout": 0.0} if name in PLUS else {}) | ({"denoising": 5} if denoising else {})
+    assert {key: getattr(args, key) for key in PUBLISHED_DEFAULTS} == PUBLISHED_DEFAULTS | own
 
     with torch.device("meta"):  # the shapes alone
         detector = from_flags(words)[0]
     trainable = sum(parameter.numel() for parameter in detector.parameters() if parameter.requires_grad)
+    trainable -= denoising * 91 * 255  # the embedding of labels
     assert trainable == (
         {True: 55_021_546, False: 54_972_298}[args.smca] if args.multiscale else SIZES[args.smca, epochs]
     )

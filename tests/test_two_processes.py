@@ -43,6 +43,9 @@ CASES = [
     ((3, 0, 1, 2), TINY_DEFORMABLE),
     ((1, 4, 0, 0), [*TINY_DEFORMABLE, "--with_box_refine", "--two_stage"]),
     ((3, 0, 1, 2), TINY_SAP),
+    # Copies without noise, so that they do not depend on the random numbers of the processes.
+    ((3, 0, 1, 3), [*TINY, "--denoising", "2", "--denoising_box_noise", "0", "--denoising_label_noise", "0"]),
+    ((3, 3, 0, 0), [*TINY, "--denoising", "2", "--denoising_box_noise", "0", "--denoising_label_noise", "0"]),
 ]
 
 
@@ -66,7 +69,7 @@ def losses_and_gradients(counts, network, part: slice, wrap=lambda network, **_:
     criterion = from_flags(flags)[1].train()
     images, targets = batch(counts, part)
     model = wrap(network, find_unused_parameters=not criterion.auxiliary)  # as main.py does
-    losses = criterion.weighted(criterion(model(images), targets))
+    losses = criterion.weighted(criterion(model(images, criterion.noised(targets)), targets))
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.items()}, gradients

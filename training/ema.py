@@ -65,5 +65,6 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from `state_dict()`; the decay stays that of this run."""
         for name, average in self._average.items():
-            average.copy_(state["model"][name])
+            if name in state["model"]:  # that of denoising starts with it
+                average.copy_(state["model"][name])
         self.updates.fill_(state["updates"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from samdetr.datasets.categories import Categories, checkpoint_categories
 from samdetr.datasets.settings import Data
 from samdetr.models.checkpoints import chosen_weights, read_checkpoint
+from samdetr.models.denoising import DenoisingQueries
 from samdetr.models.detector import Detector
 from samdetr.training.settings import RunSettings
 from samdetr.util.checkpoint import require_finite
@@ -117,6 +118,8 @@ def class_parameters(network: nn.Module) -> Iterator[str]:
         if CLASS_HEAD.search(name) and not isinstance(module, nn.ModuleList):
             *_, last = (part for part, layer in module.named_modules() if isinstance(layer, nn.Linear))
             yield from (".".join(filter(None, (name, last, kind))) for kind in ("weight", "bias"))
+        elif isinstance(module, DenoisingQueries):
+            yield f"{name}.labels.weight"
 
 
 @torch.no_grad()

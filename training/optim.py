@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from samdetr.util.checkpoint import TRAINING_ONLY
 from samdetr.util.schema import brief, each, listed, number, record, tensor, text
 
 SCHEDULES = ("step", "cosine", "onecycle")
@@ -154,6 +156,7 @@ def load_optimizer_state(
         OPTIMIZER_RULE(saved, "'optimizer'")
     except ValueError as error:
         raise ValueError(f"{source} cannot be resumed: {error}; resume from another checkpoint") from None
+    saved = _with_or_without_denoising(optimizer, saved, groups)
     _check_groups(optimizer, saved, source=source, groups=groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = [name for group in optimizer.param_groups for name in group.get("param_names", group["params"])]
@@ -170,6 +173,45 @@ def load_optimizer_state(
     decays = [group.get("weight_decay", here["weight_decay"]) for group, here in zip(saved["param_groups"], own)]
     own = [{**here, "weight_decay": decay} for here, decay in zip(own, decays)]
     optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def _with_or_without_denoising(
+    optimizer: Optimizer, saved: dict[str, Any], groups: Sequence[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """The saved state for this optimiser, if they differ in the parameters of denoising alone: a run may go on with
+    them or without. Else as it is."""
+    ours = [group.get("param_names", []) for group in optimizer.param_groups]
+    known = [group["param_names"] for group in groups or ()]  # by this network: files without names have no denoising
+    theirs = [
+        group.get("param_names") or _plain(known[index] if index < len(known) else [])
+        for index, group in enumerate(saved["param_groups"])
+    ]
+    if theirs == ours or list(map(_plain, theirs)) != list(map(_plain, ours)):
+        return saved
+    there = {name: index for index, name in enumerate(chain(*theirs))}
+    numbers = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
+    if numbers != list(range(len(there))) or not saved["state"].keys() <= set(numbers):
+        return saved  # what is wrong is found below
+    here = {name: index for index, name in enumerate(chain(*ours))}
+    state = {here[n]: saved["state"][i] for n, i in there.items() if n in here and i in saved["state"]}
+    starts = accumulate(map(len, ours), initial=0)
+    if saved.get("without_moments") is not None:
+        new = [name for name in here if name not in there]
+        saved = {**saved, "without_moments": [*saved["without_moments"], *new]}
+    return {
+        **saved,
+        "state": state,
+        "param_groups": [
+            {**group, "param_names": names, "params": list(range(start, start + len(names)))}
+            for group, names, start in zip(saved["param_groups"], ours, starts)
+        ],
+    }
+
+
+def _plain(names: Any) -> list[Any]:
+    """Names without those of denoising."""
+    names = names if isinstance(names, list) else []
+    return [name for name in names if not str(name).startswith(TRAINING_ONLY)]
 
 
 def _check_groups(

@@ -208,7 +208,8 @@ def repeat(
             name = f" of part {number}" if len(parts) > 1 else ""
             repeated.see(f"the images{name}", part["images"])
             repeated.see(f"the boxes{name}", [target["boxes"] for target in part["targets"]])
-            outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp)
+            noised = criterion.noised(part["targets"])
+            outputs = predict(network, PaddedImages(part["images"], part["padding"]), amp, noised)
             repeated.see("the predictions", outputs)
             loss, values = compute_losses(criterion, outputs, part["targets"], num_boxes=num_boxes, parts=len(parts))
             values["loss"] = values.pop("loss")  # list the total last

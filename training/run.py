@@ -36,7 +36,7 @@ from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
-from samdetr.util.checkpoint import load_weights, require_finite
+from samdetr.util.checkpoint import TRAINING_ONLY, load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
 from samdetr.util.files import write_json
@@ -171,6 +171,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     network, criterion, postprocess = build_network(settings)
     if weights is not None:
         load_weights(network, weights, source=source.path)
+        if not run.eval and (line := _denoising_line(network, weights, source.path)):
+            log(line)
     else:
         _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
@@ -327,6 +329,16 @@ def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
     if not settings.run.allow_nonfinite:
         require_finite(weights, source=source.path, remedy="; `allow_nonfinite` takes it as it is")
     return weights
+
+
+def _denoising_line(network: Detector, weights: Mapping[str, Tensor], path: str) -> str:
+    """What a run says that goes on with denoising where the file has none, or without where it has."""
+    here, there = (any(n.startswith(TRAINING_ONLY) for n in names) for names in (network.state_dict(), weights))
+    if here and not there:
+        return f"{path} was trained without denoising: its label embedding starts from random weights"
+    if there and not here:
+        return f"{path} was trained with denoising: its label embedding is left out; `denoising` GROUPS goes on with it"
+    return ""
 
 
 def _start_weights(

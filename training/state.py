@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from samdetr.training.ema import WeightAverage
 from samdetr.training.optim import groups_of_run, load_optimizer_state, optimizer_state
-from samdetr.util.checkpoint import SCHEMA_VERSION
+from samdetr.util.checkpoint import SCHEMA_VERSION, TRAINING_ONLY
 from samdetr.util.distributed import all_gather_object, get_rank, get_world_size
 from samdetr.util.logger import MetricAverager
 from samdetr.util.schema import anything, brief, each, listed, maybe, number, record, tensor
@@ -163,6 +163,8 @@ class TrainingState:
         load_optimizer_state(self.optimizer, checkpoint["optimizer"], source=source, groups=groups)
         weights = dict(self.model.named_parameters())
         for name, gradient in checkpoint.get("gradients", {}).items() if self.keep_gradients else ():
+            if name.startswith(TRAINING_ONLY) and name not in weights:
+                continue
             if name not in weights or gradient.shape != weights[name].shape:
                 raise ValueError(f"{source} has a gradient {name} {tuple(gradient.shape)}, which no parameter has")
             weights[name].grad = torch.empty_like(weights[name]).copy_(gradient)

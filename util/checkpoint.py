@@ -179,14 +179,18 @@ def _measure(content: dict[str, Any], where: str) -> None:
         )
 
 
+# Parameters that a network has only while it trains with denoising. A file and a network fit with or without them.
+TRAINING_ONLY = "decoder.denoising."
+
+
 def load_weights(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load weights that must fit entirely.
+    """Load weights that must fit entirely, except those of denoising.
 
     Raises:
         ValueError: lists the missing, the unexpected and the differently shaped names; nothing is loaded then.
     """
     check_weights(model, state, source=source)
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
@@ -196,8 +200,10 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], *, source: str) ->
         ValueError: lists the missing, the unexpected and the differently shaped names.
     """
     own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
+    missing, unexpected = (
+        sorted(name for name in names if not name.startswith(TRAINING_ONLY))
+        for names in (own.keys() - state.keys(), state.keys() - own.keys())
+    )
     shapes = [
         f"{name} {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here"
         for name in sorted(own.keys() & state.keys())
@@ -208,7 +214,8 @@ def check_weights(model: nn.Module, state: dict[str, Tensor], *, source: str) ->
             f"{source} does not fit the network: missing {_listed(missing)}; unexpected {_listed(unexpected)}; "
             f"of another shape {_listed(shapes)}"
         )
-    kinds = [f"{n} {state[n].dtype}" for n in own if own[n].is_floating_point() > state[n].is_floating_point()]
+    both = [name for name in own if name in state]
+    kinds = [f"{n} {state[n].dtype}" for n in both if own[n].is_floating_point() > state[n].is_floating_point()]
     if kinds:
         raise ValueError(f"{source} does not fit the network: of another kind of numbers {_listed(kinds)}")
 

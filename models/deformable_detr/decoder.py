@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.deformable_detr.queries import LearnedQueries, ProposedQueries
+from samdetr.models.deformable_detr.queries import LearnedQueries, ProposedQueries, encode_boxes
+from samdetr.models.denoising import DenoisingQueries, Noised
 from samdetr.models.feature_levels import FeatureLevel, JoinedLevels, join_levels
 from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
@@ -49,11 +50,13 @@ class DeformableDecoderLayer(nn.Module):
         memory: JoinedLevels,
         boxes: Tensor,
         level: FeatureLevel,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """`queries`, `position` (B, Q, C); `reference` (B, Q, 2 or 4), relative to the valid image; `memory`, what
-        queries attend; `boxes` (B, Q, 4) and `level`, where an aligner looks for salient points -> (B, Q, C)."""
+        queries attend; `boxes` (B, Q, 4) and `level`, where an aligner looks for salient points; `hidden` (Q, Q), which
+        query, row, does not attend to which -> (B, Q, C)."""
         where = queries + position
-        attended, _ = self.self_attention(where, where, queries, need_weights=False)
+        attended, _ = self.self_attention(where, where, queries, need_weights=False, attn_mask=hidden)
         queries = self.norm1(queries + self.dropout(attended))
         where = queries + position
         if self.aligner is not None:
@@ -80,6 +83,9 @@ class DeformableDecoder(nn.Module):
         refine: each layer has separate heads, and its boxes are the next layer's references. Otherwise all layers
             share one class head and one box head, and look around the same points.
         two_stage: queries are the best proposals of the encoder, made by a further pair of heads; needs `refine`.
+        denoising: whether training adds denoising queries. A noised box is such a query's first reference, as far as
+            the others have one: its centre, or all of it (two-stage). Its label, embedded, is its content. Position
+            follows from the box: as a proposal's, or, if queries are learned, by a projection of its own.
 
     Weights start as the reference leaves them:
 
@@ -100,6 +106,7 @@ class DeformableDecoder(nn.Module):
         num_classes: int,
         refine: bool = False,
         two_stage: bool = False,
+        denoising: bool = False,
     ):
         super().__init__()
         if two_stage and not refine:
@@ -122,18 +129,31 @@ class DeformableDecoder(nn.Module):
         else:
             self.queries = LearnedQueries(**given)
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
+        self.denoising = None
+        if denoising:  # last, so that nothing else starts with other numbers
+            self.denoising = DenoisingQueries(num_classes=num_classes, hidden_dim=hidden_dim, position=not two_stage)
 
-    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Any]]:
+    def forward(self, levels: list[FeatureLevel], noised: Noised | None = None) -> list[dict[str, Any]]:
         """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4).
-        With two stages, `enc_outputs` of the last one has the same of all proposals, (B, L, ...)."""
+        With two stages, `enc_outputs` of the last one has the same of all proposals, (B, L, ...). For `noised` copies
+        of objects, which come first in all tensors here, see `Noised.split`."""
         memory = join_levels(levels)
         start = self.queries(levels)
-        queries, reference = start.content, start.reference
+        reference = start.reference
         # An aligner looks at a query's latest box. Points have none at first; the first head's takes its place.
-        boxes = reference if reference.shape[-1] == 4 else self._boxes(self.box_heads[0](queries), reference)
+        boxes = reference if reference.shape[-1] == 4 else self._boxes(self.box_heads[0](start.content), reference)
+        queries, position, hidden = start.content, start.position, None
+        if noised is not None and self.denoising is not None:
+            hidden = noised.hidden(queries.shape[1])
+            copies = noised.logits.sigmoid()
+            content, places = self.denoising(noised), self._position(copies)
+            queries = torch.cat([content.to(queries.dtype), queries], 1)
+            position = torch.cat([places.to(position.dtype), position], 1)
+            boxes = torch.cat([copies.to(boxes.dtype), boxes], 1)
+            reference = torch.cat([copies[..., : reference.shape[-1]].to(reference.dtype), reference], 1)
         predictions = []
         for index, (layer, level) in enumerate(zip(self.layers, self.levels)):
-            queries = layer(queries, start.position, reference, memory, boxes.detach(), levels[level])
+            queries = layer(queries, position, reference, memory, boxes.detach(), levels[level], hidden)
             head = index if self.refine else 0
             boxes = self._boxes(self.box_heads[head](queries), reference)
             predictions.append({"pred_logits": self.class_heads[head](queries), "pred_boxes": boxes})
@@ -141,7 +161,16 @@ class DeformableDecoder(nn.Module):
                 reference = boxes.detach()
         if start.proposals is not None:
             predictions[-1]["enc_outputs"] = start.proposals
-        return predictions
+        return predictions if noised is None else noised.split(predictions)
+
+    def _position(self, boxes: Tensor) -> Tensor:
+        """Positions (B, D, C) of denoising queries at boxes (B, D, 4)."""
+        encoded = encode_boxes(boxes, num_channels=self.layers[0].hidden_dim).to(boxes.dtype)
+        if isinstance(self.queries, ProposedQueries):
+            return self.queries.embed(encoded)[0]
+        assert self.denoising is not None
+        assert self.denoising.position is not None
+        return self.denoising.position(encoded)
 
     @staticmethod
     def _boxes(offset: Tensor, reference: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ def build(trunk: Trunk, config: Config) -> Detector:
         num_classes=trunk.num_classes,
         refine=config.with_box_refine,
         two_stage=config.two_stage,
+        denoising=config.denoising > 0,
     )
     encoder = DeformableEncoder(
         sizes, num_layers=trunk.enc_layers, num_levels=num_levels, num_points=config.enc_n_points

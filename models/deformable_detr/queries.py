@@ -76,11 +76,20 @@ class ProposedQueries(nn.Module):
         boxes = (self.box_head(memory) + initial.to(memory.dtype)).sigmoid()
         best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices  # (B, Q)
         reference = boxes.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        # cx, cy, w, h in this order, half the model's width for each; the encoding swaps the two numbers of a point.
-        pairs = reference.unflatten(-1, (2, 2)).flip(-1)
-        encoded = sine_encoding(pairs, num_channels=memory.shape[-1]).flatten(-2).to(memory.dtype)  # (B, Q, 2 C)
-        position, content = self.box_norm(self.box_projection(encoded)).chunk(2, -1)
+        encoded = encode_boxes(reference, num_channels=memory.shape[-1]).to(memory.dtype)
+        position, content = self.embed(encoded)
         return Queries(content, position, reference, proposals={"pred_logits": logits, "pred_boxes": boxes})
+
+    def embed(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Position and content (B, Q, C) of queries at boxes, `encode_boxes` (B, Q, 2 C)."""
+        position, content = self.box_norm(self.box_projection(encoded)).chunk(2, -1)
+        return position, content
+
+
+def encode_boxes(boxes: Tensor, *, num_channels: int) -> Tensor:
+    """(..., 4) -> (..., 2 C): cx, cy, w, h in this order, half the model's width for each."""
+    pairs = boxes.unflatten(-1, (2, 2)).flip(-1)  # the encoding swaps the two numbers of a point
+    return sine_encoding(pairs, num_channels=num_channels).flatten(-2)
 
 
 def initial_boxes(levels: list[FeatureLevel]) -> tuple[Tensor, Tensor]:

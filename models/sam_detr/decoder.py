@@ -4,11 +4,13 @@ Legend: B batch, Q queries, N heads, C channels, L positions of a level.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samdetr.models.attention import SelfAttention, merge_heads, split_heads
+from samdetr.models.denoising import DenoisingQueries, Noised
 from samdetr.models.feature_levels import FeatureLevel
 from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
@@ -78,11 +80,12 @@ class SAMDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel) -> Tensor:
-        """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image -> (B, Q, C)."""
+    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel, hidden: Tensor | None = None) -> Tensor:
+        """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image; `hidden` (Q, Q), which
+        query, row, does not attend to which -> (B, Q, C)."""
         # Without gradient, and not scaled by the valid ratio, as in the reference.
         position = sine_encoding(boxes[..., :2].detach(), num_channels=self.hidden_dim).to(queries.dtype)
-        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position)))
+        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, hidden=hidden)))
         if self.aligner is None:
             attended = self.cross_attention(queries, position, level)
         else:
@@ -107,9 +110,21 @@ class SAMDecoder(nn.Module):
         num_queries: Q; each has a learned reference box.
         num_classes: outputs of the class heads.
         levels: for each layer, the index of the level that it attends; as many layers as entries.
+        denoising: whether training adds denoising queries. A noised box is such a query's first reference. Its label,
+            embedded, is its first content. An aligner samples anew what the cross-attention compares, so there the
+            label only gates (re-weighting); it stays in the residual stream, which the class head reads, and in
+            self-attention, where the queries of its group see it.
     """
 
-    def __init__(self, *, layer: SAMDecoderLayer, num_queries: int, num_classes: int, levels: Sequence[int]):
+    def __init__(
+        self,
+        *,
+        layer: SAMDecoderLayer,
+        num_queries: int,
+        num_classes: int,
+        levels: Sequence[int],
+        denoising: bool = False,
+    ):
         super().__init__()
         self.levels = tuple(levels)
         hidden_dim = layer.hidden_dim
@@ -118,6 +133,8 @@ class SAMDecoder(nn.Module):
         self.class_heads = copies(nn.Linear(hidden_dim, num_classes), len(self.levels))
         self.box_heads = copies(MLP(hidden_dim, hidden_dim, hidden_dim, 4), len(self.levels))
         self._init_weights()
+        # Last, so that nothing else starts with other numbers.
+        self.denoising = DenoisingQueries(num_classes=num_classes, hidden_dim=hidden_dim) if denoising else None
 
     def _init_weights(self) -> None:
         """Every parameter of the decoder, as the reference leaves it:
@@ -134,18 +151,24 @@ class SAMDecoder(nn.Module):
         start_heads(self.class_heads, self.box_heads)
         nn.init.normal_(self.reference_boxes)
 
-    def forward(self, levels: list[FeatureLevel]) -> list[dict[str, Tensor]]:
-        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4)."""
+    def forward(self, levels: list[FeatureLevel], noised: Noised | None = None) -> list[dict[str, Any]]:
+        """One prediction for each layer, the last one final: `pred_logits` (B, Q, classes), `pred_boxes` (B, Q, 4); for
+        `noised` copies of objects, which come first in all tensors here, see `Noised.split`."""
         batch = levels[0].features.shape[0]
         reference = self.reference_boxes.expand(batch, -1, -1)  # (B, Q, 4), logits
         queries = levels[0].features.new_zeros(*reference.shape[:2], self.layers[0].hidden_dim)
+        hidden = None
+        if noised is not None and self.denoising is not None:
+            hidden = noised.hidden(queries.shape[1])
+            queries = torch.cat([self.denoising(noised).to(queries.dtype), queries], 1)
+            reference = torch.cat([noised.logits.to(reference.dtype), reference], 1)
         predictions = []
         for layer, level, class_head, box_head in zip(self.layers, self.levels, self.class_heads, self.box_heads):
             boxes = reference.sigmoid()
-            queries = layer(queries, boxes, levels[level])
+            queries = layer(queries, boxes, levels[level], hidden)
             offset = box_head(queries)
             pred_boxes = (offset + inverse_sigmoid(boxes)).sigmoid()
             predictions.append({"pred_logits": class_head(queries), "pred_boxes": pred_boxes})
             # On the raw logit, not the clamped one, and detached; the initial boxes are not detached.
             reference = (offset + reference).detach()
-        return predictions
+        return predictions if noised is None else noised.split(predictions)

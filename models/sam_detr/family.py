@@ -62,6 +62,7 @@ def build(trunk: Trunk, config: Config) -> Detector:
         num_queries=trunk.num_queries,
         num_classes=trunk.num_classes,
         levels=attended_levels(trunk.dec_layers, num_levels),
+        denoising=config.denoising > 0,
     )
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 

@@ -82,7 +82,14 @@ def build(trunk: Trunk, config: Config) -> Detector:
 
 
 def build_criterion(loss: Loss, config: Config) -> SetCriterion:
-    """Focal loss, corner L1 and generalised IoU, objectness, and the count of points outside their boxes."""
+    """Focal loss, corner L1 and generalised IoU, objectness, and the count of points outside their boxes. Raises
+    ValueError: a class loss or cost of the other families."""
+    for name in ("class_loss", "class_cost"):
+        if getattr(loss, name) != "focal":
+            raise ValueError(
+                f"`{name}` {getattr(loss, name)} has no effect on `model` sap_detr, whose objectness does that; leave "
+                "it out, or choose another model"
+            )
     return weighted_criterion(
         loss,
         costs=[losses.object_class_cost(alpha=loss.cost_alpha), losses.corner_l1_cost, losses.giou_cost],

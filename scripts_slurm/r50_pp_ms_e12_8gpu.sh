@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# scripts/r50_pp_ms_e12_8gpu.sh under SLURM: sbatch this file from the repository, or bash it in a shell of salloc.
+#SBATCH --job-name=r50_pp_ms_e12_8gpu
+#SBATCH --nodes=1
+#SBATCH --ntasks=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=4
+#SBATCH --time=1-00:00:00
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+here=$(dirname "${BASH_SOURCE[0]}")
+[[ -f $here/launch.sh ]] || here=$SLURM_SUBMIT_DIR/scripts_slurm # sbatch runs a copy that lies elsewhere
+exec bash "$here/launch.sh" r50_pp_ms_e12_8gpu "$@"
