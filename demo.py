@@ -122,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stoppable() as stopped:
             try:
-                work.images(sources, names, stopped)
+                if sources:
+                    work.images(sources, names, stopped)
                 for video, name in zip(videos, names[len(sources) :]):
                     if not stopped():
                         work.video(video, name, stopped, limit=args.limit)

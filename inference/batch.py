@@ -156,6 +156,8 @@ class Work:
         else:
             if number < 0:
                 self._fail(video.name, VideoFault("it has no frame that can be read"))
+            elif opened.total and number + 1 < 0.9 * min(totals):  # the number may be an estimate
+                self._fail(video.name, VideoFault(f"it ends after {number + 1} of {opened.total} frames"))
 
     def finish(self, **facts: Any) -> None:
         """Write the detections of the images, and the list of all files, with `facts`. Raises OSError."""

@@ -174,7 +174,8 @@ def _faults(path: Path, number: int = 0) -> Iterator[None]:
         raise
     except Exception as error:
         after = f" after frame {number}" if number else ""
-        raise VideoFault(f"{path} cannot be read{after}: {' '.join(str(error).split())}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise VideoFault(f"{path} cannot be read{after}: {reason}") from None
 
 
 def _rate(said: Any) -> float:
