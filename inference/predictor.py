@@ -8,8 +8,9 @@ found.save("drawn.jpg")
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -25,6 +26,7 @@ from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import (
     INPUT_SETTINGS,
+    RUN_SETTINGS,
     check_network,
     chosen_weights,
     network_settings,
@@ -72,6 +74,7 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
         source=source,
     )
     predictor.allow_http = allow_http
+    predictor.run_settings = {n: v for n, v in checkpoint["run_settings"].items() if n in RUN_SETTINGS}
     return predictor
 
 
@@ -88,9 +91,11 @@ class Predictor:
 
     Attributes:
         allow_http: whether URLs of images may be http to other machines.
+        run_settings: those of the run that made the weights that go with them, as far as they are known.
     """
 
     allow_http = False
+    run_settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
