@@ -18,6 +18,8 @@ from samdetr.datasets.categories import Categories
 from samdetr.inference.sources import Source
 from samdetr.util.drawing import draw_detections
 from samdetr.util.files import whole_file
+from samdetr.util.fonts import drawable
+from samdetr.util.logger import printable
 
 
 class Detection(NamedTuple):
@@ -89,11 +91,28 @@ class Detections:
         chosen = {name: getattr(self, name)[which] for name in ("boxes", "scores", "labels", "queries")}
         return replace(self, **chosen)
 
+    @property
+    def drawn_names(self) -> dict[int, str]:
+        """What is drawn for each label: the class name, or the class's id if no font here has its letters."""
+        return drawable(self.categories.names, self.categories.category_ids)
+
     def draw(self) -> Image.Image:
         """The image with boxes, class names and scores; a small one is enlarged by a whole factor."""
         return draw_detections(
-            self.image, boxes=self.boxes, labels=self.labels, scores=self.scores, class_names=self.categories.names
+            self.image, boxes=self.boxes, labels=self.labels, scores=self.scores, class_names=self.drawn_names
         )
+
+    def summary(self) -> str:
+        """The classes with their scores, the best first: "2 raccoon (0.45, 0.37), 1 fox (0.41)"; "" if there are none.
+        Of more than ten scores the first nine and the last are shown."""
+        scores: dict[str, list[str]] = {}
+        for name, score in zip(self.names, self.scores.tolist()):
+            scores.setdefault(name, []).append(f"{score:.2f}")
+        parts = []
+        for name, values in scores.items():
+            shown = values if len(values) <= 10 else [*values[:9], "...", values[-1]]
+            parts.append(f"{len(values)} {printable(name)} ({', '.join(shown)})")
+        return ", ".join(parts)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Draw the detections into a file, and return its path; see `save_picture`."""
@@ -131,12 +150,17 @@ def check_threshold(threshold: float) -> float:
 def save_picture(picture: Image.Image, path: str | os.PathLike) -> Path:
     """Write a picture in the format of its suffix, whole or not at all, and return the path of the file.
 
-    If no format that can be written has this suffix, ".png" is appended.
+    If no format that can be written has this suffix, ".png" is appended. Raises OSError.
     """
-    path = Path(path)
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        path = path.with_name(f"{path.name}.png")
+    path = picture_path(path)
     options: dict[str, Any] = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
     with whole_file(path) as temporary:
         picture.save(temporary, **options)
     return path
+
+
+def picture_path(path: str | os.PathLike) -> Path:
+    """The name under which `save_picture` writes."""
+    path = Path(path)
+    known = Image.registered_extensions().get(path.suffix.lower()) in Image.SAVE
+    return path if known else path.with_name(f"{path.name}.png")

@@ -160,10 +160,10 @@ def draw_query_sampling(found: Detections, layers: list[Sampling]) -> Image.Imag
 
 def _sheet(found: Detections, draw: Callable[[int, int], list[Image.Image]]) -> Image.Image:
     """For each of the best detections, what `draw(row, query)` returns: a picture for each decoder layer."""
-    rows, captions = [], []
+    rows, captions, names = [], [], found.drawn_names
     for row, detection in zip(range(MOST_QUERIES), found):
         rows.append(draw(row, detection.query))
-        title = f"{detection.name} {detection.score:.2f}, query {detection.query}"
+        title = f"{names[detection.label]} {detection.score:.2f}, query {detection.query}"
         captions.append([f"{title}, layer {layer}" for layer in range(1, len(rows[-1]) + 1)])
     return contact_sheet(rows, captions)
 

@@ -8,8 +8,9 @@ found.save("drawn.jpg")
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
@@ -25,6 +26,7 @@ from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import (
     INPUT_SETTINGS,
+    RUN_SETTINGS,
     check_network,
     chosen_weights,
     network_settings,
@@ -42,7 +44,7 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
     Args:
         device: "auto" is a GPU if there is one.
         raw: whether to take the trained weights where the file also has averaged ones (--ema).
-        allow_http: whether a URL may be http to another machine.
+        allow_http: whether URLs, of the file and later of images, may be http to another machine.
 
     Raises:
         ValueError: names the file and what is wrong with it, or the device.
@@ -63,7 +65,7 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
     network, _, postprocess = build_model(trunk, config)
     load_weights(network, weights, source=source)
     sizes = {name: getattr(data, name) for name in INPUT_SETTINGS}
-    return Predictor(
+    predictor = Predictor(
         network.eval(),
         postprocess=postprocess,
         categories=checkpoint_categories(checkpoint),
@@ -71,6 +73,9 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
         device=target,
         source=source,
     )
+    predictor.allow_http = allow_http
+    predictor.run_settings = {n: v for n, v in checkpoint["run_settings"].items() if n in RUN_SETTINGS}
+    return predictor
 
 
 class Predictor:
@@ -83,7 +88,14 @@ class Predictor:
         settings: those of the network, and `eval_size` and `max_size` of its input; `num_classes` among them.
         device: where to compute.
         source: where the weights come from, for messages.
+
+    Attributes:
+        allow_http: whether URLs of images may be http to other machines.
+        run_settings: those of the run that made the weights that go with them, as far as they are known.
     """
+
+    allow_http = False
+    run_settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -140,7 +152,7 @@ class Predictor:
         check_threshold(threshold)
         if batch_size < 1:
             raise ValueError(f"`batch_size` {batch_size} must be at least 1")
-        sources, single = find_images(images)
+        sources, single = find_images(images, allow_http=self.allow_http)
         found: list[Detections | None] = [None] * len(sources)
         with _evaluating(self.model):
             for batch in self._batches(sources, batch_size):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import glob
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -20,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from samdetr.datasets.images import decode, fault_of, read_image
+from samdetr.util.download import read_url
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".mts", ".3gp"}
 DRAWN = "det_res_"  # names of pictures that demo.py has drawn begin so; in a folder they are no input
-SECONDS = 30  # that a server may take to answer
+LARGEST = 2**29  # bytes of an image that a URL sends
 
 
 @dataclass(frozen=True)
@@ -46,48 +46,61 @@ class Source:
         return replace(self, read=lambda: image)
 
 
-def find_images(images: Any) -> tuple[list[Source], bool]:
+def find_images(images: Any, *, allow_http: bool = False) -> tuple[list[Source], bool]:
     """The images that `images` stands for, and whether it is a single one. Files are not opened yet.
 
     A folder stands for its image files in the order of their names, a pattern for the files that match it, a list for
-    all that its items stand for.
+    all that its items stand for. `allow_http`: whether a URL may be http to another machine.
 
     Raises:
         ValueError: no such file, nothing found in a folder or by a pattern, or values that are no image.
     """
     if isinstance(images, (list, tuple)):
-        return [source for index, item in enumerate(images) for source in _find(item, index)[0]], False
-    return _find(images, 0)
+        return [source for index, item in enumerate(images) for source in _find(item, index, allow_http)[0]], False
+    return _find(images, 0, allow_http)
 
 
-def _find(item: Any, index: int) -> tuple[list[Source], bool]:
+def _find(item: Any, index: int, allow_http: bool) -> tuple[list[Source], bool]:
     if isinstance(item, Source):
         return [item], True
-    if isinstance(item, str) and item.startswith(("http://", "https://")):
-        return [_from_url(item)], True
+    if is_url(item):
+        return [from_url(item, allow_http=allow_http)], True
     if isinstance(item, (str, os.PathLike)):
-        return _from_path(Path(item))
+        paths, single = find_files(Path(item))
+        return [from_file(path) for path in paths], single
     image = _to_picture(item)
     return [Source(f"image_{index}", Path(), lambda: image)], True
 
 
-def _from_path(path: Path) -> tuple[list[Source], bool]:
-    if path.is_file():
-        return [_from_file(path)], True
-    if path.is_dir():
-        paths = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith((DRAWN, "."))]
-        if not paths:
-            raise ValueError(f"`images` {path} holds no image ({', '.join(sorted(SUFFIXES))})")
-    elif glob.has_magic(str(path)):
-        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
-        if not paths:
-            raise ValueError(f"`images` {path}: no file matches this pattern")
-    else:
-        raise ValueError(f"`images` {path}: no such file or folder")
-    return [_from_file(path) for path in sorted(paths)], False
+def is_url(item: Any) -> bool:
+    return isinstance(item, str) and item.lower().startswith(("http://", "https://"))
 
 
-def _from_file(path: Path) -> Source:
+def find_files(path: Path, suffixes: Collection[str] = SUFFIXES) -> tuple[list[Path], bool]:
+    """The files that a path stands for, as of `find_images`, and whether it is a single file. `suffixes`: of the files
+    in a folder. Raises ValueError."""
+    try:
+        if path.is_file():
+            return [path], True
+        if path.is_dir():
+            paths = [p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith((DRAWN, "."))]
+            if not paths:
+                raise ValueError(f"`images` {path} holds no image ({', '.join(sorted(suffixes))})")
+        elif path.exists():
+            raise ValueError(f"`images` {path} is neither a regular file nor a folder")
+        elif glob.has_magic(str(path)):
+            found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+            paths = [p for p in found if not p.name.startswith(DRAWN) or path.name.startswith(DRAWN)]
+            if not paths:
+                raise ValueError(f"`images` {path}: no file matches this pattern")
+        else:
+            raise ValueError(f"`images` {path}: no such file or folder")
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ValueError(f"`images` {path} cannot be read: {error.strerror or error}") from None
+    return sorted(paths), False
+
+
+def from_file(path: Path) -> Source:
     def read() -> Image.Image:
         try:
             return read_image(path)
@@ -96,23 +109,28 @@ def _from_file(path: Path) -> Source:
         except Exception as error:  # PIL raises many kinds for a damaged file
             raise ValueError(f"{path} cannot be read ({fault_of(path, error)[1]}); replace or remove it") from error
 
+    if path.suffix.lower() in VIDEOS:
+        raise ValueError(f"`images` {path} is a video, which `samdetr predict` reads; here pass images")
     return Source(path.name, path.parent, read)
 
 
-def _from_url(url: str) -> Source:
+def from_url(url: str, *, allow_http: bool = False) -> Source:
+    return Source(name_of(url) or "image", Path(), cache(partial(_fetch, url, allow_http)))
+
+
+def name_of(url: str) -> str:
+    """The file name at the end of a URL, which may be "". Raises ValueError."""
     try:
-        name = unquote(urlsplit(url).path).rstrip("/").rsplit("/", 1)[-1]
+        return unquote(urlsplit(url).path).rstrip("/").rsplit("/", 1)[-1]
     except ValueError as error:
         raise ValueError(f"`images` {url} is no URL: {error}") from None
-    return Source(name or "image", Path(), cache(partial(_fetch, url)))
 
 
-def _fetch(url: str) -> Image.Image:
+def _fetch(url: str, allow_http: bool) -> Image.Image:
     try:
-        with urlopen(Request(url, headers={"User-Agent": "samdetr"}), timeout=SECONDS) as answer:  # some refuse urllib
-            content = answer.read()
-    except (OSError, HTTPException, ValueError) as error:
-        raise ValueError(f"`images` {url} cannot be fetched: {error}") from None
+        content = read_url(url, largest=LARGEST, allow_http=allow_http)
+    except ValueError as error:
+        raise ValueError(f"`images` {error}") from None
     try:
         return read_image(io.BytesIO(content))
     except MemoryError:

@@ -35,6 +35,8 @@ RULES = record(
 )
 # Settings of the network's input in evaluation, which a checkpoint also brings.
 INPUT_SETTINGS = ("eval_size", "max_size")
+# Settings of a run that go with its weights: evaluation repeats some, fine-tuning others. None names a place or a host.
+RUN_SETTINGS = ("batch_size", "pad_to_multiple", "amp", "world_size", "train_sizes", "crop_augmentation")
 
 
 def read_checkpoint(source: str, *, name: str = "resume", allow_http: bool = False) -> dict[str, Any]:

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from samdetr.inference.detections import Detection as Detection, Detections as Detections
     from samdetr.inference.explain import explain as explain
     from samdetr.inference.predictor import Predictor as Predictor, load as load
+    from samdetr.inference.share import (
+        from_pretrained as from_pretrained,
+        push_to_hub as push_to_hub,
+        save_pretrained as save_pretrained,
+    )
     from samdetr.models.build import build_model as build_model, register as register
     from samdetr.models.family import Family as Family
     from samdetr.models.semantics_aligner import SemanticsAligner as SemanticsAligner
@@ -31,6 +36,7 @@ _MODULES = {
     "inference.predictor": ("load", "Predictor"),
     "inference.detections": ("Detection", "Detections"),
     "inference.explain": ("explain",),
+    "inference.share": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "models.build": ("build_model", "register"),
     "models.family": ("Family",),
     "models.semantics_aligner": ("SemanticsAligner",),

@@ -19,7 +19,7 @@ $python -m datasets.shapes --output "$data" --size 80
 $python main.py --coco_path "$data" --output_dir "$output" "${small[@]}" \
   --eval_every_epoch 4 --print_every 25 --overwrite "$@" # an earlier quick start moves to a subfolder
 $python demo.py --resume "$output/checkpoint.pth" --images "$data/val2017" --limit 12 --threshold 0.3 \
-  --annotations "$data/annotations/instances_val2017.json" --output "$output/pictures" --salient_points
+  --annotations "$data/annotations/instances_val2017.json" --output "$output/pictures" --overwrite --salient_points
 
 echo
 echo "Evaluation of $output/checkpoint.pth on the held-out images:"

@@ -44,18 +44,27 @@ def multiscale(tmp_path_factory):
     return path
 
 
-def test_folder_is_drawn_beside_or_elsewhere(trained, folder, tmp_path):
+JSON = {"detections.json", "images.json", "predict.json"}
+
+
+def test_folder_is_drawn_elsewhere(trained, folder, tmp_path, monkeypatch):
     checkpoint, output = str(trained / "checkpoint.pth"), tmp_path / "drawn"
     names = sorted(path.name for path in folder.glob("*.jpg"))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
     flags = ["--resume", checkpoint, "--images", str(folder), "--threshold", "0", "--device", "cpu"]
     assert demo.main([*flags, "--output", str(output)]) == 0
-    assert sorted(path.name for path in output.iterdir()) == [f"det_res_{name}" for name in names]
+    assert {path.name for path in output.iterdir()} == {*JSON, *(f"det_res_{name}" for name in names)}
     drawn, original = Image.open(output / f"det_res_{names[0]}"), Image.open(folder / names[0])
     assert drawn.width % original.width == 0  # enlarged by a whole factor, to be readable
     assert ImageChops.difference(drawn, original.resize(drawn.size)).getbbox()  # and something is on it
 
-    assert demo.main(flags) == 0
-    assert demo.main(flags) == 0  # what the first run wrote is no input of the second
+    monkeypatch.chdir(tmp_path)
+    for name in ("predict", "predict2"):  # without --output nothing lies where the images are, nor in the same folder
+        assert demo.main(flags) == 0
+        assert {path.name for path in (tmp_path / "output" / name).glob("*.jpg")} == {f"det_res_{n}" for n in names}
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert demo.main([*flags, "--output", str(folder)]) == 0  # asked to
+    assert demo.main([*flags, "--output", str(folder)]) == 0  # what the first run wrote is no input of the second
     assert sorted(path.name for path in folder.glob("det_res_*")) == [f"det_res_{name}" for name in names]
 
 
@@ -68,7 +77,7 @@ def test_official_file_is_drawn_as_ours(folder, tmp_path):
         save(detector, settings, checkpoint, official=official)
         flags = ["--resume", str(checkpoint), "--images", str(folder), "--output", str(output), "--device", "cpu"]
         assert demo.main([*flags, "--limit", "1", "--threshold", "0.01", "--salient_points"]) == 0
-        pictures.append({path.name: path.read_bytes() for path in output.iterdir()})
+        pictures.append({path.name: path.read_bytes() for path in output.glob("det_res_*")})
     assert len(pictures[0]) == 2
     assert pictures[0] == pictures[1]
 
@@ -173,7 +182,7 @@ def test_ground_truth_beside(trained, shapes, tmp_path):
     flags = ["--resume", str(trained / "checkpoint.pth"), "--images", str(shapes / "val2017"), "--output", str(output)]
     annotations = shapes / "annotations" / "instances_val2017.json"
     assert demo.main([*flags, "--limit", "2", "--annotations", str(annotations)]) == 0
-    for path in output.iterdir():
+    for path in output.glob("det_res_*"):
         width, height = Image.open(path).size
         assert width > 1.9 * (height - 60)  # two square pictures below a title
 

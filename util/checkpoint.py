@@ -21,6 +21,7 @@ from samdetr.util.download import fetch
 from samdetr.util.files import whole_file
 from samdetr.util.foreign import damaged_record, foreign
 from samdetr.util.schema import brief, tensor
+from samdetr.util.slim_file import is_slim, read_slim, write_slim
 
 SCHEMA_VERSION = 1  # of training checkpoints: raised when an older version of this project could not read them
 LARGEST_FILE = 1_000_000  # values in a file, nested ones counted; those of a tensor are one
@@ -40,6 +41,14 @@ def save_file(content: dict[str, Any], path: str | os.PathLike) -> None:
             if not isinstance(reason, OSError):
                 raise
             raise reason from None
+
+
+def save_slim(content: dict[str, Any], path: Path) -> None:
+    """Write weights with settings and categories as a safetensors file that `read_file` reads, whole or not at all.
+
+    Raises ImportError without the package safetensors, OSError.
+    """
+    write_slim(content, path, checksum=checksum)
 
 
 def checksum(content: Any) -> str:
@@ -100,7 +109,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has {path.stat().st_size / 1e9:.1f} GB, more than this machine's memory")
     try:
         what = foreign(path)
-        content = None if what else _load(path)
+        content = None if what else _load_slim(path) if is_slim(path) else _load(path)
     except PermissionError:
         raise ValueError(f"{where} may not be read; check its permissions") from None
     except _Refused as error:
@@ -124,6 +133,17 @@ def _read(path: Path, where: str) -> dict[str, Any]:
 
 class _Refused(Exception):
     """What is wrong with a file, to follow its name."""
+
+
+def _load_slim(path: Path) -> dict[str, Any]:
+    try:
+        return read_slim(path)
+    except (PermissionError, RecursionError, MemoryError):
+        raise
+    except ImportError as error:
+        raise _Refused(f"is a safetensors file, and {error}") from None
+    except Exception:  # the package, JSON and the rules raise several kinds
+        raise _Refused("is cut or damaged; get it again") from None
 
 
 def _load(path: Path) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from samdetr.util.distributed import get_rank
+from samdetr.util.logger import printable
 
 _PROJECT = Path(__file__).resolve().parents[1]
 _IN_WORKER = "DataLoader worker process"
@@ -74,8 +75,8 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
 
 
 def _print_error(file: str, message: str) -> None:
-    message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"{program_name(file)}: error: {f'rank {get_rank()}: ' if get_rank() else ''}{message}", file=sys.stderr)
+    rank = f"rank {get_rank()}: " if get_rank() else ""
+    print(f"{program_name(file)}: error: {rank}{printable(message)}", file=sys.stderr)
 
 
 def _is_ours(error: ValueError) -> bool:

@@ -65,22 +65,39 @@ def socket_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
+def read_url(url: str, *, largest: int, allow_http: bool = False) -> bytes:
+    """What `url` sends, in memory, `largest` bytes at most. Raises ValueError: why it cannot be had."""
+    with _naming(url):
+        _require_safe(url, allow_http)
+        return b"".join(_parts(url, allow_http, largest))
+
+
 def _fetch(url: str, path: Path, check: Callable[[Path], Any], allow_http: bool) -> None:
     folder = path.parent
     created = [each for each in (folder, *folder.parents) if not each.exists()]
+    with _naming(url):
+        try:
+            _require_safe(url, allow_http)
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder, re.compile(re.escape(path.name)))
+            with _unnamed_file(path) as temporary:
+                with open(temporary, "wb") as file:
+                    for part in _parts(url, allow_http, LARGEST):
+                        file.write(part)
+                check(temporary)
+        except (OSError, HTTPException, ValueError):
+            for each in created:
+                with contextlib.suppress(OSError):
+                    each.rmdir()  # only if it is empty
+            raise
+
+
+@contextlib.contextmanager
+def _naming(url: str) -> Iterator[None]:
+    """Turn whatever goes wrong into a ValueError that names the URL."""
     try:
-        _require_safe(url, allow_http)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder, re.compile(re.escape(path.name)))
-        with _unnamed_file(path) as temporary:
-            with open(temporary, "wb") as file:
-                for part in _parts(url, allow_http):
-                    file.write(part)
-            check(temporary)
+        yield
     except (OSError, HTTPException, ValueError) as error:  # HTTPError and URLError are kinds of OSError
-        for each in created:
-            with contextlib.suppress(OSError):
-                each.rmdir()  # only if it is empty
         reason = f"no answer for {SECONDS:.0f} s" if isinstance(error, TimeoutError) else error
         raise ValueError(f"{url} cannot be fetched: {' '.join(str(reason).split())}") from None
 
@@ -105,7 +122,7 @@ def _unnamed_file(path: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _parts(url: str, allow_http: bool) -> Iterator[bytes]:
+def _parts(url: str, allow_http: bool, largest: int) -> Iterator[bytes]:
     class Redirects(HTTPRedirectHandler):
         def redirect_request(self, request: Request, *rest: Any) -> Request | None:
             _require_safe(rest[-1], allow_http)
@@ -119,13 +136,13 @@ def _parts(url: str, allow_http: bool) -> Iterator[bytes]:
         raise
     with answer:
         wanted = answer.headers.get("Content-Length")
-        if wanted and int(wanted) > LARGEST:
-            raise ValueError(f"it has {int(wanted) / 1e9:.1f} GB, more than {LARGEST / 1e9:.1f} GB")
+        if wanted and int(wanted) > largest:
+            raise ValueError(f"it has {int(wanted) / 1e9:.1f} GB, more than {largest / 1e9:.1f} GB")
         while part := answer.read1(2**20):
             received += len(part)
             seconds = time.monotonic() - start
-            if received > LARGEST:
-                raise ValueError(f"it has more than {LARGEST / 1e9:.1f} GB")
+            if received > largest:
+                raise ValueError(f"it has more than {largest / 1e9:.1f} GB")
             if seconds > SECONDS and received < SLOWEST * seconds:
                 raise ValueError(f"{received} bytes came in {seconds:.0f} s, which is too slow")
             yield part

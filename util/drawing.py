@@ -10,8 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from samdetr.util.fonts import Font
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # first and last pixel that belong to it
@@ -63,7 +65,7 @@ def draw_detections(
         red, green, blue = colours[i]
         ink = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else PAPER  # on bright colours, on dark ones
         x0, y0, _, y1 = tags[i]
-        drawing.text((x0 + _tag_margin(font), (y0 + y1 + 1) / 2), texts[i], fill=ink, font=font, anchor="lm")
+        font.draw(drawing, (x0 + _tag_margin(font), (y0 + y1 + 1) / 2), texts[i], fill=ink)
     return canvas
 
 
@@ -82,7 +84,7 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequ
         left = gap
         for picture, text, width in zip(row, texts, widths):
             text = _shorten(text, font=font, width=width)
-            drawing.text((left + width / 2, top + strip / 2), text, fill=INK, font=font, anchor="mm")
+            font.draw(drawing, (left + (width - font.getlength(text)) / 2, top + strip / 2), text, fill=INK)
             sheet.paste(picture, (left + (width - picture.width) // 2, top + strip))
             left += width + gap
         top += strip + height + gap
@@ -93,10 +95,8 @@ def line_width(size: tuple[int, int]) -> int:
     return max(round(min(max(size), 2 * min(size)) / 350), 3)
 
 
-def _font(size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size=max(round(min(max(size), 2 * min(size)) / 62), 13))
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font
+def _font(size: tuple[int, int]) -> Font:
+    return Font(max(round(min(max(size), 2 * min(size)) / 62), 13))
 
 
 def pixel_box(box: Sequence[float], *, factor: float, size: tuple[int, int]) -> Rectangle:
@@ -121,16 +121,16 @@ def outline(drawing: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width:
     drawing.rectangle(box, outline=colour, width=width)
 
 
-def _tag_margin(font: ImageFont.FreeTypeFont) -> int:
+def _tag_margin(font: Font) -> int:
     return max(round(font.size / 5), 2)
 
 
-def _tag_size(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+def _tag_size(text: str, font: Font) -> tuple[int, int]:
     # The height is the font's and not the text's, so that all tags are equally high.
-    return round(font.getlength(text)) + 2 * _tag_margin(font), sum(font.getmetrics()) + 2
+    return round(font.getlength(text)) + 2 * _tag_margin(font), font.height(text) + 2
 
 
-def _shorten(text: str, *, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _shorten(text: str, *, font: Font, width: int) -> str:
     """`text`, or its beginning and "..", whatever fits in `width` pixels."""
     if font.getlength(text) <= width:
         return text

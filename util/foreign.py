@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
 from pathlib import Path
+
+from samdetr.util.slim_file import header, is_slim
 
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
@@ -34,7 +35,7 @@ def foreign(path: Path) -> str | None:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a page of a web site (HTML), such as a request to log in or to wait; fetch the file itself"
-    if len(head) > 8 and head[8:9] == b"{" and 2 <= struct.unpack("<Q", head[:8])[0] <= size - 8:
+    if head[8:9] == b"{" and not is_slim(path) and header(path) is not None:
         return (
             'a safetensors file; convert it: python -c "import torch; from safetensors.torch import load_file; '
             f"torch.save({{'model': load_file('{path.name}')}}, 'weights.pth')\""

@@ -32,6 +32,11 @@ def log(message: object) -> None:
         sys.stdout.flush()
 
 
+def printable(text: str) -> str:
+    """A text in one line: characters that cannot be printed are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class MetricAverager:
     """Averages named scalars over steps and processes.
 
