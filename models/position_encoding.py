@@ -22,8 +22,8 @@ def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 100
 
 
 def in_cells(shares: Tensor, *, height: int, width: int) -> Tensor:
-    """Shares (..., 2) of a map's width and height, x and y, in its cells. The sizes stay numbers: torch.export would fix
-    those that a tensor is made of."""
+    """Shares (..., 2) of a map's width and height, x and y, in its cells. The sizes stay numbers: in a tensor,
+    torch.export would fix them."""
     return torch.stack([shares[..., 0] * width, shares[..., 1] * height], -1)
 
 

@@ -24,7 +24,7 @@ def postprocess(outputs: dict[str, Any], orig_sizes: Tensor, *, top_k: int = 100
 
 
 def best_detections(outputs: dict[str, Any], *, top_k: int) -> dict[str, Tensor]:
-    """The same of all images together: `scores`, `labels`, `queries` (B, k), and `boxes` (B, k, 4) relative to the image."""
+    """The same of all images at once: `scores`, `labels`, `queries` (B, k); `boxes` (B, k, 4) relative to the image."""
     scores = outputs["pred_logits"].sigmoid().flatten(1)  # (B, Q * classes)
     scores, best = scores.topk(min(top_k, scores.shape[1]), dim=1)
     num_classes = outputs["pred_logits"].shape[-1]
