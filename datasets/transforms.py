@@ -82,6 +82,13 @@ def resized_size(
     return (short_side, long_side) if height <= width else (long_side, short_side)
 
 
+class FitInto(v2.Compose):
+    """Resize as much as fits into a height and a width; the aspect ratio stays."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__([ToTensor(), ResizeInto(height, width)])
+
+
 class ToTensor(v2.Transform):
     """PIL image in RGB -> uint8 (3, H, W), channels last in memory as in PIL, which makes resizing faster."""
 
@@ -111,6 +118,22 @@ class ResizeShortSide(v2.Transform):
         height, width = v2.query_size(flat_inputs)
         short_side = self.short_sides[_randint(0, len(self.short_sides) - 1)]
         return {"size": list(resized_size(height, width, short_side, self.max_size, limit_from=self.limit_from))}
+
+    def transform(self, inpt, params: dict):
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+class ResizeInto(v2.Transform):
+    """Resize to the largest size of the same aspect ratio within (height, width)."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.size = height, width
+
+    def make_params(self, flat_inputs: list) -> dict:
+        old = v2.query_size(flat_inputs)
+        scale = min(new / side for new, side in zip(self.size, old))
+        return {"size": [max(1, min(new, round(scale * side))) for new, side in zip(self.size, old)]}
 
     def transform(self, inpt, params: dict):
         return F.resize(inpt, params["size"], antialias=True)

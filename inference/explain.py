@@ -14,6 +14,7 @@ from samdetr.inference.detections import Detections
 from samdetr.inference.points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
 from samdetr.inference.predictor import Predictor
 from samdetr.inference.watch import Sampling, cell_of, watch, watch_sampling
+from samdetr.models.detector import Detector
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.sap_detr.decoder import SAPDecoder
 from samdetr.models.semantics_aligner import SemanticsAligner
@@ -62,6 +63,7 @@ def explain(
     position = sampling_points
     if isinstance(position, str):
         position = tuple((found.boxes[0].view(2, 2).mean(0) / torch.tensor(found.size)).tolist())
+    assert isinstance(predictor.model, Detector)
     # A second pass, because the positions and queries to observe are known only now, and all would be too many.
     best = found.queries[:MOST_QUERIES]
     with (
@@ -79,11 +81,17 @@ def check_points(
     predictor: Predictor, *, salient_points: bool = False, sampling_points: tuple[float, float] | str | None = None
 ) -> None:
     """Require that the network has the points to draw. Raises ValueError."""
-    if salient_points and not any(_has(predictor.model, kind) for kind in SALIENT):
+    model = predictor.model
+    if not isinstance(model, Detector):
+        if salient_points or sampling_points is not None:
+            name = "salient_points" if salient_points else "sampling_points"
+            raise ValueError(f"`{name}`: {predictor.source} is exported, without inner values; pass its checkpoint")
+        return
+    if salient_points and not any(_has(model, kind) for kind in SALIENT):
         raise ValueError(
             f"`salient_points`: the network of {predictor.source} has none, it is a {predictor.settings['model']}"
         )
-    if sampling_points is not None and not _has(predictor.model.encoder, MSDeformAttn):
+    if sampling_points is not None and not _has(model.encoder, MSDeformAttn):
         raise ValueError(
             f"`sampling_points`: the encoder of {predictor.source} has no deformable attention; "
             "pass a multi-scale SAM-DETR or a Deformable DETR"

@@ -22,6 +22,7 @@ from samdetr.datasets.categories import Categories, checkpoint_categories
 from samdetr.datasets.settings import Data
 from samdetr.datasets.transforms import ByteImages, EvalTransforms
 from samdetr.inference.detections import Detections, check_threshold
+from samdetr.inference.engines import ExportedNetwork, is_exported, open_exported
 from samdetr.inference.sources import Source, find_images
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import (
@@ -41,6 +42,8 @@ from samdetr.util.padded_images import pad_images
 def load(source: str, *, device: str | torch.device = "auto", raw: bool = False, allow_http: bool = False) -> Predictor:
     """A predictor from a checkpoint, a file or an http(s) URL: one of ours or an official one of a known family.
 
+    A file that export.py wrote (.onnx, .xml, .pt2) runs in its engine.
+
     Args:
         device: "auto" is a GPU if there is one.
         raw: whether to take the trained weights where the file also has averaged ones (--ema).
@@ -50,6 +53,8 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
         ValueError: names the file and what is wrong with it, or the device.
     """
     source = str(source)
+    if is_exported(source):
+        return _exported(source, device=str(device), raw=raw)
     target = choose_device(str(device))
     checkpoint = read_checkpoint(source, name="source", allow_http=allow_http)
     trunk, config = network_settings(checkpoint["settings"])
@@ -78,6 +83,22 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
     return predictor
 
 
+def _exported(source: str, *, device: str, raw: bool) -> Predictor:
+    """A predictor of an exported file. Raises ValueError."""
+    if raw:
+        raise ValueError(f"`raw_weights`: {source} has the weights that it was exported with; pass its checkpoint")
+    network = open_exported(source, device=device)
+    return Predictor(
+        network,
+        postprocess=network.postprocess,
+        categories=network.categories,
+        settings=network.about["settings"],
+        device=network.device,
+        source=source,
+        transforms=network.transforms,
+    )
+
+
 class Predictor:
     """A network with what it needs to detect: the size of its input, its classes, its device.
 
@@ -88,6 +109,7 @@ class Predictor:
         settings: those of the network, and `eval_size` and `max_size` of its input; `num_classes` among them.
         device: where to compute.
         source: where the weights come from, for messages.
+        transforms: how images are resized; None: as the settings say.
 
     Attributes:
         allow_http: whether URLs of images may be http to other machines.
@@ -99,19 +121,20 @@ class Predictor:
 
     def __init__(
         self,
-        model: Detector,
+        model: Detector | ExportedNetwork,
         *,
         postprocess: Callable[..., list[dict[str, Tensor]]],
         categories: Categories | None,
         settings: dict[str, Any],
         device: torch.device,
         source: str = "the network",
+        transforms: Callable[[Image.Image], Any] | None = None,
     ) -> None:
         self.model, self.settings, self.device, self.source = model, settings, device, source
         place(model, device)  # in the memory format of an evaluation
         self.has_names = categories is not None
         self.categories = categories or _numbered(settings["num_classes"])
-        self.transforms = EvalTransforms(
+        self.transforms = transforms or EvalTransforms(
             short_side=settings["eval_size"], max_size=settings["max_size"], normalize=False
         )
         self._postprocess = postprocess

@@ -127,11 +127,24 @@ class FoldedConvolution(nn.Conv2d):
     norm: FrozenBatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, shift = self.folded()
+        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that does both."""
         norm = self.norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
-        weight = self.weight * scale[:, None, None, None]
-        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+        return self.weight * scale[:, None, None, None], shift
+
+
+def apply_frozen_norms(network: nn.Module) -> None:
+    """Write the norms into the weights, in place, for a network that is not trained any more."""
+    for part in network.modules():
+        if isinstance(part, FoldedConvolution):
+            weight, shift = part.folded()
+            part.__class__ = nn.Conv2d  # type: ignore[assignment]
+            part.weight, part.bias = nn.Parameter(weight.detach()), nn.Parameter(shift.detach())
 
 
 def fold_frozen_norms(resnet: nn.Module) -> None:

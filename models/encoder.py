@@ -12,6 +12,7 @@ from samdetr.models.mlp import MLP
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
 from samdetr.models.ops.prior_attention import prior_attention
+from samdetr.models.position_encoding import in_cells
 
 
 class DenseEncoderLayer(nn.Module):
@@ -118,6 +119,6 @@ def reference_points(levels: list[FeatureLevel]) -> Tensor:
     points = []
     for ratio, level in zip(ratios.unbind(1), levels):
         height, width = level.features.shape[2:]
-        valid = torch.stack([ratio[:, 0] * width, ratio[:, 1] * height], -1)[:, None, None]  # (B, 1, 1, 2), in cells
+        valid = in_cells(ratio, height=height, width=width)[:, None, None]  # (B, 1, 1, 2)
         points.append((cell_centres(height, width, valid.device) / valid).flatten(1, 2))  # (B, H * W, 2)
     return (torch.cat(points, 1)[:, :, None] * ratios[:, None]).to(coordinate_dtype(levels[0].features))

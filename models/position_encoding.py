@@ -21,6 +21,12 @@ def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 100
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)  # (..., C)
 
 
+def in_cells(shares: Tensor, *, height: int, width: int) -> Tensor:
+    """Shares (..., 2) of a map's width and height, x and y, in its cells. The sizes stay numbers: in a tensor,
+    torch.export would fix them."""
+    return torch.stack([shares[..., 0] * width, shares[..., 1] * height], -1)
+
+
 def grid_points(padding: Tensor, *, centred: bool = True) -> Tensor:
     """Centres of the cells of a padded map, relative to its valid part; not `centred`, their far corners, as in DETR.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.roi_sampling import roi_sampling
 from samdetr.models.ops.roi_sampling.plain import bilinear_weights, sample
-from samdetr.models.position_encoding import sine_encoding
+from samdetr.models.position_encoding import in_cells, sine_encoding
 
 ROI_SIZE = 7
 
@@ -98,7 +98,7 @@ class SemanticsAligner(nn.Module):
         if valid_ratio is None:
             valid_ratio = boxes.new_ones(boxes.shape[0], 2)
         centres, sizes = boxes[..., :2], boxes[..., 2:]
-        extent = valid_ratio[:, None] * valid_ratio.new_tensor([width, height])  # (B, 1, 2), of the image, in cells
+        extent = in_cells(valid_ratio[:, None], height=height, width=width)  # (B, 1, 2), of the image
         corners = torch.cat([centres - sizes / 2, centres + sizes / 2], -1) * extent.repeat(1, 1, 2)  # (B, Q, 4)
         cells = features.permute(0, 2, 3, 1)  # (B, H, W, C)
         scales = None

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("samdetr.main", (), "train a detector (main.py)"),
     "eval": ("samdetr.main", ("--eval",), "evaluate a checkpoint: --resume FILE (main.py --eval)"),
     "predict": ("samdetr.demo", (), "detect objects in images and draw them (demo.py)"),
+    "export": ("samdetr.export", (), "export a detector to ONNX, OpenVINO or torch.export (export.py)"),
     "slim": ("samdetr.slim", (), "write a detector into one safetensors file: RUN.pth OUT.safetensors"),
     "check": ("samdetr.datasets.check", (), "find and repair faults of a data set (python -m datasets.check)"),
     "convert": (

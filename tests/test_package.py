@@ -76,7 +76,7 @@ def foreign(tmp_path) -> Path:
 
 # What users import: programs, the public face, and a module of each folder.
 NAMES = """
-    import samdetr, samdetr.main, samdetr.demo, samdetr.engine, samdetr.hubconf, samdetr.training.loop
+    import samdetr, samdetr.main, samdetr.demo, samdetr.export, samdetr.engine, samdetr.hubconf, samdetr.training.loop
     from samdetr import Detections, Predictor, SemanticsAligner, build_model, load, register
     from samdetr.datasets.coco import CocoDetection
     from samdetr.models.ops import doctor
@@ -169,7 +169,7 @@ def test_installed_commands(installed, trained, shapes, tmp_path):
     samdetr = installed / "samdetr"
     listed = check(samdetr, folder=tmp_path)
     assert listed == check(samdetr, "--help", folder=tmp_path)
-    for command in ("train", "eval", "predict", "slim", "check", "convert", "doctor"):
+    for command in ("train", "eval", "predict", "export", "slim", "check", "convert", "doctor"):
         assert f"\n  {command} " in listed
     assert check(samdetr, "--version", folder=tmp_path).startswith("0.")
     wrong = run(samdetr, "trian", folder=tmp_path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from samdetr.models.ops import build
+from samdetr.models.ops.exporting import exporting
 
 CPU_NAMES = {torch.float32: "float32", torch.float64: "float64"}
 # Largest difference from the plain path that rounding explains, in units of the largest value compared.
@@ -151,7 +152,7 @@ def _with_gradients(function: Callable[..., Tensor], arguments: list) -> list[Te
 
 @torch.compiler.assume_constant_result
 def _run(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> bool:
-    if _plain_wanted or _transformed() or dtype not in OPERATORS[name].dtypes.get(device_type, ()):
+    if _plain_wanted or exporting() or _transformed() or dtype not in OPERATORS[name].dtypes.get(device_type, ()):
         return False
     return available(device_type, index) and correct(name, device_type, index, dtype)
 

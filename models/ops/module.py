@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from samdetr.models.ops.exporting import exporting
 from samdetr.models.ops.ms_deform_attn import check_level_shapes, ms_deform_attn
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype
 
@@ -95,6 +96,10 @@ class MSDeformAttn(nn.Module):
         offsets = offsets.to(dtype).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         reference = reference.to(dtype)[:, :, None, :, None]  # (B, Q, 1, levels, 1, 2 or 4)
         if reference.shape[-1] == 2:
+            if exporting():  # a tensor of them would fix the sizes
+                one = offsets.new_ones(())
+                sizes = torch.stack([one * size for height, width in level_shapes for size in (width, height)])
+                return reference + offsets / sizes.view(-1, 2)[:, None]
             sizes = torch.tensor([(width, height) for height, width in level_shapes], dtype=dtype)
             # From ordinary memory a non_blocking copy waits for nothing on the device, a plain one does.
             return reference + offsets / sizes.to(query.device, non_blocking=True)[:, None]

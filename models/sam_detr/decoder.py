@@ -15,7 +15,7 @@ from samdetr.models.feature_levels import FeatureLevel
 from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.ops.prior_attention import prior_attention
-from samdetr.models.position_encoding import sine_encoding
+from samdetr.models.position_encoding import in_cells, sine_encoding
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
@@ -98,7 +98,7 @@ class SAMDecoderLayer(nn.Module):
     def _prior(self, points: Tensor, scales: Tensor, level: FeatureLevel) -> SeparablePrior:
         """SMCA's prior around the salient points: rows (B, N or 1, Q, H), columns (B, N or 1, Q, W)."""
         height, width = level.features.shape[2:]
-        cells = level.valid_ratio[:, None, None] * points.new_tensor([width, height])
+        cells = in_cells(level.valid_ratio[:, None, None], height=height, width=width)
         return gaussian_log_prior(points * cells, scales, height=height, width=width).transpose(1, 2)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from samdetr.models.mlp import MLP
+from samdetr.models.position_encoding import in_cells
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
@@ -32,6 +33,5 @@ class SideDirectedGaussian(nn.Module):
         shares, scales = self.head(queries).unflatten(-1, (2, self.num_heads, 2)).unbind(-3)  # (B, Q, N, 2) each
         shares = shares.tanh()
         to_side = torch.where(shares > 0, distances[..., None, 2:], distances[..., None, :2])
-        size = points.new_tensor([width, height])
-        centres = (points[..., None, :] + shares * to_side) * size  # (B, Q, N, 2), in cells
+        centres = in_cells(points[..., None, :] + shares * to_side, height=height, width=width)  # (B, Q, N, 2)
         return gaussian_log_prior(centres, scales, height=height, width=width).transpose(1, 2)

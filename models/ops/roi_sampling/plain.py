@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from samdetr.models.ops.exporting import exporting
+
 # Numbers between the two products of roi_align: 16 MiB of float32. With 64 MiB the first took twice as long on a CPU.
 AT_ONCE = 2**22
 # A point is a weighted sum over the map. With more points times cells than this (8 points on C3 of a large image),
@@ -25,7 +27,7 @@ def plain_roi_sampling(cells: Tensor, boxes: Tensor, positions: Tensor | None, b
     if positions is None:
         return roi_align(cells, rows, columns)
     x, y = bilinear_weights(positions, bins).unbind(-2)  # (B, Q, P, bins) each
-    if positions.shape[2] * height * width > POOL_FIRST:
+    if not exporting() and positions.shape[2] * height * width > POOL_FIRST:
         return products(y, x) @ roi_align(cells, rows, columns).flatten(2, 3)
     return sample(cells, y @ rows, x @ columns)
 
@@ -54,7 +56,8 @@ def roi_align_weights(low: Tensor, high: Tensor, *, length: int, num_bins: int) 
     count = bin_length.ceil()[..., None, None]  # samples in a bin
     bins = torch.arange(num_bins, dtype=low.dtype, device=low.device)[:, None]
     # One more than a box as long as the map needs where num_bins divides it: its length may be rounded up.
-    samples = torch.arange(length // num_bins + 1, dtype=low.dtype, device=low.device)
+    # Two more in an export: 1, on a small map, would mean broadcasting there, and an exported size decides nothing.
+    samples = torch.arange(length // num_bins + (2 if exporting() else 1), dtype=low.dtype, device=low.device)
     offset = bins + (samples + 0.5) / count.clamp(min=1)  # (..., bins, samples), in bins
     position = low[..., None, None] - 0.5 + offset * bin_length[..., None, None]
     counted = (samples < count) & (position >= -1) & (position <= length)

@@ -1,0 +1,1 @@
+"""Trained detectors as files of other engines. None is kept that was not compared with its network."""
