@@ -54,7 +54,9 @@ def load(source: str, *, device: str | torch.device = "auto", raw: bool = False,
     """
     source = str(source)
     if is_exported(source):
-        return _exported(source, device=str(device), raw=raw)
+        predictor = _exported(source, device=str(device), raw=raw)
+        predictor.allow_http = allow_http
+        return predictor
     target = choose_device(str(device))
     checkpoint = read_checkpoint(source, name="source", allow_http=allow_http)
     trunk, config = network_settings(checkpoint["settings"])

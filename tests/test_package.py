@@ -161,6 +161,7 @@ def test_wheel_is_complete(installed, copy, tmp_path):
     assert (package / "py.typed").is_file()
     assert {path.name for path in copy.glob("*.py")} == {path.name for path in package.glob("*.py")} - {
         "__init__.py",
+        "__main__.py",
         "console.py",
     }
 
@@ -263,4 +264,4 @@ def test_the_aligner_needs_few_of_our_lines(copy):
     """
     lines = check(sys.executable, "-c", dedent(code), folder=copy).splitlines()
     assert any("semantics_aligner" in line for line in lines)
-    assert sum(int(line.split()[0]) for line in lines) <= 400, lines
+    assert sum(int(line.split()[0]) for line in lines) <= 420, lines
