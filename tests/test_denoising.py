@@ -26,6 +26,7 @@ from torch import Tensor
 from samdetr.engine import compute_losses, predict
 from samdetr.inference.predictor import load
 from samdetr.models.denoising import Denoising, DenoisingQueries, Noised
+from samdetr.training.finetune import class_parameters
 from samdetr.training.optim import load_optimizer_state, optimizer_state, parameter_groups
 from samdetr.util.padded_images import PaddedImages, pad_images
 
@@ -456,6 +457,7 @@ def test_a_run_goes_on_without_and_with(with_copies, trained, shapes, tmp_path, 
         steps = {int(state["step"]) for state in after["optimizer"]["state"].values()}
         assert steps == ({12, 4} if flags else {12})
     figures, detections = evaluate(shapes, with_copies / "checkpoint.pth", tmp_path / "eval")
+    assert "its label embedding is left out, which only training needs" in capsys.readouterr().out
     assert detections
     assert figures == read_log(with_copies)[-1]["test_ema_coco_eval_bbox"]
     predictor = load(str(with_copies / "checkpoint.pth"))
@@ -467,6 +469,7 @@ def test_pretrained_with_and_without(flags, with_copies, trained, shapes, tmp_pa
     source = trained if flags else with_copies
     more = ["--epochs", "1", "--lr", "1e-9", "--pretrained", str(source / "checkpoint.pth")]
     run_main(shapes, *more, *flags, "--output_dir", str(tmp_path), network=["--backbone_weights", "none"])
+    assert "decoder.denoising.labels.weight" in {*class_parameters(build_tiny(*WITH)[0])}  # rows follow the classes
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decoder.denoising ")]
     assert row.split()[1:] == (["0", "186", "0"] if flags else ["0", "0", "186"])
 

@@ -171,8 +171,7 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     network, criterion, postprocess = build_network(settings)
     if weights is not None:
         load_weights(network, weights, source=source.path)
-        if not run.eval and (line := _denoising_line(network, weights, source.path)):
-            log(line)
+        _say_denoising(network, weights, path=source.path, training=not run.eval)
     else:
         _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
@@ -331,14 +330,14 @@ def _weights(source: Source, settings: RunSettings) -> dict[str, Tensor] | None:
     return weights
 
 
-def _denoising_line(network: Detector, weights: Mapping[str, Tensor], path: str) -> str:
-    """What a run says that goes on with denoising where the file has none, or without where it has."""
+def _say_denoising(network: Detector, weights: Mapping[str, Tensor], *, path: str, training: bool) -> None:
+    """A line if the file has denoising's parameters and this network has none, or the other way round."""
     here, there = (any(n.startswith(TRAINING_ONLY) for n in names) for names in (network.state_dict(), weights))
-    if here and not there:
-        return f"{path} was trained without denoising: its label embedding starts from random weights"
     if there and not here:
-        return f"{path} was trained with denoising: its label embedding is left out; `denoising` GROUPS goes on with it"
-    return ""
+        more = "; `denoising` GROUPS goes on with it" if training else ", which only training needs"
+        log(f"{path} was trained with denoising: its label embedding is left out{more}")
+    elif here and not there and training:
+        log(f"{path} was trained without denoising: its label embedding starts from random weights")
 
 
 def _start_weights(
