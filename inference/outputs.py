@@ -20,12 +20,12 @@ class OutputFolder:
     """The folder of a run. `predict.json` in it lists what runs have written there; of the files that lie there already
     only these are replaced, and only if nobody changed them since, unless `overwrite`.
 
-    Without a `path` it is a new one, output/predict, output/predict2, ...
+    Without a `path` it is a new one, output/predict, output/predict2, ..., whose `path` is sure once it is made.
     """
 
     def __init__(self, path: str, *, overwrite: bool) -> None:
         """Raises ValueError if `path` is no folder, or cannot be read."""
-        self.path, self._overwrite = Path(path or _free(Path("output/predict"))), overwrite
+        self.path, self._overwrite, self._new = Path(path) if path else _free(), overwrite, not path
         self._written: dict[str, str] = {}
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output` {path} is not a folder")
@@ -57,6 +57,12 @@ class OutputFolder:
 
     def make(self) -> Path:
         """The folder, made if it is not there. Raises OSError."""
+        while self._new:
+            try:
+                self.path.mkdir(parents=True)
+                self._new = False
+            except FileExistsError:  # another process has just taken it
+                self.path = _free()
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path
 
@@ -122,12 +128,12 @@ def _plain(name: str) -> str:
     return stem + suffix
 
 
-def _free(path: Path) -> Path:
-    """`path`, or with the first number from 2 on that is no file's."""
-    number, free = 1, path
+def _free() -> Path:
+    """output/predict, or the same with the first number from 2 on that is not taken."""
+    number, free = 1, Path("output/predict")
     while free.exists() or free.is_symlink():
         number += 1
-        free = path.with_name(f"{path.name}{number}")
+        free = Path(f"output/predict{number}")
     return free
 
 
