@@ -167,6 +167,7 @@ class Work:
         if self._images or self._frames:
             unread = [{"file_name": name, "reason": reason} for name, reason in self.faults]
             self._folder.finish(**facts, unreadable=unread)
+        self._folder.drop_if_empty()
 
     def report(self) -> None:
         """Say what was done, whether anything was found, and what could not be read."""

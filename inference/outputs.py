@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,6 +28,7 @@ class OutputFolder:
         """Raises ValueError if `path` is no folder, or cannot be read."""
         self.path, self._overwrite, self._new = Path(path) if path else _free(), overwrite, not path
         self._written: dict[str, str] = {}
+        self._made = False
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output` {path} is not a folder")
         try:
@@ -63,8 +65,16 @@ class OutputFolder:
                 self._new = False
             except FileExistsError:  # another process has just taken it
                 self.path = _free()
+            self._made = True
+        self._made = self._made or not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path
+
+    def drop_if_empty(self) -> None:
+        """Remove the folder if this run made it and nothing came into it."""
+        if self._made:
+            with suppress(OSError):
+                self.path.rmdir()
 
     def write(self, name: str, content: Any, *, indent: int | None = None) -> Path:
         """Write JSON. Raises OSError."""
