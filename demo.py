@@ -129,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
                         work.video(video, name, stopped, limit=args.limit)
             finally:
                 work.finish(resume=args.resume, threshold=args.threshold, complete=not stopped())
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except OSError as error:
         raise ValueError(f"cannot write to `output` {folder.path}: {error.strerror or error}") from None
     work.report()
@@ -168,24 +170,26 @@ def _file_name(source: Source | Video) -> str:
 
 
 def read_truth(file: str, sources: Sequence[Source], predictor: Predictor) -> Truth:
-    """By file name: image, boxes (n, 4) in pixels, labels (n,) and id of the images that the annotation file knows."""
+    """Objects of the images that the annotation file knows; its file names are relative to the folder of the first."""
+    folder = sources[0].folder if sources else Path()
     dataset = CocoDetection(
-        image_folder=sources[0].folder if sources else Path(),
+        image_folder=folder,
         annotation_file=file,
         transforms=EvalTransforms(),
         train=True,  # one for evaluation requires that all images of the file are there
         categories=predictor.categories if predictor.has_names else None,
     )
-    wanted = {source.name: source for source in sources}
+    wanted = {source.path: source for source in sources}
     truth: Truth = {}
     for index, record in enumerate(dataset.images):
-        if record.file_name in wanted:
+        path = folder / record.file_name
+        if path in wanted:
             with suppress(ValueError):  # an image that cannot be read, as prediction will say
                 image = dataset.read_image(index)  # in the frame of its boxes
                 _, target = dataset[index]
                 boxes = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([image.width, image.height] * 2)
-                source = replace(wanted[record.file_name], read=partial(dataset.read_image, index))
-                truth[record.file_name] = source, boxes, target["labels"], record.id
+                source = replace(wanted[path], read=partial(dataset.read_image, index))
+                truth[path] = source, boxes, target["labels"], record.id
     return truth
 
 

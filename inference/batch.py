@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -23,8 +23,8 @@ from samdetr.inference.video import Frames, Video, VideoFault, VideoWriter
 from samdetr.util.drawing import contact_sheet, draw_detections
 from samdetr.util.logger import log, printable, progress
 
-# By file name: the image, boxes (n, 4) in pixels and labels (n,) of its objects, its id.
-Truth = dict[str, tuple[Source, Tensor, Tensor, int]]
+# By path: the image, boxes (n, 4) in pixels and labels (n,) of its objects, its id.
+Truth = dict[Path, tuple[Source, Tensor, Tensor, int]]
 Stopped = Callable[[], bool]  # whether to end after this image
 
 
@@ -54,8 +54,8 @@ class Work:
         for source, name, identity in progress(todo, description="images", every=50):
             if stopped():
                 break
-            shown = source.name if counts[source.name] == 1 else str(source.folder / source.name)
-            source, *expected = self._truth.get(source.name, (source,))
+            shown = source.name if counts[source.name] == 1 else str(source.path)
+            source, *expected = self._truth.get(source.path, (source,))
             try:
                 source = source.held()
             except ValueError as error:
@@ -106,10 +106,9 @@ class Work:
         try:
             with video.open() as opened:
                 facts["fps"] = opened.rate
-                with VideoWriter(self._folder.path / name, rate=opened.rate) as writer:
+                with VideoWriter(self._folder.make() / name, rate=opened.rate) as writer:
                     for number, seconds, found, what in self._detect(video, opened, stopped, limit):
                         if not number:
-                            self._folder.make()
                             facts["width"], facts["height"] = found.size
                         frames.append({"frame": number, "seconds": seconds, "detections": found.to_coco(number)})
                         objects += len(found)
@@ -168,6 +167,7 @@ class Work:
         if self._images or self._frames:
             unread = [{"file_name": name, "reason": reason} for name, reason in self.faults]
             self._folder.finish(**facts, unreadable=unread)
+        self._folder.drop_if_empty()
 
     def report(self) -> None:
         """Say what was done, whether anything was found, and what could not be read."""
@@ -188,9 +188,9 @@ class Work:
         """Those of the annotation file, which may lack some, if there is one; otherwise as of `image_ids`."""
         if not self._truth:
             return image_ids([source.name for source in sources])
-        known = {name: row[3] for name, row in self._truth.items()}
+        known = {path: row[3] for path, row in self._truth.items()}
         further = iter(range(max(known.values()) + 1, 2**63))
-        return [known[source.name] if source.name in known else next(further) for source in sources]
+        return [known[source.path] if source.path in known else next(further) for source in sources]
 
     def _fail(self, name: str, error: ValueError) -> None:
         self.faults.append((name, " ".join(str(error).split())))
@@ -204,15 +204,15 @@ def _best(found: Detections) -> tuple[float, str]:
 
 @contextmanager
 def stoppable() -> Iterator[Stopped]:
-    """Inside, the first Ctrl-C makes the function that it yields true, and does nothing else; the next acts as
-    before."""
+    """Inside, the first Ctrl-C makes the function that it yields true, and does nothing else; the next raises
+    KeyboardInterrupt, which ends a wait for a server, and is caught here."""
     asked = False
     before = signal.getsignal(signal.SIGINT)
 
     def ask(*_: Any) -> None:
         nonlocal asked
         asked = True
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # Ignored: as of nohup. None: a handler that is not Python's. Only the main thread may set one.
     usable = before not in (signal.SIG_IGN, None) and threading.current_thread() is threading.main_thread()
@@ -220,6 +220,9 @@ def stoppable() -> Iterator[Stopped]:
         signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: asked
+    except KeyboardInterrupt:
+        if not asked:
+            raise
     finally:
         if usable:
             signal.signal(signal.SIGINT, before)

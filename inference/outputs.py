@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,13 +21,14 @@ class OutputFolder:
     """The folder of a run. `predict.json` in it lists what runs have written there; of the files that lie there already
     only these are replaced, and only if nobody changed them since, unless `overwrite`.
 
-    Without a `path` it is a new one, output/predict, output/predict2, ...
+    Without a `path` it is a new one, output/predict, output/predict2, ..., whose `path` is sure once it is made.
     """
 
     def __init__(self, path: str, *, overwrite: bool) -> None:
         """Raises ValueError if `path` is no folder, or cannot be read."""
-        self.path, self._overwrite = Path(path or _free(Path("output/predict"))), overwrite
+        self.path, self._overwrite, self._new = Path(path) if path else _free(), overwrite, not path
         self._written: dict[str, str] = {}
+        self._made = False
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`output` {path} is not a folder")
         try:
@@ -57,8 +59,22 @@ class OutputFolder:
 
     def make(self) -> Path:
         """The folder, made if it is not there. Raises OSError."""
+        while self._new:
+            try:
+                self.path.mkdir(parents=True)
+                self._new = False
+            except FileExistsError:  # another process has just taken it
+                self.path = _free()
+            self._made = True
+        self._made = self._made or not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path
+
+    def drop_if_empty(self) -> None:
+        """Remove the folder if this run made it and nothing came into it."""
+        if self._made:
+            with suppress(OSError):
+                self.path.rmdir()
 
     def write(self, name: str, content: Any, *, indent: int | None = None) -> Path:
         """Write JSON. Raises OSError."""
@@ -122,12 +138,12 @@ def _plain(name: str) -> str:
     return stem + suffix
 
 
-def _free(path: Path) -> Path:
-    """`path`, or with the first number from 2 on that is no file's."""
-    number, free = 1, path
+def _free() -> Path:
+    """output/predict, or the same with the first number from 2 on that is not taken."""
+    number, free = 1, Path("output/predict")
     while free.exists() or free.is_symlink():
         number += 1
-        free = path.with_name(f"{path.name}{number}")
+        free = Path(f"output/predict{number}")
     return free
 
 

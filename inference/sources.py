@@ -40,6 +40,10 @@ class Source:
     folder: Path
     read: Callable[[], Image.Image]
 
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
     def held(self) -> Source:
         """The same with the image in memory. Raises ValueError if it cannot be read."""
         image = self.read()

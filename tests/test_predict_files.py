@@ -1,6 +1,7 @@
 """`samdetr predict` with many inputs: what it prints, writes, leaves alone, and how it ends."""
 
 import http.server
+import json
 import os
 import shutil
 import signal
@@ -78,6 +79,28 @@ def test_numbers_are_ids(trained, shapes, tmp_path):
     assert list(dict.fromkeys(row["image_id"] for row in read_json(tmp_path / "detections.json"))) == wanted
     assert [row["id"] for row in read_json(tmp_path / "images.json")["images"]] == wanted
     assert image_ids(["7.jpg", "007.png"]) == image_ids(["7.jpg", "x.jpg"]) == image_ids(["7.jpg", "²"]) == [1, 2]
+
+
+def test_ids_of_an_annotation_file(trained, own_shapes, tmp_path):
+    """An image of the same name in another folder is none of the file's."""
+    file = own_shapes / "annotations/instances_val2017.json"
+    content = read_json(file)
+    for record in (*content["images"], *content["annotations"]):
+        key = "id" if "file_name" in record else "image_id"
+        record[key] += 1000
+    file.write_text(json.dumps(content))
+    paths = sorted((own_shapes / "val2017").iterdir())[:2]
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "b" / paths[0].name)
+    flags = ["--annotations", file, "--output", tmp_path / "out", "--threshold", "0"]
+    assert run(trained, "--images", *paths, tmp_path / "b", *flags) == 0
+    known = {record["file_name"]: record["id"] for record in content["images"]}
+    wanted = [*(known[path.name] for path in paths), max(known[path.name] for path in paths) + 1]
+    assert [row["id"] for row in read_json(tmp_path / "out/images.json")["images"]] == wanted
+    predictor = load(trained / "checkpoint.pth", device="cpu")
+    black = predictor.predict(tmp_path / "b" / paths[0].name, threshold=0)
+    rows = [row for row in read_json(tmp_path / "out/detections.json") if row["image_id"] == wanted[2]]
+    assert rows == black.to_coco(wanted[2])
 
 
 def test_nothing_is_found(trained, pictures, capsys):
@@ -273,6 +296,8 @@ def test_video_that_ends_early_and_one_that_is_none(trained, pictures, opencv, c
     assert "list.mp4 is no video, but a text" in captured.out
     assert len(read_json(out / "det_res_clip.json")["frames"]) == 3
     assert not (out / "det_res_list.mp4").exists()
+    assert run(trained, "--images", pictures / "list.mp4", "--output", pictures / "none") == 2
+    assert not (pictures / "none").exists()
 
 
 def test_videos_without_a_package_for_them(trained, pictures, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from PIL import ImageDraw, ImageFont
 from samdetr.util.logger import log, printable
 
 _NAMED: set[str] = set()  # class names that a note has been about
+_JOINERS = "\u200c\u200d"  # shape the letters beside them, and need no font
 
 
 class Font:
@@ -40,7 +41,7 @@ class Font:
 
 def drawable(names: Mapping[int, str], ids: Mapping[int, int]) -> dict[int, str]:
     """The class names by label; the class's id instead where no font here has all letters, which one note says."""
-    lacking = {label: name for label, name in names.items() if None in map(_font_of, printable(name))}
+    lacking = {label: name for label, name in names.items() if None in map(_font_of, _shown(name))}
     new = {*lacking.values()} - _NAMED
     if new:
         log(
@@ -54,25 +55,33 @@ def drawable(names: Mapping[int, str], ids: Mapping[int, int]) -> dict[int, str]
 @lru_cache(4096)
 def _parts(text: str) -> list[tuple[str, str]]:
     """A line from left to right as parts of one font each: (path, text). "" is Pillow's own font."""
-    text = printable(text)
+    text = _shown(text)
     if text.isascii():
         return [("", text)]
+    needed = {ord(letter) for letter in text if letter not in _JOINERS}
     for path in _fonts():
-        if all(ord(letter) in _letters(path) for letter in text):
+        if needed <= _letters(path):
             return [(path, text)]  # one alone knows the direction and the shapes of all words
     paths: list[str] = []
     for letter in text:
         before = paths[-1] if paths else ""
-        joins = unicodedata.category(letter)[0] in "MZPC"  # marks, spaces and the like
-        stays = before and (ord(letter) in _letters(before) or unicodedata.category(letter) == "Mn")
+        kind = unicodedata.category(letter)
+        joins = kind[0] in "MZPC"  # marks, spaces and the like
+        stays = before and (ord(letter) in _letters(before) or kind in ("Mn", "Cf"))
         paths.append(before if joins and stays else _font_of(letter) or "")
     return [(path, "".join(letter for _, letter in group)) for path, group in groupby(zip(paths, text), lambda p: p[0])]
+
+
+def _shown(text: str) -> str:
+    """A text as it is drawn: in one line, without marks of direction, which fonts show as boxes."""
+    kept = "".join(c for c in unicodedata.normalize("NFC", text) if c in _JOINERS or unicodedata.category(c) != "Cf")
+    return "".join(c if c in _JOINERS else printable(c) for c in kept)
 
 
 @cache
 def _font_of(letter: str) -> str | None:
     """The first font that has a letter, "" being Pillow's own; None if no font has it."""
-    if letter.isascii():
+    if letter.isascii() or letter in _JOINERS:
         return ""
     return next((path for path in _fonts() if ord(letter) in _letters(path)), None)
 

@@ -16,6 +16,7 @@ from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.settings import Data
 from samdetr.util.box_ops import cxcywh_to_xyxy
 from samdetr.util.drawing import contact_sheet, draw_detections
+from samdetr.util.fonts import drawable
 
 EPOCHS = 2  # whose draws of the random transforms are shown
 _LONGEST = 1333  # pixels of an image as read; larger ones are drawn smaller
@@ -77,4 +78,5 @@ def _sheet(dataset: CocoDetection, index: int, *, epochs: int) -> Image.Image:
 
 
 def _drawn(dataset: CocoDetection, image: Image.Image, boxes: Tensor, labels: Tensor) -> Image.Image:
-    return draw_detections(image, boxes=boxes, labels=labels, scores=None, class_names=dataset.categories.names)
+    names = drawable(dataset.categories.names, dataset.categories.category_ids)
+    return draw_detections(image, boxes=boxes, labels=labels, scores=None, class_names=names)
