@@ -17,7 +17,7 @@ from torch import Tensor
 from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.ground_truth import GroundTruth
-from samdetr.datasets.transforms import FitInto, normalize
+from samdetr.datasets.transforms import FitInto
 from samdetr.inference.engines import need
 from samdetr.inference.export import gate
 from samdetr.inference.export.formats import FORMATS
@@ -176,12 +176,8 @@ def describe(predictor: Predictor, request: Request) -> dict[str, Any]:
 def prepare(image: Image.Image, predictor: Predictor, size: tuple[int, int] | None) -> Tensor:
     """An image as the file takes it, (1, 3, H, W)."""
     tensor = FitInto(*size)(image) if size else predictor.prepare(image)
-    batch = normalize(tensor.as_subclass(Tensor))[None]
-    if size:
-        padded = batch.new_zeros(1, 3, *size)
-        padded[:, :, : batch.shape[2], : batch.shape[3]] = batch
-        return padded
-    return batch
+    (batch,) = gate.batches_of([[tensor.as_subclass(Tensor)]], size)
+    return batch.images
 
 
 def measure(
