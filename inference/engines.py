@@ -148,6 +148,8 @@ def open_exported(source: str, *, device: str = "auto") -> ExportedNetwork:
     Raises:
         ValueError: no such file, none of ours, one that its engine does not read, a missing package, or another device.
     """
+    if "://" in source:
+        raise ValueError(f"`source` {source}: exported files are read from a disk; download it first")
     file = Path(source)
     if not file.is_file():
         raise ValueError(f"`source` {source}: no such file; export.py writes one from a checkpoint")
