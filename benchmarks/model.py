@@ -26,6 +26,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from math import prod
@@ -65,6 +66,8 @@ CONFIGS = {
     "SAP_R50_DC5": f"{_SAP} --dilation",
 }
 PATHS = ("plain", "fast")
+# Format and whether with 16 bits, of what --engines measures beside them.
+ENGINES = {"onnxruntime": ("onnx", False), "openvino": ("openvino", False), "openvino_half": ("openvino", True)}
 OBJECTS = 7  # of an image; COCO has 7.3
 
 
@@ -107,6 +110,38 @@ class Bench:
         self.optimizer.step()
 
 
+class Exported:
+    """The network of a `Bench` as a file of one size in its engine, post-processing included; it only evaluates."""
+
+    def __init__(self, config: str, *, path: str, device: str, size: tuple[int, int], batch: int):
+        from samdetr.inference.engines import open_exported
+        from samdetr.inference.export.command import Request, describe
+        from samdetr.inference.export.formats import FORMATS
+        from samdetr.inference.export.graph import trace
+        from samdetr.inference.predictor import Predictor
+
+        bench = Bench(config, path="fast", device="cpu", size=size, batch=batch)
+        settings = parse(shlex.split(CONFIGS[config])).settings.with_resolved_norm()
+        predictor = Predictor(
+            bench.network,
+            postprocess=lambda *_: [],
+            categories=None,
+            settings=settings.flat(),
+            device=torch.device("cpu"),
+        )
+        name, half = ENGINES[path]
+        about = describe(predictor, Request(format=name, size=tuple(size), half=half))
+        program = trace(bench.network, top_k=about["top_k"], raw=False, size=tuple(size))
+        self.batch = bench.batch
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"network{FORMATS[name].suffix}"
+            FORMATS[name].write(program, file, about, None)
+            self.network = open_exported(str(file), device="cpu")
+
+    def evaluate(self) -> None:
+        self.network(self.batch)
+
+
 def seconds(work: Callable[[], object], device: str) -> tuple[float, float]:
     """By the clock, and of all threads of this process."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
@@ -118,7 +153,8 @@ def seconds(work: Callable[[], object], device: str) -> tuple[float, float]:
 
 def measure_times(config: str, *, paths: list[str], task: str, rounds: int, device: str, **inputs) -> dict:
     """`seconds` of every round, by path; one round before them warms up."""
-    work = {path: getattr(Bench(config, path=path, device=device, **inputs), task) for path in paths}
+    kinds = {path: Exported if path in ENGINES else Bench for path in paths}
+    work = {path: getattr(kinds[path](config, path=path, device=device, **inputs), task) for path in paths}
     times: dict[str, list] = {path: [] for path in paths}
     for _ in range(rounds + 1):
         for path in paths:
@@ -193,6 +229,7 @@ def answer(request: str) -> None:
 def measure(config: str, args: argparse.Namespace) -> dict:
     """All about one configuration, by path; prints its rows."""
     result: dict = {path: count(config, path=path, size=args.flops_size) for path in args.paths}
+    result |= {engine: {} for engine in args.engines}
     for path in args.paths:
         numbers = result[path]
         megas = f"{numbers['parameters'] / 1e6:.2f} M parameters, {numbers['trainable'] / 1e6:.2f} M trainable"
@@ -201,9 +238,11 @@ def measure(config: str, args: argparse.Namespace) -> dict:
     common = {"device": args.device, "size": args.size, "threads": args.threads}
     for task, batch in tasks if args.rounds else []:
         chosen = {"task": task, "batch": batch, **common}
-        times = in_process("times", config, paths=args.paths, rounds=args.rounds, **chosen)
-        peaks = {path: in_process("memory", config, path=path, **chosen) for path in args.paths}
-        for path in args.paths:
+        paths = args.paths + (args.engines if task == "evaluate" else [])
+        times = in_process("times", config, paths=paths, rounds=args.rounds, **chosen)
+        # Not of engines, whose process has exported before.
+        peaks = {path: path in args.paths and in_process("memory", config, path=path, **chosen) for path in paths}
+        for path in paths:
             entry = {"peak_mib": peaks[path]}
             if times:
                 clock, cpu = zip(*times[path])
@@ -213,7 +252,7 @@ def measure(config: str, args: argparse.Namespace) -> dict:
                     "median_cpu_s": statistics.median(cpu),
                 }
             result[path][f"{task}_batch{batch}"] = entry
-        print_rows(config, result, f"{task}_batch{batch}", batch, args.paths)
+        print_rows(config, result, f"{task}_batch{batch}", batch, paths)
     return result
 
 
@@ -222,7 +261,7 @@ def print_rows(config: str, result: dict, name: str, batch: int, paths: list[str
     base = result[paths[0]][name]
     for path in paths:
         entry = result[path][name]
-        cells = [f"{config:32} {path:6} {name:16}"]
+        cells = [f"{config:32} {path:13} {name:16}"]
         if "median_s" in entry:
             clock, cpu = entry["median_s"], entry["median_cpu_s"]
             cells += [f"{1e3 * clock:8.0f} ms {base['median_s'] / clock:5.2f}x {batch / clock:7.2f} images/s"]
@@ -245,6 +284,9 @@ def main() -> None:
         "--config", nargs="+", choices=CONFIGS, default=default, metavar="NAME", help=", ".join(CONFIGS)
     )
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=[], help="exported networks beside them, on CPUs"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=report.positive, default=2, help="of the CPU")
     parser.add_argument("--size", type=report.positive, nargs=2, default=[640, 864], metavar=("HEIGHT", "WIDTH"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class ExportedNetwork(nn.Module):
 
 def need(*packages: str, what: str) -> Any:
     """The first of these packages. Raises ValueError, with the command that installs them, if one is missing."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ValueError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     return importlib.import_module(packages[0])
@@ -147,6 +148,8 @@ def open_exported(source: str, *, device: str = "auto") -> ExportedNetwork:
     Raises:
         ValueError: no such file, none of ours, one that its engine does not read, a missing package, or another device.
     """
+    if "://" in source:
+        raise ValueError(f"`source` {source}: exported files are read from a disk; download it first")
     file = Path(source)
     if not file.is_file():
         raise ValueError(f"`source` {source}: no such file; export.py writes one from a checkpoint")

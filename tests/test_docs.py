@@ -48,6 +48,11 @@ NOT_RUN = {
     "python benchmarks/soak.py --seed 1": "half an hour; test_long_runs.py tests the same faults",
     "python benchmarks/model.py --config R50_SMCA --batch 1": "minutes; measures",
     "python benchmarks/ms_deform_attn.py": "minutes; measures",
+    "pip install '.[export]'": "downloads",
+    "python export.py --resume output/quickstart/checkpoint.pth": "half a minute; test_export.py does the same",
+    "python export.py --resume output/quickstart/checkpoint.pth --format onnx": "the same",
+    "python export.py --resume output/quickstart/checkpoint.pth --format openvino --size 640 864": "the same",
+    "python export.py --resume output/quickstart/checkpoint.pth --format torch_export --output detector.pt2": "too",
 }
 # Smaller, to be quick.
 REPLACED = {"--num_train 2000 --num_val 300": "--num_train 8 --num_val 4"}
@@ -254,6 +259,7 @@ def run_bash(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 RUN = [page for page in PAGES if any(b.language in ("bash", "python") for b in blocks(page))]
+RUN.remove("docs/export.md")  # its program needs an exported file: test_export.py runs it
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import of package:RuntimeWarning")  # by runpy

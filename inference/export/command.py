@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.ground_truth import GroundTruth
-from samdetr.datasets.transforms import FitInto, normalize
+from samdetr.datasets.transforms import FitInto
 from samdetr.inference.engines import need
 from samdetr.inference.export import gate
 from samdetr.inference.export.formats import FORMATS
@@ -122,6 +123,8 @@ def export(source: str, request: Request, *, raw_weights: bool = False, allow_ht
     predictor = load(source, device="cpu", raw=raw_weights, allow_http=allow_http)
     if not isinstance(predictor.model, Detector):
         raise ValueError(f"`source` {source} is an exported file; pass the checkpoint")
+    if request.size:
+        predictor.transforms = FitInto(*request.size)  # as the file is used
     given = find_images(request.images or request.int8)[0] if request.images or request.int8 else []
     calibration = find_images(request.int8)[0] if request.int8 else []
     about = describe(predictor, request)
@@ -133,11 +136,14 @@ def export(source: str, request: Request, *, raw_weights: bool = False, allow_ht
         temporary = Path(folder) / file.name
         log(f"writing {request.format}, {request.precision}")
         prepared = [prepare(each.read(), predictor, size) for each in islice(calibration, CALIBRATION)]
-        FORMATS[request.format].write(program, temporary, about, prepared or None)
+        shown = gate.pictures(given)
+        with _one_line(f"`format` {request.format}: the network cannot be written"):
+            FORMATS[request.format].write(program, temporary, about, prepared or None)
         seconds = time.monotonic() - begin
         exported = load(str(temporary), device="cpu")
         log("comparing it with the network")
-        compared = gate.compare(predictor, exported, gate.pictures(given))
+        with _one_line(f"`format` {request.format}: what was written does not run"):
+            compared = gate.compare(predictor, exported, shown)
         report = {"file": file.name, "checkpoint": Path(source).name, "format": request.format, **compared.to_json()}
         report["passed"] = compared.passed
         if request.precision != "float32":
@@ -149,6 +155,17 @@ def export(source: str, request: Request, *, raw_weights: bool = False, allow_ht
             for each in request.files(file):
                 (Path(folder) / each.name).replace(each)
     return report
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turns an error of a converter or an engine, of whatever kind, into a ValueError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({' '.join(str(error).split())[:300]})") from error
 
 
 def describe(predictor: Predictor, request: Request) -> dict[str, Any]:
@@ -175,13 +192,8 @@ def describe(predictor: Predictor, request: Request) -> dict[str, Any]:
 
 def prepare(image: Image.Image, predictor: Predictor, size: tuple[int, int] | None) -> Tensor:
     """An image as the file takes it, (1, 3, H, W)."""
-    tensor = FitInto(*size)(image) if size else predictor.prepare(image)
-    batch = normalize(tensor.as_subclass(Tensor))[None]
-    if size:
-        padded = batch.new_zeros(1, 3, *size)
-        padded[:, :, : batch.shape[2], : batch.shape[3]] = batch
-        return padded
-    return batch
+    (batch,) = gate.batches_of([[predictor.prepare(image)]], size)
+    return batch.images
 
 
 def measure(

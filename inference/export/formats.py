@@ -91,7 +91,8 @@ def _convert(program: ExportedProgram, about: dict[str, Any]) -> Any:
 
 def _readable(about: dict[str, Any]) -> dict[str, str]:
     """What other programs need, an entry each: names of labels, normalisation, sizes."""
-    rows = about["categories"] or []
+    numbers = range(about["settings"]["num_classes"])
+    rows = about["categories"] or [{"label": label, "id": label, "name": str(label)} for label in numbers]
     return {
         "names": json.dumps({row["label"]: row["name"] for row in rows}),
         "category_ids": json.dumps({row["label"]: row["id"] for row in rows}),

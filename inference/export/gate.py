@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -96,17 +96,18 @@ def _cut(picture: Image.Image, height: float, width: float) -> Image.Image:
 
 
 def batches(tensors: Sequence[Tensor], size: tuple[int, int] | None) -> Iterator[PaddedImages]:
-    """Every picture alone, those of one aspect ratio together, and three of unlike sizes, padded; all padded to `size`,
-    if the file has one."""
+    """Six pictures alone, those of one aspect ratio together, and three of unlike sizes."""
     ratios = len(SHARES)
-    groups = [[each] for each in tensors[ratios:]] + [list(tensors[k::ratios]) for k in range(ratios)]
-    for group in [*groups, list(tensors[:ratios])]:
-        padded = pad_images(group)
-        if size:
-            canvas = group[0].new_zeros(3, *size)  # makes the batch as large
-            padded = pad_images([*group, canvas])
-            padded = PaddedImages(padded.images[:-1], padded.padding[:-1])
-        yield ByteImages(padded.images, padded.padding).to("cpu")
+    alone = [[each] for each in tensors[ratios:]]
+    return batches_of([*alone, *(tensors[k::ratios] for k in range(ratios)), tensors[:ratios]], size)
+
+
+def batches_of(groups: Iterable[Sequence[Tensor]], size: tuple[int, int] | None) -> Iterator[PaddedImages]:
+    """Each group of images (3, H_i, W_i) of uint8 normalised and padded to one size, `size` if the file has one."""
+    for group in groups:
+        canvas = [] if size is None else [group[0].new_zeros(3, *size)]
+        padded = pad_images([*group, *canvas])
+        yield ByteImages(padded.images[: len(group)], padded.padding[: len(group)]).to("cpu")
 
 
 @torch.no_grad()
@@ -133,37 +134,41 @@ def compare(reference: Predictor, exported: Predictor, images: Sequence[Image.Im
 
 
 def count_above(agreement: Agreement, wanted: dict[str, Tensor], had: dict[str, Tensor]) -> None:
-    """Add the detections above the threshold of one side. One agrees if the other side has the class at the place, with
-    the score; one whose score is nearer to the threshold than scores may differ is there on both sides, then."""
-    for row in (wanted["scores"] > THRESHOLD).nonzero()[:, 0].tolist():
-        _count(agreement, wanted, row, had, had["labels"] == wanted["labels"][row], SCORE_DIFFERENCE)
+    """Add the detections above the threshold of one side. One agrees if the other side has its class at its place with
+    its score, which may lie below the threshold there."""
+    chosen = wanted["scores"] > THRESHOLD
+    same = wanted["labels"][:, None] == had["labels"]
+    _count(agreement, wanted, had, chosen, same, torch.full_like(wanted["scores"], SCORE_DIFFERENCE))
 
 
 def count_top(agreement: Agreement, wanted: dict[str, Tensor], had: dict[str, Tensor]) -> None:
     """Add the best detections of one side. Scores must agree relative to themselves: without training all are small.
-    What is as good as the other side's last may be missing there."""
-    last = had["scores"][-1]
-    for row in range(len(wanted["scores"])):
-        tolerance = SCORE_DIFFERENCE * wanted["scores"][row].item()
-        same = (had["labels"] == wanted["labels"][row]) & (had["queries"] == wanted["queries"][row])
-        if same.any() or wanted["scores"][row] > last + tolerance:
-            _count(agreement, wanted, row, had, same, tolerance)
+    What is only as good as the other side's last may be missing there."""
+    tolerances = SCORE_DIFFERENCE * wanted["scores"]
+    same = (wanted["labels"][:, None] == had["labels"]) & (wanted["queries"][:, None] == had["queries"])
+    chosen = same.any(1) | (wanted["scores"] > had["scores"][-1] + tolerances)
+    _count(agreement, wanted, had, chosen, same, tolerances)
 
 
 def _count(
-    agreement: Agreement, wanted: dict[str, Tensor], row: int, had: dict[str, Tensor], same: Tensor, tolerance: float
+    agreement: Agreement,
+    wanted: dict[str, Tensor],
+    had: dict[str, Tensor],
+    chosen: Tensor,
+    same: Tensor,
+    tolerances: Tensor,
 ) -> None:
-    """Add one detection; `same` says which ones of the other side it may be."""
-    agreement.compared += 1
-    if not same.any():
-        agreement.least_iou = 0.0
+    """Add the `chosen` (n,) of n detections; `same` (n, m) says which of the other side's each may be."""
+    if not chosen.any():
         return
-    box, boxes = wanted["boxes"][row], had["boxes"][same]
-    equal = (boxes - box).abs().amax(1) < SMALLEST  # of boxes without area there is no IoU
-    overlaps = box_iou(box[None], boxes)[0].nan_to_num(0).masked_fill(equal, 1)
-    differences = (had["scores"][same] - wanted["scores"][row]).abs().nan_to_num(1)
-    fits = (overlaps >= LEAST_IOU) & (differences <= tolerance)
-    best = int((overlaps - differences + 2 * fits).argmax())
-    agreement.agreed += bool(fits[best])
-    agreement.least_iou = min(agreement.least_iou, overlaps[best].item())
-    agreement.largest_score_difference = max(agreement.largest_score_difference, differences[best].item())
+    overlaps = box_iou(wanted["boxes"], had["boxes"]).nan_to_num(0)
+    equal = (wanted["boxes"][:, None] - had["boxes"]).abs().amax(2) < SMALLEST  # without area there is no IoU
+    overlaps = overlaps.masked_fill(equal, 1).masked_fill(~same, 0)
+    differences = (wanted["scores"][:, None] - had["scores"]).abs().nan_to_num(1).masked_fill(~same, 1)
+    fits = (overlaps >= LEAST_IOU) & (differences <= tolerances[:, None]) & same
+    best = (overlaps - differences + 2 * fits).argmax(1, keepdim=True)  # of the other side, for each
+    fit, overlap, difference = (each.gather(1, best)[chosen, 0] for each in (fits, overlaps, differences))
+    agreement.compared += len(fit)
+    agreement.agreed += int(fit.sum())
+    agreement.least_iou = min(agreement.least_iou, overlap.min().item())
+    agreement.largest_score_difference = max(agreement.largest_score_difference, difference.max().item())
