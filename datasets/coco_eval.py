@@ -62,7 +62,8 @@ class BoxMetrics(NamedTuple):
         """METRICS of each class (classes,)."""
         found = {}
         for name, (iou, size, limit) in _PLACES.items():
-            values = self.precision[iou, ..., size, limit] if name.startswith("AP") else self.recall[iou, :, size, limit]
+            average_precision = name.startswith("AP")
+            values = self.precision[iou, ..., size, limit] if average_precision else self.recall[iou, :, size, limit]
             found[name] = values.reshape(-1, values.shape[-1]).mean(0)  # of a class, all are -1 or none is
         return found
 

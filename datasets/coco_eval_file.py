@@ -42,8 +42,8 @@ def read_detections(file: Path, annotations: Annotations) -> Detections:
             return f"has no '{key}'; pass {_FORM}"
         kind = "images" if key == "image_id" else "categories"
         return (
-            f"has {key} {entries[place][key]!r:.80}, which '{kind}' of {shown(annotations.file)} does not list; pass the "
-            "annotations that belong to the detections, or remove it"
+            f"has {key} {entries[place][key]!r:.80}, which '{kind}' of {shown(annotations.file)} does not list; pass "
+            "the annotations that belong to the detections, or remove it"
         )
 
     def box_fault(place: int) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from samdetr.datasets.coco_eval import BoxMetrics, Detections
 from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.util.class_pictures import draw_confusion, draw_precision_recall, drawable
 from samdetr.util.files import whole_file
 
 IOU = 0.5  # of a detection and the object that it finds
@@ -56,8 +57,8 @@ class BestF1(NamedTuple):
 class Report:
     """Metrics of all detections and of K classes, sorted by id.
 
-    `total` and each row of `classes` hold the numbers of objects and detections, METRICS and the fields of `BestF1`; NaN
-    is undefined. `confusion` (K + 1, K + 1) counts objects by their class (rows) and the class of what found them
+    `total` and each row of `classes` hold the numbers of objects and detections, METRICS and the fields of `BestF1`;
+    NaN is undefined. `confusion` (K + 1, K + 1) counts objects by their class (rows) and the class of what found them
     (columns): the last column counts those that nothing found, the last row detections that found none. Its detections
     are those from the threshold in `total` on, or all if that is undefined. `curves` (K, 101): precision at recalls 0,
     0.01, ..., 1, -1 for a class without objects.
@@ -136,6 +137,20 @@ class Report:
         names = [*(row["name"] for row in self.classes), BACKGROUND]
         rows = [[name, *counts] for name, counts in zip(names, self.confusion.tolist())]
         _write_csv(folder / "confusion_matrix.csv", [["object \\ detected as", *names], *rows])
+
+    def draw(self, folder: Path) -> None:
+        """precision_recall.png and confusion_matrix.png."""
+        labels, families = drawable(*zip(*((row["name"], row["id"]) for row in self.classes)))
+        ap50 = [row["AP50"] for row in self.classes]
+        draw_precision_recall(
+            folder / "precision_recall.png", curves=self.curves, ap50=ap50, labels=labels, families=families
+        )
+        threshold = self.total["threshold"]
+        which = "all detections" if math.isnan(threshold) else f"scores from {threshold:.3f}"
+        draw_confusion(
+            folder / "confusion_matrix.png", counts=self.confusion, labels=[*labels, BACKGROUND], families=families,
+            title=f"Confusion matrix, {which}, IoU {IOU}",
+        )  # fmt: skip
 
 
 def shorter(text: str, length: int) -> str:
@@ -216,8 +231,8 @@ def _measured(areas: np.ndarray) -> np.ndarray:
 def _confusion(
     detected: _Boxes, scores: np.ndarray, match: np.ndarray, objects: _Boxes, ignored: np.ndarray, size: int
 ) -> np.ndarray:
-    """As of `Report`. Detections that found no object of their class choose among those that are left in their image, by
-    the same rules."""
+    """As of `Report`. Detections that found no object of their class choose among those that are left in their image,
+    by the same rules."""
     taken = np.zeros(len(ignored), bool)
     taken[match[match >= 0]] = True
     free = np.flatnonzero(~taken & ~ignored)
@@ -254,7 +269,6 @@ def _printable(text: str) -> str:
 
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-
+    with whole_file(path) as temporary:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            csv.writer(file).writerows(rows)

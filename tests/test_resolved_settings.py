@@ -23,6 +23,7 @@ ADDED: dict[str, object] = {"allow_outside": False, "plugin": "", "overwrite": F
 ADDED |= {"data_format": "auto", "train_images": "", "train_annotations": "", "val_images": "", "val_annotations": ""}
 ADDED |= {"val_fraction": 0.0, "split": "val"}
 ADDED |= {"pretrained": "", "freeze": [], "set_cost_alpha": 0.25, "allow_nonfinite": False, "allow_http": False}
+ADDED |= {"detections": "", "annotations": ""}
 ADDED |= {"preset": "none", "scale_lr": False, "overfit": 0}
 OF_FAMILY: dict[str, dict[str, object]] = {"sap_detr": {"set_cost_alpha": None}}
 # Users' runs keep the last checkpoints and the best; recipes pass `--keep -1`, all epochs, as published.
