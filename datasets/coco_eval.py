@@ -17,7 +17,7 @@ from samdetr.util.distributed import all_gather_object
 # In the order of COCOeval.stats. AP and AR average over IoU 0.50:0.95; AP50 and AP75 use one IoU. s, m, l select
 # objects by size. The number after AR limits the detections of an image and class. Values: the places of IoU, size and
 # limit in the arrays of `BoxMetrics`.
-_PLACES = {
+_PLACES: dict[str, tuple[int | slice, int, int]] = {
     "AP": (slice(None), 0, 2), "AP50": (0, 0, 2), "AP75": (5, 0, 2),
     "APs": (slice(None), 1, 2), "APm": (slice(None), 2, 2), "APl": (slice(None), 3, 2),
     "AR1": (slice(None), 0, 0), "AR10": (slice(None), 0, 1), "AR100": (slice(None), 0, 2),
@@ -62,8 +62,7 @@ class BoxMetrics(NamedTuple):
         """METRICS of each class (classes,)."""
         found = {}
         for name, (iou, size, limit) in _PLACES.items():
-            average_precision = name.startswith("AP")
-            values = self.precision[iou, ..., size, limit] if average_precision else self.recall[iou, :, size, limit]
+            values = (self.precision if name.startswith("AP") else self.recall)[iou, ..., size, limit]
             found[name] = values.reshape(-1, values.shape[-1]).mean(0)  # of a class, all are -1 or none is
         return found
 

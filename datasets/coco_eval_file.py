@@ -8,11 +8,23 @@ from pathlib import Path
 import numpy as np
 
 from samdetr.datasets.annotations import LARGEST, Annotations, boxes_of, image_size, number, read_json
-from samdetr.datasets.coco_eval import Detections
+from samdetr.datasets.categories import Categories
+from samdetr.datasets.coco_eval import Detections, box_metrics
+from samdetr.datasets.coco_eval_report import Report
+from samdetr.datasets.ground_truth import GroundTruth
 from samdetr.datasets.values import convert, shown
 from samdetr.util.logger import log
 
 _FORM = "COCO results, a list of {'image_id', 'category_id', 'bbox', 'score'}"
+
+
+def evaluate_files(detections: str | Path, annotations: str | Path) -> Report:
+    """Compare a file of COCO results with a COCO annotation file. Raises ValueError for what cannot be compared."""
+    read = Annotations.read(Path(annotations))
+    Categories.from_annotations(read.content["categories"], file=shown(annotations))
+    read.require_valid()
+    found, truth = read_detections(Path(detections), read), GroundTruth.from_annotations(read)
+    return Report.of(found, truth, read.names, box_metrics(found, truth))
 
 
 def read_detections(file: Path, annotations: Annotations) -> Detections:

@@ -16,7 +16,7 @@ import numpy as np
 
 from samdetr.datasets.coco_eval import BoxMetrics, Detections
 from samdetr.datasets.ground_truth import GroundTruth
-from samdetr.util.class_pictures import draw_confusion, draw_precision_recall, drawable
+from samdetr.util.class_pictures import draw_confusion, draw_precision_recall, drawable, shorter
 from samdetr.util.files import whole_file
 
 IOU = 0.5  # of a detection and the object that it finds
@@ -60,14 +60,13 @@ class Report:
     `total` and each row of `classes` hold the numbers of objects and detections, METRICS and the fields of `BestF1`;
     NaN is undefined. `confusion` (K + 1, K + 1) counts objects by their class (rows) and the class of what found them
     (columns): the last column counts those that nothing found, the last row detections that found none. Its detections
-    are those from the threshold in `total` on, or all if that is undefined. `curves` (K, 101): precision at recalls 0,
-    0.01, ..., 1, -1 for a class without objects.
+    are those from the threshold in `total` on, or all if that is undefined.
     """
 
+    metrics: BoxMetrics
     total: dict[str, Any]
     classes: list[dict[str, Any]]
     confusion: np.ndarray
-    curves: np.ndarray
 
     @classmethod
     def of(cls, found: Detections, truth: GroundTruth, names: Mapping[int, str], metrics: BoxMetrics) -> Report:
@@ -106,17 +105,18 @@ class Report:
         shown = scores >= (-math.inf if math.isnan(total["threshold"]) else total["threshold"])
         match = np.where(hits, match, -1)[shown]
         confusion = _confusion(detected.select(shown), scores[shown], match, objects, ignored, len(identities))
-        return cls(total, classes, confusion, metrics.precision[0, :, :, 0, -1].T)
+        return cls(metrics, total, classes, confusion)
 
     def to_json(self) -> dict[str, Any]:
         """Named metrics, for eval.json."""
-        return {**_nested(self.total), "classes": [_nested(row) for row in self.classes]}
+        coco = {"coco_eval_bbox": list(self.metrics.values.values())}
+        return {**coco, **_nested(self.total), "classes": [_nested(row) for row in self.classes]}
 
     def table(self) -> str:
-        """Lines for the console: a row for all classes and one for each."""
+        """Lines for the console: COCO's twelve, a row for all classes and one for each."""
         rows = [{"name": "all classes", **self.total}, *self.classes[:_ROWS]]
         width = min(24, max(len(_printable(row["name"])) for row in rows))
-        lines = [f"{'':{width}} {'objects':>9} " + " ".join(f"{name:>9}" for name in _SHOWN)]
+        lines = [self.metrics.table, "", f"{'':{width}} {'objects':>9} " + " ".join(f"{name:>9}" for name in _SHOWN)]
         for row in rows:
             values = ("-" if math.isnan(row[name]) else f"{row[name]:.3f}" for name in _SHOWN)
             name = shorter(_printable(row["name"]), width)
@@ -143,7 +143,11 @@ class Report:
         labels, families = drawable(*zip(*((row["name"], row["id"]) for row in self.classes)))
         ap50 = [row["AP50"] for row in self.classes]
         draw_precision_recall(
-            folder / "precision_recall.png", curves=self.curves, ap50=ap50, labels=labels, families=families
+            folder / "precision_recall.png",
+            curves=self.metrics.precision[0, :, :, 0, -1].T,
+            ap50=ap50,
+            labels=labels,
+            families=families,
         )
         threshold = self.total["threshold"]
         which = "all detections" if math.isnan(threshold) else f"scores from {threshold:.3f}"
@@ -151,10 +155,6 @@ class Report:
             folder / "confusion_matrix.png", counts=self.confusion, labels=[*labels, BACKGROUND], families=families,
             title=f"Confusion matrix, {which}, IoU {IOU}",
         )  # fmt: skip
-
-
-def shorter(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 class _Boxes(NamedTuple):

@@ -7,13 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from samdetr.datasets.annotations import Annotations
-from samdetr.datasets.categories import Categories
-from samdetr.datasets.coco_eval import box_metrics
-from samdetr.datasets.coco_eval_file import read_detections
+from samdetr.datasets.coco_eval_file import evaluate_files
 from samdetr.datasets.coco_eval_report import Report
-from samdetr.datasets.ground_truth import GroundTruth
-from samdetr.datasets.values import shown
 from samdetr.training.run import Parts
 from samdetr.training.settings import RunSettings
 from samdetr.util.distributed import is_main
@@ -43,7 +38,7 @@ def write_evaluation(parts: Parts) -> None:
         names = {identity: categories.names[label] for label, identity in categories.category_ids.items()}
         assert evaluator.metrics is not None
         report = Report.of(evaluator.detections, evaluator.ground_truth, names, evaluator.metrics)
-        _show(evaluator.table(), report, images.annotation_file)
+        _show(report, images.annotation_file)
     else:
         log(f"{images.annotation_file} has no annotations: there are detections, no figures")
         metrics = {}
@@ -59,26 +54,16 @@ def evaluate_file(settings: RunSettings) -> None:
     """Show, and write if there is an output folder, the metrics of the file `detections`, compared with the file
     `annotations`. Raises ValueError."""
     run = settings.run
-    annotations = Annotations.read(Path(run.annotations))
-    Categories.from_annotations(annotations.content["categories"], file=shown(run.annotations))
-    annotations.require_valid()
-    found, truth = read_detections(Path(run.detections), annotations), GroundTruth.from_annotations(annotations)
-    log(
-        f"{len(found.scores):,} detections, {int((~truth.crowd).sum()):,} objects of {len(truth.categories):,} classes "
-        f"in {len(truth.images):,} images"
-    )
-    metrics = box_metrics(found, truth)
-    report = Report.of(found, truth, annotations.names, metrics)
-    _show(metrics.table, report, run.annotations)
+    report = evaluate_files(run.detections, run.annotations)
+    _show(report, run.annotations)
     if run.output_dir:
         with _writing(Path(run.output_dir)) as output:
-            facts = {"detections": run.detections, "annotations": run.annotations}
-            _write(output, report, {"coco_eval_bbox": list(metrics.values.values())}, facts)
+            _write(output, report, {}, {"detections": run.detections, "annotations": run.annotations})
         log(f"figures are in {run.output_dir}")
 
 
-def _show(table: str, report: Report, file: str | Path) -> None:
-    log(f"{table}\n\n{report.table()}")
+def _show(report: Report, file: str | Path) -> None:
+    log(report.table())
     if not report.total["num_objects"]:
         log(f"warning: AP is undefined (-1): {file} has no object that is not a crowd")
 

@@ -77,9 +77,9 @@ def draw_confusion(
     shown = np.arange(0, size, math.ceil(0.14 / cell))  # the height of a line
     if shown[-1] != size - 1:
         shown[-1] = size - 1  # the background
-    style = {"family": families, "fontsize": 7 if cell < 0.3 else 9, "parse_math": False}
-    panel.set_xticks(shown, [labels[k] for k in shown], rotation=90, **style)
-    panel.set_yticks(shown, [labels[k] for k in shown], **style)
+    style: dict[str, Any] = {"family": families, "fontsize": 7 if cell < 0.3 else 9, "parse_math": False}
+    panel.set_xticks(shown, [labels[k] for k in shown.tolist()], rotation=90, **style)
+    panel.set_yticks(shown, [labels[k] for k in shown.tolist()], **style)
     if cell >= 0.3:
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.4 else "black"
@@ -112,11 +112,15 @@ def drawable(names: Sequence[str], identities: Sequence[int]) -> tuple[list[str]
         if not name.strip() or not all(c.isprintable() and c not in missing for c in name):
             replaced.append(name)
             name = f"id {identity}"
-        labels.append(name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…")
+        labels.append(shorter(name, _LONGEST))
     if replaced:
         some = ", ".join(map(ascii, replaced[:3])) + (", ..." if len(replaced) > 3 else "")
         log(f"note: no font here draws the names of {len(replaced)} classes ({some}): pictures show their ids")
     return labels, families
+
+
+def shorter(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 @cache
@@ -146,11 +150,7 @@ def _width(text: str) -> float:
 
 
 def _short(number: int) -> str:
-    """At most four characters."""
-    for unit, power in (("M", 6), ("k", 3)):
-        if number >= 10 ** (power + (power == 3)):
-            return f"{number / 10**power:.0f}{unit}"
-    return str(number)
+    return f"{number / 1000:.0f}k" if number >= 10_000 else str(number)
 
 
 def _save(figure: Any, path: str | os.PathLike) -> None:
