@@ -3,6 +3,7 @@
 python main.py --coco_path data/coco --output_dir output/run
 torchrun --nproc_per_node=4 main.py --batch_size 4 --smca --epochs 12 --lr_drop 10 --output_dir output/run
 python main.py --coco_path data/coco --resume output/run/checkpoint.pth --eval
+python main.py --eval --detections results.json --annotations instances_val2017.json
 python main.py --replay output/run/replay.pth
 
 Exit status: 0, or 1 for a --replay that is not finite, 2 after one line about wrong input, 75 if the run asks to be
@@ -34,8 +35,9 @@ from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Signals, Stopped, end_now
 from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.console import notes, start_block
+from samdetr.training.evaluation import evaluate_file, write_evaluation
 from samdetr.training.loop import train
-from samdetr.training.run import build, check_settings, write_evaluation
+from samdetr.training.run import build, check_settings
 from samdetr.util.command_line import run_command
 from samdetr.util.device import choose_device, set_arithmetic
 from samdetr.util.distributed import init_distributed, is_main, shutdown
@@ -62,6 +64,9 @@ def run(command: CommandLine) -> int:
     """Train, evaluate or replay. Returns the exit status. Raises ValueError, which names arguments in backticks."""
     settings = command.settings
     check_settings(settings)
+    if settings.run.detections:
+        evaluate_file(settings)
+        return 0
     device = choose_device(settings.run.device)
     if settings.run.replay:
         return replay.run(settings.run.replay, device=device)

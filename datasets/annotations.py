@@ -66,7 +66,7 @@ class Annotations:
         crowd = [entry.get("iscrowd", 0) for entry in self.entries]
         self.crowd = np.array([type(value) is int and value == 1 for value in crowd], bool)
         self.bad_crowd = np.array([type(value) is not int or value not in (0, 1) for value in crowd], bool)
-        self.boxes, self._has_box = _boxes([entry.get("bbox") for entry in self.entries])
+        self.boxes, self._has_box = boxes_of([entry.get("bbox") for entry in self.entries])
         self.areas = np.array([number(entry.get("area")) for entry in self.entries], np.float64)
         self.frames = self._frames({})
 
@@ -175,23 +175,28 @@ def read_content(file: Path, lists: Sequence[str] = ("images", "categories")) ->
 
     Raises ValueError for a file that does not exist or is not one.
     """
-    try:
-        with open_regular(file) as stream:
-            text = stream.read()
-    except FileNotFoundError:
-        raise ValueError(f"annotation file {shown(file)} does not exist; check the path to the data set") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"annotation file {shown(file)} cannot be read: {error}") from None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # wrong encoding or syntax, numbers of thousands of digits
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{file} is not JSON ({reason}); pass a COCO instances file") from None
+    content = read_json(file, kind="annotation file", expected="a COCO instances file")
     for key in LISTS:
         needed = key in lists or not isinstance(content, dict) or key in content
         if needed and (not isinstance(content, dict) or not isinstance(content.get(key), list)):
             raise ValueError(f"{file} has no list {key!r}; pass a COCO instances file")
     return content
+
+
+def read_json(file: Path, *, kind: str, expected: str) -> Any:
+    """The content of a JSON file, which messages call `kind` and `expected`. Raises ValueError."""
+    try:
+        with open_regular(file) as stream:
+            text = stream.read()
+    except FileNotFoundError:
+        raise ValueError(f"{kind} {shown(file)} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{kind} {shown(file)} cannot be read: {error}") from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # wrong encoding or syntax, numbers of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file} is not JSON ({reason}); pass {expected}") from None
 
 
 def is_image(entry: Any) -> bool:
@@ -246,7 +251,7 @@ def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 2**31
 
 
-def _boxes(boxes: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def boxes_of(boxes: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (n, 4) float64, and a mask (n,) of those that are lists of four numbers; the others are NaN."""
     valid = [type(box) is list and len(box) == 4 and {*map(type, box)} <= {int, float} for box in boxes]
     numbers = list(chain.from_iterable(box for box, is_valid in zip(boxes, valid) if is_valid))

@@ -15,8 +15,15 @@ from samdetr.datasets.ground_truth import GroundTruth
 from samdetr.util.distributed import all_gather_object
 
 # In the order of COCOeval.stats. AP and AR average over IoU 0.50:0.95; AP50 and AP75 use one IoU. s, m, l select
-# objects by size. The number after AR limits the detections of an image.
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+# objects by size. The number after AR limits the detections of an image and class. Values: the places of IoU, size and
+# limit in the arrays of `BoxMetrics`.
+_PLACES: dict[str, tuple[int | slice, int, int]] = {
+    "AP": (slice(None), 0, 2), "AP50": (0, 0, 2), "AP75": (5, 0, 2),
+    "APs": (slice(None), 1, 2), "APm": (slice(None), 2, 2), "APl": (slice(None), 3, 2),
+    "AR1": (slice(None), 0, 0), "AR10": (slice(None), 0, 1), "AR100": (slice(None), 0, 2),
+    "ARs": (slice(None), 1, 2), "ARm": (slice(None), 2, 2), "ARl": (slice(None), 3, 2),
+}  # fmt: skip
+METRICS = tuple(_PLACES)
 
 
 class Detections(NamedTuple):
@@ -43,6 +50,40 @@ class Detections(NamedTuple):
         return {"image_id": image_ids, "category_id": self.category_ids, "bbox": self.boxes, "score": self.scores}
 
 
+class BoxMetrics(NamedTuple):
+    """METRICS over all classes, and what they are means of: -1 where there are no objects."""
+
+    values: dict[str, float]  # by the names of METRICS
+    table: str  # the twelve lines of pycocotools
+    precision: np.ndarray  # (10 IoU, 101 recall, classes by id, 4 sizes, 3 limits)
+    recall: np.ndarray  # (10 IoU, classes by id, 4 sizes, 3 limits)
+
+    def of_classes(self) -> dict[str, np.ndarray]:
+        """METRICS of each class (classes,)."""
+        found = {}
+        for name, (iou, size, limit) in _PLACES.items():
+            values = (self.precision if name.startswith("AP") else self.recall)[iou, ..., size, limit]
+            found[name] = values.reshape(-1, values.shape[-1]).mean(0)  # of a class, all are -1 or none is
+        return found
+
+
+def box_metrics(found: Detections, truth: GroundTruth) -> BoxMetrics:
+    """COCO's metrics of detections on the images of `found`."""
+    columns = {"image_id": truth.image_ids, "category_id": truth.category_ids, "bbox": truth.boxes}
+    expected = _indexed(truth, **columns, area=truth.areas, iscrowd=truth.crowd.astype(np.int64))
+    detected = _indexed(truth, area=found.boxes[:, 2] * found.boxes[:, 3], **found.columns())
+    lines: list[str] = []
+    evaluation = COCOeval_faster(expected, detected, "bbox", print_function=lines.append)
+    evaluation.params.imgIds = found.image_ids.tolist()
+    evaluation.evaluate()
+    evaluation.accumulate()
+    lines.clear()  # progress messages
+    evaluation.summarize()
+    values = dict(zip(METRICS, evaluation.stats.tolist()))
+    table = "\n".join(lines[: len(METRICS)])  # the library adds metrics that are not COCO's
+    return BoxMetrics(values, table, evaluation.eval["precision"], evaluation.eval["recall"])
+
+
 class CocoEvaluator:
     """Collect detections with `update`, then call `summarize` once, in every process.
 
@@ -56,7 +97,7 @@ class CocoEvaluator:
         self._labels, self._category_ids = table.T
         empty = np.zeros(0, np.int64)
         self._batches = [Detections(empty, empty, empty, np.zeros((0, 4)), np.zeros(0))]
-        self._table = ""
+        self.metrics: BoxMetrics | None = None  # of `summarize`
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Add image id -> {"scores" (n,), "labels" (n,), "boxes" (n, 4) xyxy in pixels of the original image}.
@@ -94,35 +135,25 @@ class CocoEvaluator:
     def summarize(self) -> dict[str, float]:
         """Gather the detections of all processes and compute METRICS; -1 for a metric without objects."""
         self._batches = all_gather_object(self.detections)
-        found, truth = self.detections, self.ground_truth
-        columns = {"image_id": truth.image_ids, "category_id": truth.category_ids, "bbox": truth.boxes}
-        expected = self._indexed(**columns, area=truth.areas, iscrowd=truth.crowd.astype(np.int64))
-        detected = self._indexed(area=found.boxes[:, 2] * found.boxes[:, 3], **found.columns())
-        lines: list[str] = []
-        evaluation = COCOeval_faster(expected, detected, "bbox", print_function=lines.append)
-        evaluation.params.imgIds = found.image_ids.tolist()
-        evaluation.evaluate()
-        evaluation.accumulate()
-        lines.clear()  # progress messages
-        evaluation.summarize()
-        self._table = "\n".join(lines[: len(METRICS)])  # the library adds metrics that are not COCO's
-        return dict(zip(METRICS, evaluation.stats.tolist()))
+        self.metrics = box_metrics(self.detections, self.ground_truth)
+        return self.metrics.values
 
     def table(self) -> str:
         """The twelve lines of pycocotools for the metrics of `summarize`."""
-        return self._table
+        return self.metrics.table if self.metrics else ""
 
-    def _indexed(self, **columns: np.ndarray) -> COCO:
-        """Annotations or detections in the form that the evaluation library takes."""
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": identity} for identity in self.ground_truth.images.tolist()],
-            "categories": [{"id": identity} for identity in self.ground_truth.categories.tolist()],
-            # New ids: the library takes id 0 for unmatched and merges equal ids, and files contain both.
-            "annotations": _rows(id=np.arange(1, len(columns["bbox"]) + 1), **columns),
-        }
-        coco.createIndex()
-        return coco
+
+def _indexed(truth: GroundTruth, **columns: np.ndarray) -> COCO:
+    """Annotations or detections in the form that the evaluation library takes."""
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": identity} for identity in truth.images.tolist()],
+        "categories": [{"id": identity} for identity in truth.categories.tolist()],
+        # New ids: the library takes id 0 for unmatched and merges equal ids, and files contain both.
+        "annotations": _rows(id=np.arange(1, len(columns["bbox"]) + 1), **columns),
+    }
+    coco.createIndex()
+    return coco
 
 
 def _rows(**columns: np.ndarray) -> list[dict]:

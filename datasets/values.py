@@ -72,6 +72,13 @@ CONVERTERS: dict[str, list[tuple[str, Callable[[Any], Any], set[type]]]] = {
         ("area", real, {int, float}),
         ("iscrowd", truth, {int}),
     ],
+    # A list of COCO results, which is a file of its own.
+    "detections": [
+        ("image_id", integer, {int}),
+        ("category_id", integer, {int}),
+        ("bbox", box, set()),
+        ("score", real, {int, float}),
+    ],
 }
 
 

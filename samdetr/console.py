@@ -12,7 +12,11 @@ import samdetr
 # Command -> module, flags that come first, and a line of help.
 COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "train": ("samdetr.main", (), "train a detector (main.py)"),
-    "eval": ("samdetr.main", ("--eval",), "evaluate a checkpoint: --resume FILE (main.py --eval)"),
+    "eval": (
+        "samdetr.main",
+        ("--eval",),
+        "evaluate a checkpoint, --resume FILE, or any COCO results, --detections FILE (main.py --eval)",
+    ),
     "predict": ("samdetr.demo", (), "detect objects in images and draw them (demo.py)"),
     "export": ("samdetr.export", (), "export a detector to ONNX, OpenVINO or torch.export (export.py)"),
     "slim": ("samdetr.slim", (), "write a detector into one safetensors file: RUN.pth OUT.safetensors"),

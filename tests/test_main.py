@@ -37,6 +37,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from samdetr.datasets.check.__main__ import main as check_data
+from samdetr.main import main
 from samdetr.training import loop
 
 
@@ -148,7 +149,19 @@ def test_evaluation_rebuilds_the_network(trained_any, shapes, tmp_path):
     figures, detections = evaluate(shapes, trained_any / "checkpoint.pth", tmp_path / "eval")
     assert figures == read_log(trained_any)[-1]["test_coco_eval_bbox"]
     assert figures[1] > 0  # else the equalities say nothing
-    assert sorted(os.listdir(tmp_path / "eval")) == ["detections.json", "eval.json"]
+    written = ["confusion_matrix.csv", "confusion_matrix.png", "eval.json", "per_class.csv", "precision_recall.png"]
+    assert sorted(os.listdir(tmp_path / "eval")) == sorted(["detections.json", *written])
+    # The written detections alone give the same, without a network.
+    truth = ["--annotations", str(shapes / "annotations" / "instances_val2017.json")]
+    again = ["--output_dir", str(tmp_path / "again")]
+    assert main(["--eval", "--detections", str(tmp_path / "eval" / "detections.json"), *truth, *again]) == 0
+    assert sorted(os.listdir(tmp_path / "again")) == written
+    whole, other = read_json(tmp_path / "eval" / "eval.json"), read_json(tmp_path / "again" / "eval.json")
+    assert other.keys() - whole.keys() == {"detections", "annotations"}
+    assert {**whole, **other} == {**other, **whole}
+    assert whole["AP50"] == figures[1]
+    assert [row["name"] for row in whole["classes"]] == ["ellipse", "triangle", "rectangle", "star"]
+    assert (tmp_path / "again" / "per_class.csv").read_bytes() == (tmp_path / "eval" / "per_class.csv").read_bytes()
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(shapes / "annotations" / "instances_val2017.json"))

@@ -23,6 +23,7 @@ ADDED: dict[str, object] = {"allow_outside": False, "plugin": "", "overwrite": F
 ADDED |= {"data_format": "auto", "train_images": "", "train_annotations": "", "val_images": "", "val_annotations": ""}
 ADDED |= {"val_fraction": 0.0, "split": "val"}
 ADDED |= {"pretrained": "", "freeze": [], "set_cost_alpha": 0.25, "allow_nonfinite": False, "allow_http": False}
+ADDED |= {"detections": "", "annotations": ""}
 ADDED |= {"preset": "none", "scale_lr": False, "overfit": 0}
 ADDED |= {"denoising": 0, "denoising_box_noise": 0.4, "denoising_label_noise": 0.2, "contrastive": False}
 ADDED |= {"class_loss": "focal", "class_cost": "focal"}

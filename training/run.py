@@ -39,7 +39,6 @@ from samdetr.training.settings import RunSettings
 from samdetr.util.checkpoint import TRAINING_ONLY, load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
-from samdetr.util.files import write_json
 from samdetr.util.loader import Loader, guard_worker, shared_memory_warning
 from samdetr.util.logger import log
 
@@ -110,8 +109,19 @@ class Parts:
 def check_settings(settings: RunSettings) -> None:
     """Refuse what no run can use, before anything is read or written. Raises ValueError."""
     run = settings.run
-    if run.eval and not run.resume:
-        raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT")
+    if run.detections and not run.eval:
+        raise ValueError("`detections` is for `eval`, which evaluates them: pass both")
+    if run.annotations and not run.detections:
+        raise ValueError(
+            "`annotations` is what `detections` FILE is compared with: pass both, or name the file of a data set with "
+            "`val_annotations`"
+        )
+    if run.detections and not run.annotations:
+        raise ValueError("`detections` needs what to compare with: pass `annotations` FILE, in COCO form")
+    if run.detections and run.resume:
+        raise ValueError("`detections` evaluates a file, `resume` a network: pass one of them")
+    if run.eval and not run.resume and not run.detections:
+        raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT (or `detections` FILE, which needs none)")
     if settings.data.split != "val" and not run.eval:
         raise ValueError(f"`split` {settings.data.split} is for `eval`; training evaluates on val: leave it out")
     if run.pretrained and run.eval:
@@ -358,32 +368,3 @@ def _start_weights(
         pretrained.load_into(network, categories, raw=raw, backbone=not other)
     elif wanted == "none" and settings.trunk.backbone_norm == "frozen":
         log("note: a random backbone whose norms and first stage stay frozen; `backbone_norm` learned trains them")
-
-
-def write_evaluation(parts: Parts) -> None:
-    """Evaluate; show the metrics, and write them and the detections. Raises ValueError."""
-    images = parts.data.val_images
-    if not images.annotated and not parts.folder:
-        raise ValueError(
-            f"{images.annotation_file} has no annotations to compare with; keep the detections: `output_dir`"
-        )
-    metrics, evaluator = parts.evaluate()
-    bad = metrics.get("nonfinite_images", 0)
-    if bad and not parts.settings.run.allow_nonfinite:
-        raise ValueError(
-            f"{parts.source.path}: outputs of {bad} of {len(parts.data.val_images)} images are not finite (with `amp` "
-            f"{parts.settings.speed.amp}); `allow_nonfinite` evaluates them as images without detections"
-        )
-    if not images.annotated:
-        log(f"{images.annotation_file} has no annotations: there are detections, no figures")
-        metrics = {}
-    else:
-        log(evaluator.table())
-    if metrics and metrics["coco_eval_bbox"][0] < 0:
-        log(f"warning: AP is undefined (-1): {parts.data.val_images.annotation_file} has no object that is not a crowd")
-    if parts.folder and is_main():
-        with parts.folder.writing() as output:
-            write_json(output / "detections.json", evaluator.results, indent=None)
-            facts = {"resume": parts.source.path, "settings": parts.saved_settings()}
-            write_json(output / "eval.json", {**metrics, **facts})
-        log(f"detections{' and figures' if metrics else ''} are in {parts.folder.path}")

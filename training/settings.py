@@ -93,6 +93,8 @@ class Run(Settings):
     )
     start_epoch: int = flag(0, "first epoch, counted from 0; a checkpoint brings its own", least=0, metavar="EPOCH")
     eval: bool = flag(False, "evaluate, do not train")
+    detections: str = flag("", "with --eval: a file of COCO results instead of a network", metavar="FILE")
+    annotations: str = flag("", "with --detections: what they are compared with, in COCO form", metavar="FILE")
     raw_weights: bool = flag(False, "with --eval: not the averaged weights of --ema")
     allow_http: bool = flag(False, "fetch files over http from other machines, too, where others can change them")
     allow_nonfinite: bool = flag(False, "use weights, and with --eval count outputs, that are not finite")
