@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import reduce
 from typing import Any
@@ -43,6 +43,7 @@ def train_one_epoch(
     amp: torch.dtype | None = None,
     averager: MetricAverager | None = None,
     on_batch: Callable[[TargetBatch | None], None] = ignore,
+    on_metrics: Callable[[Sequence[Mapping[str, Any]]], None] = ignore,
     after_step: Callable[[], None] = ignore,
     print_every: int,
 ) -> dict[str, float]:
@@ -57,6 +58,7 @@ def train_one_epoch(
         amp: autocast dtype of the network; matching and losses stay float32. None: no autocast.
         averager: averages the metrics; it has seen the steps that are already done.
         on_batch: called with the targets of each batch that arrives, and with None after the last.
+        on_metrics: called after every step with the metrics of its parts, on the device.
         after_step: called after every step. May raise to end the training.
     Returns:
         Averages over the epoch and all processes, without bad steps: `loss`, each weighted term, each unweighted one
@@ -88,6 +90,7 @@ def train_one_epoch(
                     step.backward(loss, terms)
         for metrics in step.metrics:
             averager.update(metrics)
+        on_metrics(step.metrics)
         steps.set(loss=shown.update(terms["loss"]), lr=step.lr)
         after_step()
     update.check()

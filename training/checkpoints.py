@@ -26,6 +26,7 @@ from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 REPLAY = "replay.pth"
+TRACKED = "track"  # folder of `track`
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
 _ANY = re.compile(r"checkpoint\w*\.pth")
 _OTHERS = {"log.txt", "curves.png", "settings.json", "bad_images.txt", REPLAY}
@@ -58,7 +59,8 @@ class CheckpointFolder:
                 aside = aside.with_name(f"{aside.name}+")
             aside.mkdir()
             for path in list(folder.iterdir()):
-                if path.is_file() and (path.name in _OTHERS or _ANY.fullmatch(path.name)):
+                ours = path.is_file() and (path.name in _OTHERS or _ANY.fullmatch(path.name))
+                if ours or (path.is_dir() and path.name == TRACKED):
                     path.rename(aside / path.name)
         return aside
 

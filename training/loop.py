@@ -24,7 +24,9 @@ from samdetr.training.profiler import StepProfiler
 from samdetr.training.resume import Resume, plan
 from samdetr.training.run import Parts, build_optimizer
 from samdetr.training.state import TrainingState
+from samdetr.training.trackers import Trackers
 from samdetr.training.update import Update
+from samdetr.training.validation_pictures import validation_pictures
 from samdetr.util.curves import plot_training_curves
 from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 from samdetr.util.files import read_json_lines, write_json
@@ -72,7 +74,11 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> int:
     if clock and clock.is_up:
         log(f"`max_hours` {hours} are used up ({clock.seconds / 3600:.2f}); a larger number continues")
         return 0
-    trainer = Trainer(parts, state, update, signals, clock, earlier)
+    done = {"step": resume.epoch * data.sampler.steps + (resume.step or 0), "epoch": resume.epoch * data.sampler.steps}
+    folder = parts.folder.path if parts.folder and is_main() else None
+    run = settings.run
+    trackers = Trackers(folder, run.track, last=done, settings=saved_settings, every=run.print_every)
+    trainer = Trainer(parts, state, update, signals, clock, earlier, trackers)
     try:
         trainer.run(same_random_numbers=same_random_numbers)
     except BadSteps as error:
@@ -80,6 +86,8 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> int:
             error, state=state, criterion=parts.criterion, device=parts.device, amp=parts.amp, folder=parts.folder
         )
         raise ValueError(text) from None
+    finally:
+        trackers.close()
     if not settings.run.overfit:
         return 0
     log(overfit.verdict(settings, trainer.metrics, (state.epoch + 1) * data.sampler.steps))
@@ -141,8 +149,10 @@ class Trainer:
         signals: Signals,
         clock: WallClock | None,
         earlier: Sequence[dict[str, Any]],
+        trackers: Trackers,
     ) -> None:
         assert parts.data.train is not None
+        self.trackers = trackers
         self.parts, self.state, self.update, self.signals, self.clock = parts, state, update, signals, clock
         self.folder, self.data, self.settings = parts.folder, parts.data.train, parts.settings.run
         self.history = [(line["epoch"], ap) for line in earlier if (ap := average_precision(line)) is not None]
@@ -194,7 +204,8 @@ class Trainer:
                 model=parts.model, criterion=parts.criterion, loader=self.data.loader, update=self.update,
                 device=parts.device, epoch=state.epoch, start=state.iteration,
                 accumulate=parts.settings.optimisation.accumulate, amp=parts.amp, averager=state.averager,
-                on_batch=self._on_batch, after_step=self._after_step, print_every=self.settings.print_every,
+                on_batch=self._on_batch, on_metrics=self._on_metrics, after_step=self._after_step,
+                print_every=self.settings.print_every,
             )  # fmt: skip
         if parts.settings.speed.compile:
             log(f"torch.compile: {compiled_graphs()} graphs so far")
@@ -220,6 +231,7 @@ class Trainer:
             with self.folder.writing() as folder:
                 self.folder.append_log({**line, "epoch": self.state.epoch, "n_parameters": n_parameters})
                 plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
+        self.trackers.epoch(self._step, line)
 
     def _metrics(self) -> dict[str, Any]:
         """Metrics of the network, and of the averaged weights if any."""
@@ -230,6 +242,8 @@ class Trainer:
                 averaged, evaluator = self.parts.evaluate()
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
             self._tables += f"and with averaged weights:\n{evaluator.table()}\n"
+        if self.trackers.on:
+            self.trackers.draw(self._step, validation_pictures(self.parts.data.val_images, evaluator.detections))
         if self.settings.verbose:
             log(self._tables.rstrip())
             self._tables = ""
@@ -268,6 +282,14 @@ class Trainer:
             whole = state.iteration == self.data.sampler.steps and (state.epoch + 1) % every == 0
             self.folder.save(content, epoch=state.epoch, iteration=None if whole else state.iteration)
         self.saved_at = time.monotonic()
+
+    @property
+    def _step(self) -> int:
+        """Steps since the start of the first epoch."""
+        return self.state.epoch * self.data.sampler.steps + self.state.iteration
+
+    def _on_metrics(self, metrics: Sequence[Mapping[str, Any]]) -> None:
+        self.trackers.step(self._step + 1, metrics)
 
     def _after_step(self) -> None:
         state = self.state

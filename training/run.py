@@ -36,6 +36,7 @@ from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
+from samdetr.training.trackers import require_packages
 from samdetr.util.checkpoint import TRAINING_ONLY, load_weights, require_finite
 from samdetr.util.device import choose_device, place
 from samdetr.util.distributed import get_rank, get_world_size, is_main, main_process_first
@@ -124,6 +125,10 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT (or `detections` FILE, which needs none)")
     if settings.data.split != "val" and not run.eval:
         raise ValueError(f"`split` {settings.data.split} is for `eval`; training evaluates on val: leave it out")
+    if run.track and not run.eval and not run.overfit:
+        if not run.output_dir:
+            raise ValueError("`track` writes into the output folder: pass `output_dir`")
+        require_packages(run.track)
     if run.pretrained and run.eval:
         raise ValueError("`pretrained` has no effect with `eval`; pass the file with `resume`")
     if run.pretrained and run.resume and not is_auto(run.resume):

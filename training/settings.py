@@ -12,6 +12,7 @@ from samdetr.models.build import FAMILIES
 from samdetr.models.settings import FamilyConfig, Loss, Trunk
 from samdetr.training.optim import SCHEDULES
 from samdetr.training.presets import PRESETS
+from samdetr.training.trackers import TRACKERS
 from samdetr.util.settings import Settings, flag, flags
 
 
@@ -121,6 +122,7 @@ class Run(Settings):
         metavar="SECONDS",
     )
     verbose: bool = flag(False, "show the 12 metrics after every evaluation, not only after the last")
+    track: tuple[str, ...] = flag((), "also write metrics and pictures for these programs", choices=tuple(TRACKERS))
     print_every: int = flag(50, "iterations between progress lines if output is no terminal", least=1, metavar="N")
     world_size: int = flag(1, "number of processes, if the launcher does not set it", least=1)
     dist_url: str = flag("env://", "where the processes meet", metavar="URL")
