@@ -49,6 +49,11 @@ NOT_RUN = {
     "python benchmarks/model.py --config R50_SMCA --batch 1": "minutes; measures",
     "python benchmarks/ms_deform_attn.py": "minutes; measures",
     "pip install '.[export]'": "downloads",
+    "pip install '.[track]'": "downloads",
+    "python main.py --coco_path my_data --preset small --output_dir output/mine --track tensorboard csv": (
+        "needs TensorBoard; test_trackers.py does the same"
+    ),
+    "tensorboard --logdir output/mine/track/tensorboard": "another program",
     "python export.py --resume output/quickstart/checkpoint.pth": "half a minute; test_export.py does the same",
     "python export.py --resume output/quickstart/checkpoint.pth --format onnx": "the same",
     "python export.py --resume output/quickstart/checkpoint.pth --format openvino --size 640 864": "the same",
@@ -60,11 +65,12 @@ REPLACED = {"--num_train 2000 --num_val 300": "--num_train 8 --num_val 4"}
 SMALL = [*(flag for flag in TINY if flag != "--smca"), *TINY_DATA, "--epochs", "1"]
 # Flags of other programs.
 FOREIGN = {
+    "tensorboard": ["--logdir"],
     "torchrun": ["--nproc_per_node", "--use_env", "--max-restarts"],
     "SLURM": ["--ntasks", "--nodes", "--partition"],
 }
 # Files that runs write, which are named like those of the repository.
-WRITTEN = {"log.txt", "bad_images.txt", "labelmap.txt"}
+WRITTEN = {"log.txt", "bad_images.txt", "labelmap.txt", "track/", "step.csv", "epoch.csv"}
 
 
 class Block(NamedTuple):
