@@ -1,4 +1,4 @@
-"""Does semantic-aligned matching make training converge faster, and is it alignment? docs/convergence.md has the answer.
+"""Does semantic-aligned matching make training converge faster, and is it alignment? docs/convergence.md answers.
 
     python benchmarks/convergence.py --output output/convergence
     python benchmarks/convergence.py --output output/convergence --rows off aligner --seeds 1 2 3 --size 128 --lr 3e-4
@@ -41,11 +41,12 @@ from samdetr.util.command_line import run_command
 from samdetr.util.files import append_json_line, read_json_lines, write_json
 
 # Small enough for a few minutes on one core. 16 queries, because SAP-DETR needs a square number.
-COMMON = (
-    "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 128 --nheads 4 "
-    "--dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 16 --dropout 0 --no_crop --batch_size 8 "
-    "--lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --num_workers 0 --device cpu --keep 0 --print_every 1000"
-).split()
+COMMON = shlex.split(
+    "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 128 "
+    "--nheads 4 --dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 16 --dropout 0 --no_crop "
+    "--batch_size 8 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --num_workers 0 --device cpu --keep 0 "
+    "--print_every 1000"
+)
 SAP = "--model sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer --warmup_iters 0"
 DEFORMABLE = "--model deformable_detr --num_feature_levels 1 --with_box_refine"
 # What is compared: names, and flags of main.py. A row whose flags main.py does not have is skipped.
@@ -86,7 +87,7 @@ class Job:
 
 
 def queue(rows: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """Rows and seeds, the most telling first: the headline's error bars, then the first seed of every row, and so on."""
+    """Rows and seeds, the most telling first: the headline's error bars, then the first seed of every row, ..."""
     order = [(row, seed) for seed in seeds[:FIRST_SEEDS] for row in rows if row in HEADLINE]
     return order + [(row, seed) for seed in seeds for row in rows if (row, seed) not in order]
 
@@ -198,7 +199,8 @@ def train_all(options: argparse.Namespace, further: Sequence[str]) -> int:
             if is_done(output, job):
                 continue
             if time.monotonic() >= deadline:
-                print(f"--budget is used up; {len(todo) - number + 1} runs may be left, the same command goes on")
+                left = sum(not is_done(output, one) for one in todo[number - 1 :])
+                print(f"--budget is used up; the same command goes on with the runs that are left: {left}", flush=True)
                 break
             print(f"run {number} of {len(todo)}: {job.name}", flush=True)
             status = run(job, output, measure=not options.no_measures)
@@ -216,11 +218,11 @@ def is_done(output: Path, job: Job) -> bool:
     file = output / "results" / f"{job.name}.json"
     if not file.exists():
         return False
-    if (old := json.loads(file.read_text())["command"]) != job.command:
-        raise ValueError(
-            f"{file} was made with other settings, {shlex.join(old)}; now they would be {shlex.join(job.command)}: "
-            "choose another `output`"
-        )
+    old = json.loads(file.read_text())["command"]
+    if old != job.command:
+        before, now = (parse(words).settings.flat() for words in (old, job.command))
+        changes = [f"`{name}` {before.get(name)}, now {now[name]}" for name in now if now[name] != before.get(name)]
+        raise ValueError(f"{file} was made with other settings ({'; '.join(changes)}); choose another `output`")
     return True
 
 
@@ -246,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> int:
         status = 0 if options.report else train_all(options, further)
-        if status not in (PREEMPTED, INTERRUPTED):
+        if options.report or (status not in (PREEMPTED, INTERRUPTED) and any(options.output.glob("results/*.json"))):
             write_report(options.output)
         return status
 

@@ -62,7 +62,8 @@ def similarity(content: Tensor, features: Tensor, chosen: Tensor) -> Tensor:
 def attention_weights(
     query: Tensor, key: Tensor, *, padding: Tensor | None = None, prior: Tensor | None = None
 ) -> Tensor:
-    """What queries (M, N, D) attend of keys (M, N or 1, L, D); `padding` (M, L), `prior` (M, N or 1, L) -> (M, N, L)."""
+    """What queries (M, N, D) attend of keys (M, N or 1, L, D), given `padding` (M, L) and `prior` (M, N or 1, L) ->
+    (M, N, L)."""
     logits = (key @ query[..., None]).squeeze(-1) * query.shape[-1] ** -0.5
     if prior is not None:
         logits = logits + prior
