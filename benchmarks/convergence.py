@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,6 @@ from benchmarks.study.measures import Measures, instability
 from benchmarks.study.report import write_report
 from samdetr.cli import parse
 from samdetr.datasets import shapes
-from samdetr.main import main as train
 from samdetr.training import loop
 from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED
@@ -44,7 +44,7 @@ from samdetr.util.files import append_json_line, read_json_lines, write_json
 COMMON = shlex.split(
     "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 128 "
     "--nheads 4 --dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 16 --dropout 0 --no_crop "
-    "--batch_size 8 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --num_workers 0 --device cpu --keep 0 "
+    "--batch_size 4 --lr 4e-4 --lr_backbone 4e-4 --lr_schedule onecycle --num_workers 0 --device cpu --keep 0 "
     "--print_every 1000"
 )
 SAP = "--model sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer --warmup_iters 0"
@@ -122,7 +122,7 @@ def run(job: Job, output: Path, *, measure: bool = True) -> int:
         append_json_line(folder / "measures.txt", line)
 
     with measured(keep) if measure else contextlib.nullcontext():
-        status = train(words)
+        status = import_module("samdetr.main").main(words)
     if status == 0:
         write_json(output / "results" / f"{job.name}.json", result(job, folder), indent=None)
         for path in folder.iterdir():

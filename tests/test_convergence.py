@@ -164,7 +164,7 @@ def test_interrupted_runs_go_on_and_finished_ones_are_not_repeated(tmp_path, mon
     assert convergence.main(["--output", str(output), *words]) == 0
     assert results(output) == before
     assert convergence.main(["--output", str(output), *words, "--lr", "1e-3"]) == 2
-    assert "other settings (--lr 0.0006, now 0.001)" in capsys.readouterr().err
+    assert "other settings (--lr 0.0004, now 0.001)" in capsys.readouterr().err
     assert "| aligner + SMCA | 1 |" in (output / "report.md").read_text()
 
 
