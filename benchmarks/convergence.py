@@ -150,11 +150,12 @@ def result(job: Job, folder: Path) -> dict[str, Any]:
 
 def jobs(options: argparse.Namespace, further: Sequence[str], *, data: Path, kind: str) -> list[Job]:
     """The runs in order. Raises ValueError."""
+    images = "all" if options.coco_path else options.images
     facts = {
         "processor": processor(),
         "data": kind,
         "size": options.size,
-        "images": options.images,
+        "images": images,
         "number_of_epochs": options.epochs,
     }
     sides = ["--train_sizes", str(options.size), "--eval_size", str(options.size), "--max_size", str(2 * options.size)]
@@ -172,7 +173,7 @@ def jobs(options: argparse.Namespace, further: Sequence[str], *, data: Path, kin
         Job(
             row,
             seed,
-            f"{kind}-{options.size}px-{options.images}i-{options.epochs}e-{row}-s{seed}",
+            f"{kind}-{options.size}px-{images}i-{options.epochs}e-{row}-s{seed}",
             data,
             [*common, *ROWS[row].split(), "--seed", str(seed)],
             facts,

@@ -198,6 +198,7 @@ def made_up(row, seed, ap, instability=(None, 1.0, 0.5)):
         for a, i in zip(ap, instability)
     ]
     setting = {"data": "shapes", "size": 64, "images": 16, "number_of_epochs": 3}
+    setting |= {"processor": "a fast one", "commit": f"c{seed}", "versions": {"torch": "9.0"}}
     return {**setting, "row": row, "seed": seed, "epochs": epochs}
 
 
@@ -220,6 +221,6 @@ def test_report(tmp_path):
     assert "| aligner + SMCA, dropout | 1 | 0.400 | 0.500 | 0.350 | 0.5 | 0.5 | 3.0 |" in text  # halfway to 0.4; 0.45
     # Of the first layer no cosine; IS 1 and 0.5 of at most 4.
     assert "| no aligner | - | - | 0.25, 0.75 | - | - | 0.50 ± 0.00 | 0.25 ± 0.00 | 0.12 ± 0.00 |" in text
-    assert "Measuring took 1.0% of the processor time." in text
+    assert "Measuring took 1.0% of the processor time. a fast one, torch 9.0, commit c1; a fast one, " in text
     assert {p.name for p in tmp_path.glob("*.png")} == {"shapes-64px-16i-3e.png", "shapes-64px-16i-3e-others.png"}
     assert report.epochs_to(0.5, [0.2, 0.4]) is None

@@ -179,14 +179,16 @@ def write_report(output: Path) -> None:
         run = json.loads(file.read_text())
         settings[tuple(run[name] for name in ("data", "size", "images", "number_of_epochs"))][run["row"]].append(run)
     text = []
-    for (data, size, images, epochs), found in sorted(settings.items()):
+    for (data, size, images, epochs), found in sorted(settings.items(), key=str):
         runs = {row: found[row] for row in sorted(found, key=lambda row: [*LABELS, row].index(row))}
         title = f"{data}, {size} pixels, {images} training images, {epochs} epochs"
-        share = [
-            e["seconds"] / e["cpu_seconds"] for of in runs.values() for r in of for e in r["epochs"] if "seconds" in e
-        ]
-        cost = f"Measuring took {statistics.mean(share):.1%} of the processor time.\n" if share else ""
-        text.append(f"## {title}\n\n{convergence_table(runs)}\n{alignment_table(runs)}\n{cost}")
+        every = [run for of_row in runs.values() for run in of_row]
+        share = [e["seconds"] / e["cpu_seconds"] for run in every for e in run["epochs"] if "seconds" in e]
+        cost = f"Measuring took {statistics.mean(share):.1%} of the processor time. " if share else ""
+        made = {f"{run['processor']}, torch {run['versions']['torch']}, commit {run['commit']}" for run in every}
+        text.append(
+            f"## {title}\n\n{convergence_table(runs)}\n{alignment_table(runs)}\n{cost}{'; '.join(sorted(made))}.\n"
+        )
         name = f"{data}-{size}px-{images}i-{epochs}e"
         draw(runs, output / f"{name}.png", rows=[row for row in COLOURS if row in runs], title=title)
         others = [row for row in runs if row not in COLOURS]
