@@ -48,6 +48,9 @@ NOT_RUN = {
     "python benchmarks/soak.py --seed 1": "half an hour; test_long_runs.py tests the same faults",
     "python benchmarks/model.py --config R50_SMCA --batch 1": "minutes; measures",
     "python benchmarks/ms_deform_attn.py": "minutes; measures",
+    "python benchmarks/convergence.py --output output/convergence": "hours; test_convergence.py runs it smaller",
+    "python benchmarks/convergence.py --output output/convergence --size 80 --rows off aligner smca": "an hour",
+    "python benchmarks/convergence.py --output output/convergence --report": "needs the hours before",
 }
 # Smaller, to be quick.
 REPLACED = {"--num_train 2000 --num_val 300": "--num_train 8 --num_val 4"}
