@@ -31,7 +31,7 @@ if __name__ == "__main__":  # started by its path: find the packages from any fo
 
 from benchmarks.report import positive, processor
 from benchmarks.study.measures import Measures, instability
-from benchmarks.study.report import write_report
+from benchmarks.study.report import read_result, write_report
 from samdetr.cli import parse
 from samdetr.datasets import shapes
 from samdetr.training import loop
@@ -160,7 +160,10 @@ def jobs(options: argparse.Namespace, further: Sequence[str], *, data: Path, kin
     }
     sides = ["--train_sizes", str(options.size), "--eval_size", str(options.size), "--max_size", str(2 * options.size)]
     common = [*COMMON, *sides, "--epochs", str(options.epochs), *further]
-    parse(common)  # what is wrong here is wrong in every row
+    settings = parse(common).settings  # what is wrong here is wrong in every row
+    for name, value in {"eval_every_epoch": 1, "patience": 0, "max_hours": 0, "overfit": 0, "eval": False}.items():
+        if getattr(settings.run, name) != value:
+            raise ValueError(f"`{name}`: every run needs all epochs and an AP after each; leave the flag out")
     known = []
     for row in options.rows:
         try:
@@ -192,7 +195,8 @@ def train_all(options: argparse.Namespace, further: Sequence[str]) -> int:
         else:
             data, kind = output / "data" / f"shapes{options.size}-{options.images}", "shapes"
             drawn = {"size": options.size, "num_train": options.images, "num_val": options.val_images}
-            shapes.main([f"--output={data}", *(f"--{name}={value}" for name, value in drawn.items())])
+            if status := shapes.main([f"--output={data}", *(f"--{name}={value}" for name, value in drawn.items())]):
+                return status
         failed: list[str] = []
         deadline = time.monotonic() + 3600 * options.budget
         todo = jobs(options, further, data=data, kind=kind)
@@ -219,7 +223,7 @@ def is_done(output: Path, job: Job) -> bool:
     file = output / "results" / f"{job.name}.json"
     if not file.exists():
         return False
-    old = json.loads(file.read_text())["command"]
+    old = read_result(file)["command"]
     if old != job.command:
         before, now = (parse(words).settings.flat() for words in (old, job.command))
         changes = [f"`{name}` {before.get(name)}, now {now[name]}" for name in now if now[name] != before.get(name)]

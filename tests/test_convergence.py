@@ -179,6 +179,14 @@ def test_rows_and_flags_that_are_not_known(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         convergence.main([*words, "--no_such_flag", "5"])
     assert end.value.code == 2
+    assert convergence.main([*words, "--patience", "3"]) == 2
+    assert convergence.main([*words, "--val_images", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "--patience: every run needs all epochs" in said
+    assert "is not a complete set of these settings" in said
+    (tmp_path / "output/results/shapes-64px-16i-2e-smca-s1.json").write_text("{")
+    assert convergence.main(words) == 2
+    assert "smca-s1.json is no result of a run; delete it" in capsys.readouterr().err
 
 
 def made_up(row, seed, ap, instability=(None, 1.0, 0.5)):
@@ -199,7 +207,7 @@ def made_up(row, seed, ap, instability=(None, 1.0, 0.5)):
     ]
     setting = {"data": "shapes", "size": 64, "images": 16, "number_of_epochs": 3}
     setting |= {"processor": "a fast one", "commit": f"c{seed}", "versions": {"torch": "9.0"}}
-    return {**setting, "row": row, "seed": seed, "epochs": epochs}
+    return {**setting, "row": row, "seed": seed, "command": [], "epochs": epochs}
 
 
 def test_report(tmp_path):

@@ -169,6 +169,16 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
         figure.savefig(temporary)
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """What a run has left. Raises ValueError: it is something else."""
+    try:
+        run = json.loads(file.read_text())
+        assert {"row", "command", "epochs"} <= run.keys()
+    except (ValueError, AttributeError, AssertionError):
+        raise ValueError(f"{file} is no result of a run; delete it, and the run is made again") from None
+    return run
+
+
 def write_report(output: Path) -> None:
     """Write OUTPUT/report.md and a figure for each setting that has results. Raises ValueError: there are none."""
     files = sorted((output / "results").glob("*.json"))
@@ -176,7 +186,7 @@ def write_report(output: Path) -> None:
         raise ValueError(f"`output` {output} has no results; leave `report` out to make some")
     settings: dict[tuple, Runs] = defaultdict(lambda: defaultdict(list))
     for file in files:
-        run = json.loads(file.read_text())
+        run = read_result(file)
         settings[tuple(run[name] for name in ("data", "size", "images", "number_of_epochs"))][run["row"]].append(run)
     text = []
     for (data, size, images, epochs), found in sorted(settings.items(), key=str):
