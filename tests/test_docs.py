@@ -58,6 +58,9 @@ NOT_RUN = {
     "python export.py --resume output/quickstart/checkpoint.pth --format onnx": "the same",
     "python export.py --resume output/quickstart/checkpoint.pth --format openvino --size 640 864": "the same",
     "python export.py --resume output/quickstart/checkpoint.pth --format torch_export --output detector.pt2": "too",
+    "python benchmarks/convergence.py --output output/convergence": "hours; test_convergence.py runs it smaller",
+    "python benchmarks/convergence.py --output output/convergence --size 80 --rows off aligner smca": "an hour",
+    "python benchmarks/convergence.py --output output/convergence --report": "needs the hours before",
 }
 # Smaller, to be quick.
 REPLACED = {"--num_train 2000 --num_val 300": "--num_train 8 --num_val 4"}

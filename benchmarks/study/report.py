@@ -1,0 +1,209 @@
+"""Tables and figures of a convergence study, from its result files alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from samdetr.util.files import whole_file
+
+BASELINE = "off"
+LABELS = {
+    "off": "no aligner",
+    "aligner": "aligner",
+    "smca": "aligner + SMCA",
+    "average": "average of the box",
+    "maximum": "maximum of the box",
+    "point": "1 salient point",
+    "ungated": "no re-weighting",
+    "image": "search range image",
+    "deformable": "Deformable DETR",
+    "deformable-aligner": "Deformable DETR + aligner",
+    "sap": "SAP-DETR",
+    "multiscale": "multi-scale",
+}
+COLOURS = {"off": "#555555", "aligner": "#1f4e79", "smca": "#d1495b"}
+Runs = dict[str, list[dict[str, Any]]]  # by row
+
+
+def label(row: str) -> str:
+    """What a table calls it; "aligner-dropout" is "aligner, dropout"."""
+    if row in LABELS:
+        return LABELS[row]
+    name, _, change = row.rpartition("-")
+    return f"{LABELS.get(name, name)}, {change}"
+
+
+def curve(run: dict[str, Any]) -> list[float]:
+    """AP after each epoch; what is undefined (-1) counts as 0."""
+    return [max(epoch["ap"][0] or 0, 0) for epoch in run["epochs"]]
+
+
+def epochs_to(target: float, ap: Sequence[float]) -> float | None:
+    """The epoch at which AP, 0 at the start and in between on a straight line, first reaches `target`."""
+    before = 0.0
+    for epoch, now in enumerate(ap):
+        if now >= target:
+            return epoch + (target - before) / (now - before) if now > before else float(epoch)
+        before = now
+    return None
+
+
+def area(ap: Sequence[float]) -> float:
+    """Mean height of the curve of AP, which starts at 0."""
+    return sum((a + b) / 2 for a, b in zip([0.0, *ap], ap)) / len(ap)
+
+
+def layer_values(run: dict[str, Any], name: str, layer: int) -> list[float]:
+    """A figure of a layer after each epoch; empty if it was not measured."""
+    layers = [epoch.get("layers", []) for epoch in run["epochs"]]
+    layers = [found for found in layers if found and found[layer].get(name) is not None]
+    return [found[layer][name] for found in layers]
+
+
+def relative_instability(run: dict[str, Any]) -> list[float]:
+    """IS over its largest possible value, of each epoch from the second."""
+    return [e["instability"] / (2 * e["objects"]) for e in run["epochs"] if e.get("instability") is not None]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def convergence_table(runs: Runs) -> str:
+    number = min(len(run["epochs"]) for of_row in runs.values() for run in of_row)
+    shown = sorted({max(number // 4, 1), number // 2 or 1, number})
+    finals = [curve(run)[-1] for run in runs.get(BASELINE, [])]
+    targets = [share * statistics.mean(finals) for share in (1, 0.9)] if finals else []
+
+    def reached(curves: list[list[float]], target: float) -> str:
+        found = [epoch for ap in curves if (epoch := epochs_to(target, ap)) is not None]
+        return spread(found, 1) + (f" ({len(found)} of {len(curves)})" if len(found) < len(curves) else "")
+
+    rows = []
+    for row, of_row in runs.items():
+        curves = [curve(run) for run in of_row]
+        cells = [spread([ap[epoch - 1] for ap in curves]) for epoch in shown]
+        cells += [spread([area(ap) for ap in curves]), *(reached(curves, target) for target in targets)]
+        cpu = [sum(e["cpu_seconds"] for e in run["epochs"]) / 60 for run in of_row if "cpu_seconds" in run["epochs"][0]]
+        rows.append([label(row), str(len(of_row)), *cells, spread(cpu, 1)])
+    names = [f"AP, epoch {epoch}" for epoch in shown]
+    names += ["area", *[f"epochs to AP {target:.3f}" for target in targets], "CPU minutes"]
+    return table(["row", "seeds", *names], rows)
+
+
+def alignment_table(runs: Runs) -> str:
+    """After the last epoch, the layers one after the other."""
+
+    def cell(of_row: list[dict[str, Any]], name: str, layers: Sequence[int]) -> str:
+        columns = [[v[-1] for run in of_row if (v := layer_values(run, name, layer))] for layer in layers]
+        return ", ".join(f"{statistics.mean(column):.2f}" for column in columns) if all(columns) else "-"
+
+    rows = []
+    for row, of_row in runs.items():
+        of_row = [run for run in of_row if run["epochs"][-1].get("layers")]
+        if not of_row:
+            continue
+        every = range(len(of_row[0]["epochs"][-1]["layers"]))
+        names = ("cosine_inside", "cosine_outside", "attention", "saturated", "edge")
+        cells = [cell(of_row, name, every) for name in names]
+        changes = [relative_instability(run) for run in of_row]
+        first, last = ([values[place] for values in changes if values] for place in (0, -1))
+        l1 = [v[-1] for run in of_row if (v := layer_values(run, "reference_l1", 0))]
+        rows.append([label(row), *cells, spread(l1, 2), spread(first, 2), spread(last, 2)])
+    head = ["row", "cosine inside", "outside", "attention inside", "saturated", "to the edge", "L1 of references"]
+    return table([*head, "IS, epoch 2", "IS, last epoch"], rows)
+
+
+def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
+    """By epoch, for some rows: AP, attention inside, difference of cosines, instability; bands from least to most."""
+    from matplotlib.figure import Figure  # here, because nothing else needs it and it takes a second to import
+    from matplotlib.ticker import MaxNLocator
+
+    last, panels = -1, {
+        "AP": curve,
+        "IS / (2 x objects)": relative_instability,
+        "attention inside the object, last layer": lambda run: layer_values(run, "attention", last),
+        "cosine inside - outside, last layer": lambda run: [
+            a - b for a, b in zip(*(layer_values(run, f"cosine_{where}", last) for where in ("inside", "outside")))
+        ],
+    }  # fmt: skip
+    figure = Figure(figsize=(11, 3), dpi=100, layout="constrained")
+    for axes, (name, read) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for row in rows:
+            values = [found for run in runs.get(row, []) if (found := read(run))]
+            if not values:
+                continue
+            columns = list(zip(*values))
+            epochs = range(len(runs[row][0]["epochs"]) + 1 - len(columns), len(runs[row][0]["epochs"]) + 1)
+            seeds = f" ({len(values)} seed{'s' * (len(values) > 1)})"
+            axes.plot(epochs, [statistics.mean(c) for c in columns], color=COLOURS.get(row), label=label(row) + seeds)
+            if len(values) > 1:
+                axes.fill_between(
+                    epochs, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS.get(row), alpha=0.2,
+                    linewidth=0,
+                )  # fmt: skip
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylim(0, None)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary)
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """What a run has left. Raises ValueError: it is something else."""
+    try:
+        run = json.loads(file.read_text())
+        assert {"row", "command", "epochs"} <= run.keys()
+    except (ValueError, AttributeError, AssertionError):
+        raise ValueError(f"{file} is no result of a run; delete it, and the run is made again") from None
+    return run
+
+
+def write_report(output: Path) -> None:
+    """Write OUTPUT/report.md and a figure for each setting that has results. Raises ValueError: there are none."""
+    files = sorted((output / "results").glob("*.json"))
+    if not files:
+        raise ValueError(f"`output` {output} has no results; leave `report` out to make some")
+    settings: dict[tuple, Runs] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        run = read_result(file)
+        settings[tuple(run[name] for name in ("data", "size", "images", "number_of_epochs"))][run["row"]].append(run)
+    text = []
+    for (data, size, images, epochs), found in sorted(settings.items(), key=str):
+        runs = {row: found[row] for row in sorted(found, key=lambda row: [*LABELS, row].index(row))}
+        title = f"{data}, {size} pixels, {images} training images, {epochs} epochs"
+        every = [run for of_row in runs.values() for run in of_row]
+        share = [e["seconds"] / e["cpu_seconds"] for run in every for e in run["epochs"] if "seconds" in e]
+        cost = f"Measuring took {statistics.mean(share):.1%} of the processor time. " if share else ""
+        made = {f"{run['processor']}, torch {run['versions']['torch']}, commit {run['commit']}" for run in every}
+        text.append(
+            f"## {title}\n\n{convergence_table(runs)}\n{alignment_table(runs)}\n{cost}{'; '.join(sorted(made))}.\n"
+        )
+        name = f"{data}-{size}px-{images}i-{epochs}e"
+        draw(runs, output / f"{name}.png", rows=[row for row in COLOURS if row in runs], title=title)
+        others = [row for row in runs if row not in COLOURS]
+        if others:
+            draw(runs, output / f"{name}-others.png", rows=others, title=title)
+    with whole_file(output / "report.md") as temporary:
+        temporary.write_text("\n".join(text))
+    print(f"{output / 'report.md'}: {len(files)} runs")
