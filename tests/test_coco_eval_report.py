@@ -185,7 +185,7 @@ def test_files_of_any_names(evaluated):
     assert facts["classes"][1]["best_f1"] == {"f1": 0, "precision": 0, "recall": 0, "threshold": None}
     assert facts["classes"][2]["best_f1"] == dict.fromkeys(("f1", "precision", "recall", "threshold"))
     assert "3 of 5 classes have no objects" in printed
-    assert printed.count("pictures show their ids") == 1
+    assert printed.count("pictures show ids") == 1
     for name in ("confusion_matrix.png", "precision_recall.png"):
         assert Image.open(folder / name).size > (500, 300)
 
@@ -217,6 +217,7 @@ GOOD = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5}
         ([{**GOOD, "category_id": "cat"}], "entry 0 has category_id 'cat', which 'categories' of"),
         ([{k: v for k, v in GOOD.items() if k != "category_id"}], "entry 0 has no 'category_id'; pass COCO results"),
         ([{"image_id": 1, "category_id": 1, "score": 1, "segmentation": {}}], "entry 0 has only a mask, no 'bbox'"),
+        ([{**GOOD, "bbox": [], "segmentation": []}], "entry 0 has only a mask, no 'bbox'"),
         ([{k: v for k, v in GOOD.items() if k != "bbox"}], "entry 0 has no 'bbox': add [left, top, width, height]"),
         ([{**GOOD, "bbox": [0, 0, -1, 1]}], "entry 0 has bbox [0, 0, -1, 1]; it must be four finite numbers"),
         ([{**GOOD, "bbox": [0, 0, 1e999, 1]}], "entry 0 has bbox [0, 0, inf, 1]"),
