@@ -146,6 +146,15 @@ def test_exchanged_classes_are_seen_though_no_threshold_finds_anything(tmp_path)
     assert ours.confusion.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
+def test_of_equal_overlaps_the_last_object_and_of_wrong_classes_the_best_score_count(tmp_path):
+    # The first cat overlaps both objects equally. It takes the second, so the other cat finds the first, at 8 / 12.
+    ours = report(small(objects=[(1, 1, 10), (1, 1, 14)]), shapes_of((1, 1, 12, 0.9), (1, 1, 8, 0.8)), tmp_path)
+    assert ours.total["recall"] == 1
+    results = shapes_of((1, 1, 0, 0.5), (1, 2, 50, 0.6), (1, 3, 50, 0.7), (1, 2, 100, 0.6))
+    ours = report(small(objects=[(1, 1, 0), (1, 1, 50)]), results, tmp_path)
+    assert ours.confusion.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 2, 0, 0]]
+
+
 @pytest.fixture
 def evaluated(tmp_path, capsys):
     """`samdetr eval --detections`: status, what is printed, and the folder that is written into."""
