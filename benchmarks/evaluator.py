@@ -6,6 +6,7 @@ by batch as tensors:
 
     pycocotools   a list with a dict for each detection, loadRes, evaluate, accumulate, summarize
     ours          CocoEvaluator's update and summarize
+    with report   the same and the metrics of each class, as --eval
 
 "collect" is what every batch costs while the network runs, "figures" what follows the last batch. Paths take turns in
 every round; times are medians over rounds. The exit status is 1 if one of the twelve figures differs by more than 1e-9.
@@ -19,6 +20,7 @@ import io
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # started by its path: find the packages from any folder
@@ -34,6 +36,7 @@ from benchmarks.report import positive, surroundings, write
 from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
 from samdetr.datasets.coco_eval import METRICS, CocoEvaluator
+from samdetr.datasets.coco_eval_report import Report
 from samdetr.datasets.ground_truth import GroundTruth
 
 BATCH = 16
@@ -103,7 +106,7 @@ def by_pycocotools(content: dict, batches: list) -> tuple[float, float, list[flo
         return middle - begin, time.perf_counter() - middle, evaluation.stats.tolist()
 
 
-def by_ours(content: dict, batches: list) -> tuple[float, float, list[float]]:
+def by_ours(content: dict, batches: list, *, report: bool = False) -> tuple[float, float, list[float]]:
     truth = GroundTruth.from_annotations(Annotations(content))
     evaluator = CocoEvaluator(truth, Categories.from_annotations(content["categories"]))
     begin = time.perf_counter()
@@ -111,10 +114,13 @@ def by_ours(content: dict, batches: list) -> tuple[float, float, list[float]]:
         evaluator.update(batch)
     middle = time.perf_counter()
     figures = list(evaluator.summarize().values())
+    if report:
+        assert evaluator.metrics is not None
+        Report.of(evaluator.detections, truth, {}, evaluator.metrics)
     return middle - begin, time.perf_counter() - middle, figures
 
 
-PATHS = {"pycocotools": by_pycocotools, "ours": by_ours}
+PATHS = {"pycocotools": by_pycocotools, "ours": by_ours, "with report": partial(by_ours, report=True)}
 
 
 def main() -> int:

@@ -145,7 +145,8 @@ class PlainCrossAttention(CrossAttention):
 
 
 class PlainSAMDecoderLayer(SAMDecoderLayer):
-    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel) -> Tensor:
+    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel, hidden: None = None) -> Tensor:
+        """Without denoising queries, which the published code does not have."""
         position = sine_encoding(boxes[..., :2].detach(), num_channels=self.hidden_dim).to(queries)
         queries = self.norm1(queries + self.dropout(self.self_attention(queries, position)))
         content, bias = queries, None

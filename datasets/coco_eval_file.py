@@ -60,13 +60,13 @@ def read_detections(file: Path, annotations: Annotations) -> Detections:
 
     def box_fault(place: int) -> str:
         entry = entries[place]
-        if "bbox" in entry:
+        if entry.get("bbox") not in (None, []):
             return (
                 f"has bbox {entry['bbox']!r:.80}; it must be four finite numbers [left, top, width, height] without a "
                 "negative size: correct or remove it"
             )
-        masks = "only a mask, no 'bbox'; boxes are compared" if "segmentation" in entry else "no 'bbox'"
-        return f"has {masks}: add [left, top, width, height] in pixels"
+        what = "only a mask, no 'bbox'; boxes are compared" if "segmentation" in entry else "no 'bbox'"
+        return f"has {what}: add [left, top, width, height] in pixels"
 
     def score_fault(place: int) -> str:
         value = f"score {entries[place]['score']!r:.80}" if "score" in entries[place] else "no 'score'"

@@ -146,6 +146,15 @@ def test_exchanged_classes_are_seen_though_no_threshold_finds_anything(tmp_path)
     assert ours.confusion.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
+def test_of_equal_overlaps_the_last_object_and_of_wrong_classes_the_best_score_count(tmp_path):
+    # The first cat overlaps both objects equally. It takes the second, so the other cat finds the first, at 8 / 12.
+    ours = report(small(objects=[(1, 1, 10), (1, 1, 14)]), shapes_of((1, 1, 12, 0.9), (1, 1, 8, 0.8)), tmp_path)
+    assert ours.total["recall"] == 1
+    results = shapes_of((1, 1, 0, 0.5), (1, 2, 50, 0.6), (1, 3, 50, 0.7), (1, 2, 100, 0.6))
+    ours = report(small(objects=[(1, 1, 0), (1, 1, 50)]), results, tmp_path)
+    assert ours.confusion.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 2, 0, 0]]
+
+
 @pytest.fixture
 def evaluated(tmp_path, capsys):
     """`samdetr eval --detections`: status, what is printed, and the folder that is written into."""
@@ -185,7 +194,7 @@ def test_files_of_any_names(evaluated):
     assert facts["classes"][1]["best_f1"] == {"f1": 0, "precision": 0, "recall": 0, "threshold": None}
     assert facts["classes"][2]["best_f1"] == dict.fromkeys(("f1", "precision", "recall", "threshold"))
     assert "3 of 5 classes have no objects" in printed
-    assert printed.count("pictures show their ids") == 1
+    assert printed.count("pictures show ids") == 1
     for name in ("confusion_matrix.png", "precision_recall.png"):
         assert Image.open(folder / name).size > (500, 300)
 
@@ -217,6 +226,7 @@ GOOD = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.5}
         ([{**GOOD, "category_id": "cat"}], "entry 0 has category_id 'cat', which 'categories' of"),
         ([{k: v for k, v in GOOD.items() if k != "category_id"}], "entry 0 has no 'category_id'; pass COCO results"),
         ([{"image_id": 1, "category_id": 1, "score": 1, "segmentation": {}}], "entry 0 has only a mask, no 'bbox'"),
+        ([{**GOOD, "bbox": [], "segmentation": []}], "entry 0 has only a mask, no 'bbox'"),
         ([{k: v for k, v in GOOD.items() if k != "bbox"}], "entry 0 has no 'bbox': add [left, top, width, height]"),
         ([{**GOOD, "bbox": [0, 0, -1, 1]}], "entry 0 has bbox [0, 0, -1, 1]; it must be four finite numbers"),
         ([{**GOOD, "bbox": [0, 0, 1e999, 1]}], "entry 0 has bbox [0, 0, inf, 1]"),

@@ -84,7 +84,7 @@ def draw_confusion(
         for row, column in np.argwhere(counts):
             colour = "white" if share[row, column] > 0.4 else "black"
             text = _short(int(counts[row, column]))
-            panel.text(column, row, text, color=colour, ha="center", va="center", fontsize=16 * cell)
+            panel.text(column, row, text, color=colour, ha="center", va="center", fontsize=min(16 * cell, 10))
     panel.set(xlabel="detected as", ylabel="object")
     panel.set_title(title, fontsize=10, loc="left")
     panel.axhline(size - 1.5, color="#888888", linewidth=0.8)
@@ -114,8 +114,8 @@ def drawable(names: Sequence[str], identities: Sequence[int]) -> tuple[list[str]
             name = f"id {identity}"
         labels.append(shorter(name, _LONGEST))
     if replaced:
-        some = ", ".join(map(ascii, replaced[:3])) + (", ..." if len(replaced) > 3 else "")
-        log(f"note: no font here draws the names of {len(replaced)} classes ({some}): pictures show their ids")
+        some = ", ".join(map(repr, replaced[:3])) + (", ..." if len(replaced) > 3 else "")
+        log(f"note: no font here draws the names of {len(replaced)} class(es) ({some}): pictures show ids")
     return labels, families
 
 
