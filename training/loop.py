@@ -274,6 +274,7 @@ class Trainer:
         state = self.state
         if not self.folder:
             return
+        self.trackers.flush()
         content = state.capture()
         if is_main():
             with self.folder.writing() as folder:

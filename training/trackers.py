@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -103,6 +105,7 @@ class TensorBoard:
     def __init__(self, folder: Path, *, last: Mapping[str, int], settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _silence_tensorboard()
         self._writer = SummaryWriter(str(folder), purge_step=last["step"] + 1)
         text = json.dumps(settings, indent=2, default=str)
         self._writer.add_text("settings", f"```json\n{text}\n```", last["step"] + 1)
@@ -123,6 +126,17 @@ class TensorBoard:
         self._writer.close()
 
 
+def _silence_tensorboard() -> None:
+    """TensorBoard's own thread raises what its next call raises, too: one report is enough."""
+    before = threading.excepthook
+
+    def report(failed: Any, /) -> None:
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            before(failed)
+
+    threading.excepthook = report
+
+
 class WandB:
     """One run of Weights & Biases, whose id run.json keeps. It cannot take anything back, so steps that a resumed run
     repeats are left out."""
@@ -133,7 +147,7 @@ class WandB:
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._wandb = folder / "run.json", wandb
         known = json.loads(self._file.read_text()) if any(last.values()) and self._file.exists() else {}
-        self._run = wandb.init(
+        self._run = self._started(
             project=os.environ.get("WANDB_PROJECT", "samdetr"),
             name=folder.absolute().parents[1].name,
             id=known.get("id"),
@@ -146,6 +160,19 @@ class WandB:
         for kind in self._last:  # every kind has an axis of its own: the library's own must not fall
             wandb.define_metric(f"{kind}/number")
             wandb.define_metric(f"{kind}/*", step_metric=f"{kind}/number")
+
+    def _started(self, **options: Any) -> Any:
+        """The run. The package's waits at the end of the process have no limit: `close` does their work."""
+        hooks: list[Callable] = []
+        register = atexit.register
+        atexit.register = lambda hook, *args, **kwargs: hooks.append(hook) or register(hook, *args, **kwargs)  # type: ignore
+        try:
+            return self._wandb.init(**options)
+        finally:
+            atexit.register = register  # type: ignore[assignment]
+            for hook in hooks:
+                if getattr(hook, "__module__", "").startswith("wandb"):  # other threads may have added theirs
+                    atexit.unregister(hook)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         if step <= self._last[kind]:
@@ -162,6 +189,7 @@ class WandB:
     def close(self) -> None:
         self.flush()
         self._run.finish()
+        self._wandb.teardown()
 
 
 # Name -> class, and the package that it needs.
@@ -227,6 +255,10 @@ class Trackers:
 
     def draw(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         self._hand_on("draw", step, pictures)
+
+    def flush(self) -> None:
+        """Before a checkpoint, from which a killed run goes on: its steps do not come again."""
+        self._read()
 
     def close(self) -> None:
         """Wait until everything is written, but not for ever."""
