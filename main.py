@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from samdetr.cli import CommandLine, parse
-from samdetr.training import replay
+from samdetr.training import replay, trackers
 from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Signals, Stopped, end_now
 from samdetr.training.cluster.watchdog import Watchdog
@@ -101,6 +101,7 @@ def run(command: CommandLine) -> int:
 
 if __name__ == "__main__":
     status = main()
-    if status in (PREEMPTED, INTERRUPTED):  # at once: the launcher ends the other processes as soon as one has ended
+    # At once: the launcher ends the others as soon as one has ended, and the package of a lost tracker may hang.
+    if status in (PREEMPTED, INTERRUPTED) or trackers.LOST:
         end_now(status)
     sys.exit(status)

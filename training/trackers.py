@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import csv
 import json
 import math
@@ -28,6 +27,7 @@ from samdetr.util.logger import log
 
 WAITING = 1000  # calls that may wait for a tracker
 SECONDS = 20.0  # until one must have written everything, at the end of a run
+LOST: set[str] = set()  # names of trackers that are lost; what their packages do when the process ends may hang
 
 
 class Tracker(Protocol):
@@ -147,7 +147,7 @@ class WandB:
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._wandb = folder / "run.json", wandb
         known = json.loads(self._file.read_text()) if any(last.values()) and self._file.exists() else {}
-        self._run = self._started(
+        self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "samdetr"),
             name=folder.absolute().parents[1].name,
             id=known.get("id"),
@@ -160,19 +160,6 @@ class WandB:
         for kind in self._last:  # every kind has an axis of its own: the library's own must not fall
             wandb.define_metric(f"{kind}/number")
             wandb.define_metric(f"{kind}/*", step_metric=f"{kind}/number")
-
-    def _started(self, **options: Any) -> Any:
-        """The run. The package's waits at the end of the process have no limit: `close` does their work."""
-        hooks: list[Callable] = []
-        register = atexit.register
-        atexit.register = lambda hook, *args, **kwargs: hooks.append(hook) or register(hook, *args, **kwargs)  # type: ignore
-        try:
-            return self._wandb.init(**options)
-        finally:
-            atexit.register = register  # type: ignore[assignment]
-            for hook in hooks:
-                if getattr(hook, "__module__", "").startswith("wandb"):  # other threads may have added theirs
-                    atexit.unregister(hook)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         if step <= self._last[kind]:
@@ -189,7 +176,6 @@ class WandB:
     def close(self) -> None:
         self.flush()
         self._run.finish()
-        self._wandb.teardown()
 
 
 # Name -> class, and the package that it needs.
@@ -321,6 +307,7 @@ class _Background(Thread):
     def _lose(self, reason: str) -> None:
         if not self.lost:
             self.lost = True
+            LOST.add(self.tracker)
             log(f"warning: `track` {self.tracker} is off from here on ({reason}); the run goes on")
         while True:  # what waits would keep its memory
             try:
