@@ -11,8 +11,10 @@ from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype, plain_ms_d
 
 MAX_CUDA_LEVELS = 32  # they travel as a kernel argument; as in the CUDA source
 # Written out, because PyTorch below 2.7 does not read them from `list[int]`.
-FORWARD = "(Tensor value, int[] sizes, Tensor locations, Tensor weights) -> Tensor"
-BACKWARD = "(Tensor gradient, Tensor value, int[] sizes, Tensor locations, Tensor weights) -> (Tensor, Tensor, Tensor)"
+FORWARD = "(Tensor value, SymInt[] sizes, Tensor locations, Tensor weights) -> Tensor"
+BACKWARD = (
+    "(Tensor gradient, Tensor value, SymInt[] sizes, Tensor locations, Tensor weights) -> (Tensor, Tensor, Tensor)"
+)
 CUDA_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
