@@ -26,16 +26,17 @@ LABELS = {
     "sap": "SAP-DETR",
     "multiscale": "multi-scale",
 }
+CHANGES = {"slow": "slow points", "dropout": "dropout 0.1"}  # after a dash, of the rows above
 COLOURS = {"off": "#555555", "aligner": "#1f4e79", "smca": "#d1495b"}
 Runs = dict[str, list[dict[str, Any]]]  # by row
 
 
 def label(row: str) -> str:
-    """What a table calls it; "aligner-dropout" is "aligner, dropout"."""
+    """What a table calls it; "aligner-slow" is "aligner, slow points"."""
     if row in LABELS:
         return LABELS[row]
     name, _, change = row.rpartition("-")
-    return f"{LABELS.get(name, name)}, {change}"
+    return f"{LABELS.get(name, name)}, {CHANGES.get(change, change)}"
 
 
 def curve(run: dict[str, Any]) -> list[float]:
