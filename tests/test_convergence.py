@@ -191,8 +191,8 @@ def test_rows_and_flags_that_are_not_known(tmp_path, monkeypatch, capsys):
 
 def made_up(row, seed, ap, instability=(None, 1.0, 0.5)):
     layers = [
-        {"reference_l1": 0.5, "attention": 0.25},
-        {"attention": 0.75, "cosine_inside": 0.5, "cosine_outside": 0.25},
+        {"reference_l1": 0.5, "area": 0.2, "attention": 0.25},
+        {"area": 0.2, "attention": 0.75, "cosine_inside": 0.5, "cosine_outside": 0.25},
     ]
     epochs = [
         {

@@ -66,6 +66,10 @@ def layer_values(run: dict[str, Any], name: str, layer: int) -> list[float]:
     return [found[layer][name] for found in layers]
 
 
+def difference(run: dict[str, Any], first: str, second: str, layer: int) -> list[float]:
+    return [a - b for a, b in zip(layer_values(run, first, layer), layer_values(run, second, layer))]
+
+
 def relative_instability(run: dict[str, Any]) -> list[float]:
     """IS over its largest possible value, of each epoch from the second."""
     return [e["instability"] / (2 * e["objects"]) for e in run["epochs"] if e.get("instability") is not None]
@@ -137,10 +141,8 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
     last, panels = -1, {
         "AP": curve,
         "IS / (2 x objects)": relative_instability,
-        "attention inside the object, last layer": lambda run: layer_values(run, "attention", last),
-        "cosine inside - outside, last layer": lambda run: [
-            a - b for a, b in zip(*(layer_values(run, f"cosine_{where}", last) for where in ("inside", "outside")))
-        ],
+        "attention inside the object - its area, last layer": lambda run: difference(run, "attention", "area", last),
+        "cosine inside - outside, last layer": lambda run: difference(run, "cosine_inside", "cosine_outside", last),
     }  # fmt: skip
     figure = Figure(figsize=(11, 3), dpi=100, layout="constrained")
     for axes, (name, read) in zip(figure.subplots(1, len(panels)), panels.items()):
@@ -157,7 +159,7 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
                     epochs, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS.get(row), alpha=0.2,
                     linewidth=0,
                 )  # fmt: skip
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=8)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
