@@ -27,7 +27,13 @@ LABELS = {
     "multiscale": "multi-scale",
 }
 CHANGES = {"slow": "slow points", "dropout": "dropout 0.1"}  # after a dash, of the rows above
-COLOURS = {"off": "#555555", "aligner": "#1f4e79", "smca": "#d1495b"}
+COLOURS = {
+    "off": "#555555",
+    "aligner": "#1f4e79",
+    "smca": "#d1495b",
+    "aligner-slow": "#5fa8d3",
+    "smca-slow": "#e0a030",
+}
 Runs = dict[str, list[dict[str, Any]]]  # by row
 
 
@@ -144,7 +150,7 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
         "attention inside the object - its area, last layer": lambda run: difference(run, "attention", "area", last),
         "cosine inside - outside, last layer": lambda run: difference(run, "cosine_inside", "cosine_outside", last),
     }  # fmt: skip
-    figure = Figure(figsize=(11, 3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11, 3.2), dpi=90, layout="constrained")
     for axes, (name, read) in zip(figure.subplots(1, len(panels)), panels.items()):
         for row in rows:
             values = [found for run in runs.get(row, []) if (found := read(run))]
@@ -166,7 +172,8 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylim(0, None)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     with whole_file(path) as temporary:
         figure.savefig(temporary)
