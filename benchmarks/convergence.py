@@ -48,12 +48,15 @@ COMMON = shlex.split(
     "--print_every 1000"
 )
 SAP = "--model sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer --warmup_iters 0"
+SLOW = "--lr_linear_proj_names point_head --lr_linear_proj_mult 0.1"
 DEFORMABLE = "--model deformable_detr --num_feature_levels 1 --with_box_refine"
 # What is compared: names, and flags of main.py. A row whose flags main.py does not have is skipped.
 ROWS = {
     "off": "--sam_resample off",
     "aligner": "",
     "smca": "--smca",
+    "aligner-slow": SLOW,
+    "smca-slow": f"--smca {SLOW}",
     "average": "--sam_resample average",
     "maximum": "--sam_resample maximum",
     "point": "--sam_points 1",

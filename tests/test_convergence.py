@@ -191,8 +191,8 @@ def test_rows_and_flags_that_are_not_known(tmp_path, monkeypatch, capsys):
 
 def made_up(row, seed, ap, instability=(None, 1.0, 0.5)):
     layers = [
-        {"reference_l1": 0.5, "attention": 0.25},
-        {"attention": 0.75, "cosine_inside": 0.5, "cosine_outside": 0.25},
+        {"reference_l1": 0.5, "area": 0.2, "attention": 0.25},
+        {"area": 0.2, "attention": 0.75, "cosine_inside": 0.5, "cosine_outside": 0.25},
     ]
     epochs = [
         {
@@ -226,7 +226,9 @@ def test_report(tmp_path):
     assert "| row | seeds | AP, epoch 1 | AP, epoch 3 | area | epochs to AP 0.200 | epochs to AP 0.180 |" in text
     baseline = "0.050 ± 0.071 | 0.200 ± 0.141 | 0.100 ± 0.071 | 2.0 (1 of 2) | 1.8 (1 of 2) | 3.0 ± 0.0"
     assert f"| no aligner | 2 | {baseline} |" in text
-    assert "| aligner + SMCA, dropout | 1 | 0.400 | 0.500 | 0.350 | 0.5 | 0.5 | 3.0 |" in text  # halfway to 0.4; 0.45
+    assert (
+        "| aligner + SMCA, dropout 0.1 | 1 | 0.400 | 0.500 | 0.350 | 0.5 | 0.5 | 3.0 |" in text
+    )  # halfway to 0.4; 0.45
     # Of the first layer no cosine; IS 1 and 0.5 of at most 4.
     assert "| no aligner | - | - | 0.25, 0.75 | - | - | 0.50 ± 0.00 | 0.25 ± 0.00 | 0.12 ± 0.00 |" in text
     assert "Measuring took 1.0% of the processor time. a fast one, torch 9.0, commit c1; a fast one, " in text

@@ -26,16 +26,23 @@ LABELS = {
     "sap": "SAP-DETR",
     "multiscale": "multi-scale",
 }
-COLOURS = {"off": "#555555", "aligner": "#1f4e79", "smca": "#d1495b"}
+CHANGES = {"slow": "slow points", "dropout": "dropout 0.1"}  # after a dash, of the rows above
+COLOURS = {
+    "off": "#555555",
+    "aligner": "#1f4e79",
+    "smca": "#d1495b",
+    "aligner-slow": "#5fa8d3",
+    "smca-slow": "#e0a030",
+}
 Runs = dict[str, list[dict[str, Any]]]  # by row
 
 
 def label(row: str) -> str:
-    """What a table calls it; "aligner-dropout" is "aligner, dropout"."""
+    """What a table calls it; "aligner-slow" is "aligner, slow points"."""
     if row in LABELS:
         return LABELS[row]
     name, _, change = row.rpartition("-")
-    return f"{LABELS.get(name, name)}, {change}"
+    return f"{LABELS.get(name, name)}, {CHANGES.get(change, change)}"
 
 
 def curve(run: dict[str, Any]) -> list[float]:
@@ -63,6 +70,10 @@ def layer_values(run: dict[str, Any], name: str, layer: int) -> list[float]:
     layers = [epoch.get("layers", []) for epoch in run["epochs"]]
     layers = [found for found in layers if found and found[layer].get(name) is not None]
     return [found[layer][name] for found in layers]
+
+
+def difference(run: dict[str, Any], first: str, second: str, layer: int) -> list[float]:
+    return [a - b for a, b in zip(layer_values(run, first, layer), layer_values(run, second, layer))]
 
 
 def relative_instability(run: dict[str, Any]) -> list[float]:
@@ -136,12 +147,10 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
     last, panels = -1, {
         "AP": curve,
         "IS / (2 x objects)": relative_instability,
-        "attention inside the object, last layer": lambda run: layer_values(run, "attention", last),
-        "cosine inside - outside, last layer": lambda run: [
-            a - b for a, b in zip(*(layer_values(run, f"cosine_{where}", last) for where in ("inside", "outside")))
-        ],
+        "attention inside the object - its area, last layer": lambda run: difference(run, "attention", "area", last),
+        "cosine inside - outside, last layer": lambda run: difference(run, "cosine_inside", "cosine_outside", last),
     }  # fmt: skip
-    figure = Figure(figsize=(11, 3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(11, 3.2), dpi=90, layout="constrained")
     for axes, (name, read) in zip(figure.subplots(1, len(panels)), panels.items()):
         for row in rows:
             values = [found for run in runs.get(row, []) if (found := read(run))]
@@ -156,14 +165,15 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
                     epochs, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS.get(row), alpha=0.2,
                     linewidth=0,
                 )  # fmt: skip
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name, fontsize=8)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylim(0, None)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     with whole_file(path) as temporary:
         figure.savefig(temporary)
