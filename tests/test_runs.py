@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 import statistics
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY
+from helpers import REPOSITORY, run_main
 
 import samdetr
-from samdetr import compare, count
+from samdetr import compare, count, report
 from samdetr.datasets.coco_eval import METRICS
 from samdetr.models.checkpoints import read_checkpoint
 from samdetr.training.published import departures, published, recipe, recipe_of
@@ -142,6 +144,90 @@ def test_published_runs():
         assert curve["coco_eval_bbox"][-1][0] == pytest.approx(float(row[1]) / 100, abs=6e-4)
         assert {len(curve[key]) for key in curve if key != "n_parameters"} == {len(curve["epoch"])}
         assert {len(metrics) for metrics in curve["coco_eval_bbox"]} == {len(METRICS)}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; `open` has the elements that are not closed, in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br", "line"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "line":
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_report(tmp_path: Path, *folders: Path) -> Page:
+    file = tmp_path / "report.html"
+    assert report.main([*map(str, folders), "--output", str(file)]) == 0
+    html = file.read_text()
+    page = Page(html)
+    assert page.open == []
+    fetched = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    assert all(address.startswith("data:image/") for address in fetched)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "url(" not in html
+    return page
+
+
+def pictures(page: Page) -> list[str]:
+    return [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+
+
+def test_a_report_of_several_runs(tmp_path):
+    """What files hold is text in the page, whatever it looks like; seeds, a published curve, a run without a log."""
+    bad = "<script>alert('&')</script>"
+    settings = {**recipe("r50_smca_e12").flat(), "lr": 3e-4}
+    about = {"commit": bad, "versions": [bad], "device": 3}
+    folders = [
+        write_run(tmp_path / name, [0.1, 0.3 + 0.1 * seed], settings={**settings, "seed": seed}, about=about)
+        for seed, name in enumerate(("<b>one", "$two_"))
+    ]
+    (folders[0] / "eval.json").write_text(
+        json.dumps({"coco_eval_bbox": [0.5] * 12, "classes": [{"name": bad, "AP": 0.25, "num_objects": 3}, 5]})
+    )
+    (folders[1] / "confusion_matrix.png").write_bytes(b"no picture")
+    (folders[1] / "eval.json").write_text("{")
+    page = write_report(tmp_path, *folders)
+    assert page.text.count(bad) >= 3
+    assert "published r50_smca_e12, COCO" in page.text
+    assert "differs in lr 0.0003 (0.0001)" in page.text
+    assert "mean of 2 seeds" in page.text
+    assert "2 of 12" in page.text
+    assert "eval.json is damaged" in page.text
+    assert {"AP over epochs", "APs over epochs", "train_loss over epochs"} <= {*pictures(page)}
+    assert "Confusion matrix" not in pictures(page)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "log.txt").touch()
+    page = write_report(tmp_path, empty)
+    assert "has no epoch yet" in page.text
+    assert pictures(page) == []
+
+
+def test_a_report_of_a_trained_run(trained, shapes, tmp_path):
+    """With what --eval wrote: classes and pictures."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    run_main(shapes, "--eval", "--resume", str(folder / "checkpoint.pth"), "--output_dir", str(folder), network=[])
+    page = write_report(tmp_path, folder)
+    found = {*pictures(page)}
+    assert {"Confusion matrix", "Precision and recall", "loss_ce over epochs", "train_loss_giou over epochs"} <= found
+    for row in json.loads((folder / "eval.json").read_text())["classes"]:
+        assert row["name"] in page.text
+    notes = tmp_path / "notes.html"
+    notes.write_text("mine")
+    assert report.main([str(folder), "--output", str(notes)]) == 2
+    assert notes.read_text() == "mine"
 
 
 def table_of(out: str) -> dict[str, list[float]]:

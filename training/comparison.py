@@ -44,6 +44,13 @@ class Seeds:
     last: Spread
     best: Spread
 
+    def over_epochs(self, name: str) -> dict[int, list[float]]:
+        """Values of a metric by epoch, of those runs that have it."""
+        values: dict[int, list[float]] = {}
+        for epoch in (epoch for run in self.runs for epoch in run.evaluated if name in epoch.metrics):
+            values.setdefault(epoch.number, []).append(epoch.metrics[name])
+        return dict(sorted(values.items()))
+
 
 @dataclass(frozen=True)
 class Comparison:
