@@ -7,12 +7,15 @@ import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import REPOSITORY, run_main
 
 import samdetr
 from samdetr import compare, count, report
-from samdetr.datasets.coco_eval import METRICS
+from samdetr.datasets.coco_eval import METRICS, Detections
+from samdetr.datasets.coco_eval_report import image_f1
+from samdetr.datasets.ground_truth import GroundTruth
 from samdetr.models.checkpoints import read_checkpoint
 from samdetr.training.published import departures, published, recipe, recipe_of
 
@@ -146,6 +149,28 @@ def test_published_runs():
         assert {len(metrics) for metrics in curve["coco_eval_bbox"]} == {len(METRICS)}
 
 
+def test_f1_of_images():
+    """Two objects, one found, one detection too many; the same with a threshold; no object; a crowd alone."""
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 10, 10], [0, 0, 10, 10.0]])
+    truth = GroundTruth(
+        images=np.arange(1, 4),
+        categories=np.array([1]),
+        image_ids=np.array([1, 1, 3]),
+        category_ids=np.array([1, 1, 1]),
+        boxes=boxes,
+        areas=np.full(3, 100.0),
+        crowd=np.array([False, False, True]),
+    )
+    found = Detections(
+        np.arange(1, 4), np.array([2, 0, 0]), np.array([1, 1]), boxes[[0, 0]] + [[0, 0, 0, 0], [50, 0, 0, 0]],
+        np.array([0.9, 0.5]),
+    )  # fmt: skip
+    for threshold, wanted in ((0, 2 / 4), (0.6, 2 / 3), (0.95, 0)):
+        f1, objects = image_f1(found, truth, threshold=threshold)
+        np.testing.assert_allclose(f1, [wanted, np.nan, np.nan])
+        assert objects.tolist() == [2, 0, 0]
+
+
 class Page(HTMLParser):
     """Tags, attributes and text; `open` has the elements that are not closed, in order."""
 
@@ -222,8 +247,16 @@ def test_a_report_of_a_trained_run(trained, shapes, tmp_path):
     page = write_report(tmp_path, folder)
     found = {*pictures(page)}
     assert {"Confusion matrix", "Precision and recall", "loss_ce over epochs", "train_loss_giou over epochs"} <= found
-    for row in json.loads((folder / "eval.json").read_text())["classes"]:
+    evaluation = json.loads((folder / "eval.json").read_text())
+    for row in evaluation["classes"]:
         assert row["name"] in page.text
+    assert len(re.findall(r"\.\w+: F1 [01]\.\d\d", page.text)) == 7  # all images, each once
+    shown = re.findall(r"F1 ([01]\.\d\d)", page.text.split("Best images")[1])
+    assert shown[:4] == sorted(shown[:4], reverse=True)
+    assert shown[4:] == sorted(shown[4:])
+    evaluation["settings"]["coco_path"] = str(tmp_path / "gone")
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert "No images: " in write_report(tmp_path, folder).text
     notes = tmp_path / "notes.html"
     notes.write_text("mine")
     assert report.main([str(folder), "--output", str(notes)]) == 2

@@ -44,6 +44,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     classes: list[dict[str, Any]]  # name, num_objects, num_detections and metrics of each
+    threshold: float  # with the best F1; 0 if that is undefined
+    settings: dict[str, Any]  # of the evaluation; empty for one of a file of detections
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,10 @@ def read_run(folder: str | Path) -> Run:
             problems.append(f"{path / 'eval.json'} has no 12 COCO figures under coco_eval_bbox; they are left out")
         classes = evaluated.get("classes")
         rows = [row for row in classes if isinstance(row, dict)] if isinstance(classes, list) else []
-        evaluation = Evaluation(metrics or {}, [{**row, "name": _text(row.get("name"))} for row in rows])
+        best, own = evaluated.get("best_f1"), evaluated.get("settings")
+        threshold = _number(best.get("threshold")) if isinstance(best, dict) else None
+        named = [{**row, "name": _text(row.get("name"))} for row in rows]
+        evaluation = Evaluation(metrics or {}, named, threshold or 0.0, own if isinstance(own, dict) else {})
     return Run(path, settings, about if isinstance(about, dict) else {}, epochs, evaluation, tuple(problems))
 
 

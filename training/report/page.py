@@ -12,6 +12,7 @@ from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.comparison import Comparison
 from samdetr.training.published import departures, recipe_of
 from samdetr.training.report import curves
+from samdetr.training.report.images import best_and_worst
 from samdetr.training.runs import Run
 from samdetr.util.class_pictures import shorter
 from samdetr.util.files import whole_file
@@ -43,17 +44,19 @@ thead th { border-bottom: 2px solid #a1a1aa; white-space: nowrap; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .875rem; }
 .legend svg { vertical-align: middle; margin-right: 6px; }
 .problems { background: #fef3c7; padding: 8px 12px 8px 28px; border-radius: 4px; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr)); gap: 10px; }
+.pairs img { width: 100%; max-width: 800px; height: auto; } figure { margin: 0; } figcaption { font-size: .875rem; }
 .note { color: #52525b; font-size: .875rem; }
 """
 
 
-def write_page(found: Comparison, path: Path) -> None:
-    """Write the report of runs. The caller has checked the place."""
+def write_page(found: Comparison, path: Path, *, images: int) -> None:
+    """Write the report of runs, with so many of the best and the worst images. The caller has checked the place."""
     with whole_file(path) as temporary:
-        temporary.write_text(page(found), encoding="utf-8")
+        temporary.write_text(page(found, images), encoding="utf-8")
 
 
-def page(found: Comparison) -> str:
+def page(found: Comparison, images: int) -> str:
     """The whole page."""
     title = "Report of " + (found.names[0] if len(found.runs) == 1 else f"{len(found.runs)} runs")
     sections = [
@@ -61,7 +64,7 @@ def page(found: Comparison) -> str:
         _section("AP", _legend(found), _grid(curves.precision(found)), _bands(found)),
         _section("Losses", _legend(found), _grid(curves.losses(found))),
         *(_section(f"Losses by layer: {text(name)}", _grid(curves.layers(run))) for run, name in _named(found)),
-        *(_evaluation(run, name) for run, name in _named(found)),
+        *(_evaluation(run, name, images) for run, name in _named(found)),
     ]  # fmt: skip
     return (
         f'<!DOCTYPE html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
@@ -179,7 +182,7 @@ def _figures(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{v:.4f}" if isinstance(v, float) and 0 <= v <= 1 else "-" for v in numbers]
 
 
-def _evaluation(run: Run, name: str) -> str:
+def _evaluation(run: Run, name: str, images: int) -> str:
     """Classes and pictures that `--eval` wrote."""
     parts = []
     if run.evaluation and run.evaluation.classes:
@@ -196,7 +199,24 @@ def _evaluation(run: Run, name: str) -> str:
     for file, title in PICTURES.items():
         if content := _picture(run.folder / file):
             parts.append(f'<h3>{title}</h3><div class="wide">{_image(content, "png", title)}</div>')
+    if run.evaluation and run.evaluation.settings and images:
+        parts.append(_best_and_worst(run, images))
     return _section(f"Evaluation: {text(name, 80)}", *parts)
+
+
+def _best_and_worst(run: Run, images: int) -> str:
+    try:
+        groups = best_and_worst(run, images)
+    except ValueError as error:
+        return f'<h3>Images</h3><p class="note">No images: {text(error, 500)}</p>'
+    parts = []
+    for title, pairs in zip(("Best images", "Worst images"), groups):
+        figures = [
+            f"<figure>{_image(pair.picture, 'jpeg', pair.title)}<figcaption>{text(pair.title)}</figcaption></figure>"
+            for pair in pairs
+        ]
+        parts += [f"<h3>{title}</h3>", f'<div class="pairs">{"".join(figures)}</div>'] if figures else []
+    return "".join(parts)
 
 
 def _picture(path: Path) -> bytes | None:

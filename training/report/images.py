@@ -1,0 +1,67 @@
+"""The images on which an evaluation was best and worst, with their objects and detections."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.coco_eval_file import read_detections
+from samdetr.datasets.coco_eval_report import image_f1
+from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.datasets.settings import Data
+from samdetr.datasets.sources import require_split
+from samdetr.datasets.transforms import EvalTransforms
+from samdetr.training.runs import Run
+from samdetr.training.validation_pictures import draw_found, draw_objects
+from samdetr.util.drawing import contact_sheet
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image twice: with its objects, with its detections. `picture` is a JPEG."""
+
+    title: str
+    picture: bytes
+
+
+def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
+    """By F1 at IoU 0.5 of the detections from the evaluation's best threshold on; of equal ones with most objects.
+
+    Raises ValueError: the data set is not where the evaluation found it, or its files do not belong together.
+    """
+    assert run.evaluation
+    data = Data.pick(run.evaluation.settings)
+    source = require_split(data.split, data)
+    annotations = source.read()
+    annotations.require_valid()
+    found = read_detections(run.folder / "detections.json", annotations)
+    images = CocoDetection(
+        image_folder=source.folder,
+        annotation_file=source.file,
+        transforms=EvalTransforms(short_side=data.eval_size, max_size=data.max_size, normalize=False),
+        train=False,
+        annotations=annotations,
+        allow_outside=data.allow_outside,
+    )
+    threshold = run.evaluation.threshold
+    f1, objects = image_f1(found, GroundTruth.from_annotations(annotations), threshold=threshold)
+    place = {record.id: index for index, record in enumerate(images.images)}
+    known = [row for row in np.lexsort((-objects, f1)).tolist() if f1[row] >= 0]
+    best = sorted(known, key=lambda row: (-f1[row], -objects[row]))[: min(number, (len(known) + 1) // 2)]
+    worst = [row for row in known if row not in best][:number]
+
+    def draw(rows: Sequence[int]) -> list[Pair]:
+        pairs = []
+        for row in rows:
+            index = place[int(found.image_ids[row])]
+            sides = [draw_objects(images, index), draw_found(images, found, index, threshold=threshold)]
+            sheet, file = contact_sheet([sides], [["objects", f"detections from {threshold:.2f}"]]), io.BytesIO()
+            sheet.save(file, "JPEG", quality=85)
+            pairs.append(Pair(f"{images.images[index].file_name}: F1 {f1[row]:.2f}", file.getvalue()))
+        return pairs
+
+    return draw(best), draw(worst)
