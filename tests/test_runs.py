@@ -251,9 +251,13 @@ def test_a_report_of_a_trained_run(trained, shapes, tmp_path):
     for row in evaluation["classes"]:
         assert row["name"] in page.text
     assert len(re.findall(r"\.\w+: F1 [01]\.\d\d", page.text)) == 7  # all images, each once
+    assert "Salient points by decoder layer" in found
     shown = re.findall(r"F1 ([01]\.\d\d)", page.text.split("Best images")[1])
     assert shown[:4] == sorted(shown[:4], reverse=True)
     assert shown[4:] == sorted(shown[4:])
+    evaluation["settings"]["resume"] = "gone.pth"
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert "the checkpoint gone.pth is not here" in write_report(tmp_path, folder).text
     evaluation["settings"]["coco_path"] = str(tmp_path / "gone")
     (folder / "eval.json").write_text(json.dumps(evaluation))
     assert "No images: " in write_report(tmp_path, folder).text

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval_file import read_detections
@@ -17,15 +19,27 @@ from samdetr.datasets.sources import require_split
 from samdetr.datasets.transforms import EvalTransforms
 from samdetr.training.runs import Run
 from samdetr.training.validation_pictures import draw_found, draw_objects
-from samdetr.util.drawing import contact_sheet
+
+_WIDEST = 1600  # pixels
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """As a file that is not too large."""
+    picture, file = picture.convert("RGB"), io.BytesIO()
+    if picture.width > _WIDEST:
+        picture = picture.resize((_WIDEST, max(round(picture.height * _WIDEST / picture.width), 1)))
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image twice: with its objects, with its detections. `picture` is a JPEG."""
+    """An image twice, as JPEGs: with its objects, with its detections."""
 
     title: str
-    picture: bytes
+    path: Path
+    objects: bytes
+    detections: bytes
 
 
 def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
@@ -58,10 +72,9 @@ def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
         pairs = []
         for row in rows:
             index = place[int(found.image_ids[row])]
-            sides = [draw_objects(images, index), draw_found(images, found, index, threshold=threshold)]
-            sheet, file = contact_sheet([sides], [["objects", f"detections from {threshold:.2f}"]]), io.BytesIO()
-            sheet.save(file, "JPEG", quality=85)
-            pairs.append(Pair(f"{images.images[index].file_name}: F1 {f1[row]:.2f}", file.getvalue()))
+            sides = draw_objects(images, index), draw_found(images, found, index, threshold=threshold)
+            title = f"{images.images[index].file_name}: F1 {f1[row]:.2f}, scores from {threshold:.2f}"
+            pairs.append(Pair(title, images.image_path(index), *map(jpeg, sides)))
         return pairs
 
     return draw(best), draw(worst)

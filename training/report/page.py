@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.comparison import Comparison
 from samdetr.training.published import departures, recipe_of
 from samdetr.training.report import curves
-from samdetr.training.report.images import best_and_worst
+from samdetr.training.report.images import best_and_worst, jpeg
 from samdetr.training.runs import Run
 from samdetr.util.class_pictures import shorter
 from samdetr.util.files import whole_file
@@ -40,23 +42,28 @@ thead th { border-bottom: 2px solid #a1a1aa; white-space: nowrap; }
 .text td { text-align: left; } .text th { text-align: left; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 10px; }
 .grid img, .wide img { width: 100%; height: auto; display: block; }
-.grid img { max-width: 480px; } .wide img { max-width: 900px; }
+.grid img { max-width: 480px; } .wide { overflow-x: auto; } .wide img { min-width: 640px; max-width: 1000px; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .875rem; }
 .legend svg { vertical-align: middle; margin-right: 6px; }
 .problems { background: #fef3c7; padding: 8px 12px 8px 28px; border-radius: 4px; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr)); gap: 10px; }
-.pairs img { width: 100%; max-width: 800px; height: auto; } figure { margin: 0; } figcaption { font-size: .875rem; }
+.pairs div { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(250px, 100%), 1fr)); gap: 4px; }
+.pairs img { width: 100%; height: auto; } figure { margin: 0; } figcaption { font-size: .875rem; }
 .note { color: #52525b; font-size: .875rem; }
 """
 
 
-def write_page(found: Comparison, path: Path, *, images: int) -> None:
+# Pictures by title of where the network of a run looks in the image of a file; raises ValueError.
+Explain = Callable[[Run, Path], Mapping[str, Image.Image]]
+
+
+def write_page(found: Comparison, path: Path, *, images: int, explain: Explain) -> None:
     """Write the report of runs, with so many of the best and the worst images. The caller has checked the place."""
     with whole_file(path) as temporary:
-        temporary.write_text(page(found, images), encoding="utf-8")
+        temporary.write_text(page(found, images, explain), encoding="utf-8")
 
 
-def page(found: Comparison, images: int) -> str:
+def page(found: Comparison, images: int, explain: Explain) -> str:
     """The whole page."""
     title = "Report of " + (found.names[0] if len(found.runs) == 1 else f"{len(found.runs)} runs")
     sections = [
@@ -64,7 +71,7 @@ def page(found: Comparison, images: int) -> str:
         _section("AP", _legend(found), _grid(curves.precision(found)), _bands(found)),
         _section("Losses", _legend(found), _grid(curves.losses(found))),
         *(_section(f"Losses by layer: {text(name)}", _grid(curves.layers(run))) for run, name in _named(found)),
-        *(_evaluation(run, name, images) for run, name in _named(found)),
+        *(_evaluation(run, name, images, explain) for run, name in _named(found)),
     ]  # fmt: skip
     return (
         f'<!DOCTYPE html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
@@ -182,7 +189,7 @@ def _figures(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{v:.4f}" if isinstance(v, float) and 0 <= v <= 1 else "-" for v in numbers]
 
 
-def _evaluation(run: Run, name: str, images: int) -> str:
+def _evaluation(run: Run, name: str, images: int, explain: Explain) -> str:
     """Classes and pictures that `--eval` wrote."""
     parts = []
     if run.evaluation and run.evaluation.classes:
@@ -198,13 +205,13 @@ def _evaluation(run: Run, name: str, images: int) -> str:
             parts.append(f'<p class="note">and {len(run.evaluation.classes) - _CLASSES:,} more classes</p>')
     for file, title in PICTURES.items():
         if content := _picture(run.folder / file):
-            parts.append(f'<h3>{title}</h3><div class="wide">{_image(content, "png", title)}</div>')
+            parts.append(f'<h3>{title}</h3><div class="wide" tabindex="0">{_image(content, "png", title)}</div>')
     if run.evaluation and run.evaluation.settings and images:
-        parts.append(_best_and_worst(run, images))
+        parts.append(_best_and_worst(run, images, explain))
     return _section(f"Evaluation: {text(name, 80)}", *parts)
 
 
-def _best_and_worst(run: Run, images: int) -> str:
+def _best_and_worst(run: Run, images: int, explain: Explain) -> str:
     try:
         groups = best_and_worst(run, images)
     except ValueError as error:
@@ -212,10 +219,19 @@ def _best_and_worst(run: Run, images: int) -> str:
     parts = []
     for title, pairs in zip(("Best images", "Worst images"), groups):
         figures = [
-            f"<figure>{_image(pair.picture, 'jpeg', pair.title)}<figcaption>{text(pair.title)}</figcaption></figure>"
+            f"<figure><div>{_image(pair.objects, 'jpeg', 'objects')}"
+            f"{_image(pair.detections, 'jpeg', 'detections')}</div>"
+            f"<figcaption>{text(pair.title)}</figcaption></figure>"
             for pair in pairs
         ]
         parts += [f"<h3>{title}</h3>", f'<div class="pairs">{"".join(figures)}</div>'] if figures else []
+    for pair in groups[0][:1]:
+        try:
+            for title, picture in explain(run, pair.path).items():
+                shown = _image(jpeg(picture), "jpeg", title)
+                parts.append(f'<h3>{title}: {text(pair.path.name)}</h3><div class="wide" tabindex="0">{shown}</div>')
+        except ValueError as error:
+            parts.append(f'<p class="note">Not drawn where queries look: {text(error, 500)}</p>')
     return "".join(parts)
 
 
