@@ -28,7 +28,7 @@ from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.resume import find_checkpoint
 from samdetr.training.run import build_network, check_settings
 from samdetr.util.command_line import program_name, run_command
-from samdetr.util.device import choose_device, place
+from samdetr.util.device import choose_device, place, set_arithmetic
 from samdetr.util.logger import log
 
 
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(words: Sequence[str], size: Sequence[int], images: int | None) -> None:
     """Print what the network of these flags has. Raises ValueError."""
+    run = parse(words).settings
+    device = choose_device(run.run.device)  # before anything takes time
+    set_arithmetic(tf32=run.speed.tf32, deterministic=False)
     network, about = build(words)
     title = f"{about}, one image of {size[0]} x {size[1]}"
     counts = by_module(plain(network), size)
@@ -80,8 +83,7 @@ def show(words: Sequence[str], size: Sequence[int], images: int | None) -> None:
         log(row)
     log(f"a multiplication with its addition is one FLOP; this program computes {count(network, size).flops / 1e9:.1f}")
     if images:
-        device = choose_device(parse(words).settings.run.device)
-        place(network, device, channels_last=parse(words).settings.speed.channels_last)
+        place(network, device, channels_last=run.speed.channels_last)
         seconds = latency(network, size, rounds=images)
         what = "GPU" if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
         log(f"{1e3 * seconds:.1f} ms for an image ({what}, float32, median of {images}), post-processing left out")

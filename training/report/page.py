@@ -132,7 +132,7 @@ def _legend(found: Comparison) -> str:
 def _overview(found: Comparison) -> str:
     rows = []
     for run, name in _named(found):
-        done = f"{run.done} of {run.planned}" if run.planned else str(run.done)
+        done = "-" if run.evaluation and not run.epochs else f"{run.done} of {run.planned or '?'}"
         known = [epoch if epoch and "AP" in epoch.metrics else None for epoch in (run.last, run.best)]
         ap = [f"{epoch.metrics['AP']:.4f} (epoch {epoch.number})" if epoch else "-" for epoch in known]
         versions = run.about.get("versions")
