@@ -1,23 +1,21 @@
 """Whole models, the plain path beside the fast one: `python benchmarks/model.py --config R50_SMCA`.
 
 Prints a table of parameters, GFLOPs, evaluation (latency, images a second), a training step (forward, losses,
-backward, clipping, AdamW) and peak memory, and writes them as JSON with --json. benchmarks/plain.py describes the plain
+backward, clipping, AdamW) and peak memory, and writes them as JSON with --json. inference/plain.py describes the plain
 path; both have the same weights, images and objects (7 an image, without padding), and float32.
 
 Times are medians over rounds in which the paths take turns in one process, so that a busy machine slows both alike;
 "cpu" is what all threads together worked. Memory is the largest that a separate process ever holds, less what it held
 before there was a network.
 
-FLOPs are counted as fvcore does: a multiplication with its addition is one; those of convolutions and matrix products
-count, and five for each value that is normalised; what is element by element does not, nor do RoIAlign and grid_sample.
-The operator of deformable attention counts four corners and one weight for each channel of a point.
-Those published, 100 for R50, 210 for DC5 and 203 for three levels, are of the plain path and of COCO's images, to which
-800 x 1120 comes near.
+inference/counting.py says how FLOPs are counted. Those published, 100 for R50, 210 for DC5 and 203 for three levels,
+are of the plain path and of COCO's images, to which 800 x 1120 comes near.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -29,7 +27,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 
 if __name__ == "__main__":  # started by its path: find the packages from any folder
@@ -38,12 +35,11 @@ if __name__ == "__main__":  # started by its path: find the packages from any fo
 import torch
 import torchvision
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import report
-from benchmarks.plain import plain
 from samdetr.cli import parse
+from samdetr.inference.counting import count
+from samdetr.inference.plain import plain
 from samdetr.models.build import build_model
 from samdetr.training.optim import parameter_groups
 from samdetr.util.device import place
@@ -182,33 +178,6 @@ def measure_memory(config: str, *, path: str, task: str, device: str, **inputs) 
     return held("VmHWM") - before
 
 
-def count(config: str, *, path: str, size: tuple[int, int]) -> dict:
-    """Parameters (all, and those that are trained) and FLOPs of one image. Nothing is computed: shapes suffice."""
-
-    def normalised(input_shape: tuple, *_, **__) -> int:
-        return 2 * 5 * prod(input_shape)
-
-    def sampled(value: tuple, sizes: list, locations: tuple, weights: tuple, **_) -> int:
-        return 2 * 5 * prod(weights) * value[-1]
-
-    aten = torch.ops.aten
-    formulas = {
-        aten.native_layer_norm: normalised,
-        aten.native_group_norm: normalised,
-        torch.ops.sam_detr.ms_deform_attn: sampled,
-    }
-    bench = Bench(config, path=path, device="cpu", size=size, batch=1)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-            bench.evaluate()
-    parameters = list(bench.network.parameters())
-    return {
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        "flops": counter.get_total_flops() // 2,  # there an addition counts, too
-    }
-
-
 def in_process(function: str, config: str, *, threads: int, **arguments) -> object:
     """Call a function of this file in a separate process; None where that fails, with the reason on stderr."""
     request = json.dumps([function, config, threads, arguments])
@@ -228,7 +197,9 @@ def answer(request: str) -> None:
 
 def measure(config: str, args: argparse.Namespace) -> dict:
     """All about one configuration, by path; prints its rows."""
-    result: dict = {path: count(config, path=path, size=args.flops_size) for path in args.paths}
+    small = {"device": "cpu", "size": (32, 32), "batch": 1}
+    networks = {path: Bench(config, path=path, **small).network for path in args.paths}
+    result: dict = {path: dataclasses.asdict(count(networks.pop(path), args.flops_size)) for path in args.paths}
     result |= {engine: {} for engine in args.engines}
     for path in args.paths:
         numbers = result[path]

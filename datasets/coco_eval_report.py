@@ -72,21 +72,7 @@ class Report:
     def of(cls, found: Detections, truth: GroundTruth, names: Mapping[int, str], metrics: BoxMetrics) -> Report:
         """`found` are sorted by image id, `metrics` are theirs, `names` those of categories by id."""
         identities = np.sort(truth.categories)
-        here = np.isin(truth.image_ids, found.image_ids)
-        objects = _Boxes(
-            np.searchsorted(found.image_ids, truth.image_ids[here]),
-            np.searchsorted(identities, truth.category_ids[here]),
-            truth.boxes[here],
-        )
-        crowd = truth.crowd[here]
-        ignored = crowd | ~_measured(truth.areas[here])
-        detected, scores = _detected(found, identities)
-        keys, object_keys = (boxes.images * len(identities) + boxes.classes for boxes in (detected, objects))
-        match = _match(keys, detected.boxes, object_keys, objects.boxes, crowd=crowd, ignored=ignored)
-        hits = match >= 0
-        hits[hits] = ~ignored[match[hits]]
-        counts = hits | ((match < 0) & _measured(detected.boxes[:, 2] * detected.boxes[:, 3]))
-        detected, scores, match, hits = detected.select(counts), scores[counts], match[counts], hits[counts]
+        objects, ignored, detected, scores, match, hits = _compare(found, truth)
 
         def row(which: np.ndarray | slice, number: int, values: Mapping[str, float]) -> dict[str, Any]:
             undefined = {name: value if value >= 0 else math.nan for name, value in values.items()}
@@ -157,6 +143,19 @@ class Report:
         )  # fmt: skip
 
 
+def image_f1(found: Detections, truth: GroundTruth, *, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """F1 of the detections from a score on, and the number of objects, of each image of `found`; F1 is NaN for an image
+    that has neither."""
+    objects, ignored, detected, scores, _, hits = _compare(found, truth)
+    shown = scores >= threshold
+    number = len(found.image_ids)
+    there = np.bincount(objects.images[~ignored], minlength=number)
+    detections = np.bincount(detected.images[shown], minlength=number)
+    correct = np.bincount(detected.images[shown & hits], minlength=number)
+    with np.errstate(invalid="ignore"):
+        return 2 * correct / (there + detections), there
+
+
 class _Boxes(NamedTuple):
     images: np.ndarray  # (n,) place of the image
     classes: np.ndarray  # (n,) place of the class
@@ -164,6 +163,29 @@ class _Boxes(NamedTuple):
 
     def select(self, which: np.ndarray) -> _Boxes:
         return _Boxes(*(values[which] for values in self))
+
+
+def _compare(
+    found: Detections, truth: GroundTruth
+) -> tuple[_Boxes, np.ndarray, _Boxes, np.ndarray, np.ndarray, np.ndarray]:
+    """The objects of the images of `found` and which are ignored; the detections that count, their scores, the object
+    that each finds, or -1, and whether that counts."""
+    identities = np.sort(truth.categories)
+    here = np.isin(truth.image_ids, found.image_ids)
+    objects = _Boxes(
+        np.searchsorted(found.image_ids, truth.image_ids[here]),
+        np.searchsorted(identities, truth.category_ids[here]),
+        truth.boxes[here],
+    )
+    crowd = truth.crowd[here]
+    ignored = crowd | ~_measured(truth.areas[here])
+    detected, scores = _detected(found, identities)
+    keys, object_keys = (boxes.images * len(identities) + boxes.classes for boxes in (detected, objects))
+    match = _match(keys, detected.boxes, object_keys, objects.boxes, crowd=crowd, ignored=ignored)
+    hits = match >= 0
+    hits[hits] = ~ignored[match[hits]]
+    counts = hits | ((match < 0) & _measured(detected.boxes[:, 2] * detected.boxes[:, 3]))
+    return objects, ignored, detected.select(counts), scores[counts], match[counts], hits[counts]
 
 
 def _detected(found: Detections, identities: np.ndarray) -> tuple[_Boxes, np.ndarray]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from samdetr.models.family import Family as Family
     from samdetr.models.semantics_aligner import SemanticsAligner as SemanticsAligner
     from samdetr.models.settings import FamilyConfig as FamilyConfig, Loss as Loss, Trunk as Trunk
+    from samdetr.training.comparison import compare_runs as compare_runs
+    from samdetr.training.runs import Run as Run, read_run as read_run
 
 __version__ = "0.2.0.dev0"
 
@@ -41,6 +43,8 @@ _MODULES = {
     "models.family": ("Family",),
     "models.semantics_aligner": ("SemanticsAligner",),
     "models.settings": ("FamilyConfig", "Loss", "Trunk"),
+    "training.comparison": ("compare_runs",),
+    "training.runs": ("Run", "read_run"),
 }
 _PUBLIC = {name: f"samdetr.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -20,6 +20,9 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "predict": ("samdetr.demo", (), "detect objects in images and draw them (demo.py)"),
     "export": ("samdetr.export", (), "export a detector to ONNX, OpenVINO or torch.export (export.py)"),
     "slim": ("samdetr.slim", (), "write a detector into one safetensors file: RUN.pth OUT.safetensors"),
+    "report": ("samdetr.report", (), "one HTML page about runs: RUN [RUN ...] (report.py)"),
+    "compare": ("samdetr.compare", (), "compare runs by their output folders: RUN [RUN ...] (compare.py)"),
+    "count": ("samdetr.count", (), "count parameters and GFLOPs of any flags or checkpoint (count.py)"),
     "check": ("samdetr.datasets.check", (), "find and repair faults of a data set (python -m datasets.check)"),
     "convert": (
         "samdetr.datasets.convert",

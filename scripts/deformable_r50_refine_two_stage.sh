@@ -4,7 +4,7 @@
 # hardware              8 GPUs x 4 images, or 2 nodes x 8 GPUs x 2 images
 # AP on val2017         published: 46.9; measured by us: not yet
 # trainable parameters  40.96 M (all: 41.18 M)
-# GFLOPs                published: 173; measured by us: not yet
+# GFLOPs                published: 173; counted: 175.3
 #
 # Two nodes: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/deformable_r50_refine_two_stage.sh on the first, the same
 # with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths start at the

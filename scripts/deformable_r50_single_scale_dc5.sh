@@ -4,7 +4,7 @@
 # hardware              8 GPUs x 4 images, or 2 nodes x 8 GPUs x 2 images
 # AP on val2017         published: 41.5; measured by us: not yet
 # trainable parameters  33.84 M (all: 34.07 M)
-# GFLOPs                published: 128; measured by us: not yet
+# GFLOPs                published: 128; counted: 130.3
 #
 # Two nodes: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/deformable_r50_single_scale_dc5.sh on the first, the same
 # with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths start at the

@@ -4,7 +4,7 @@
 # hardware              8 GPUs x 1 image
 # AP on val2017         published: 45.0 (last epoch); measured by us: not yet
 # trainable parameters  58.12 M
-# GFLOPs                published: 210; measured by us: not yet
+# GFLOPs                published: 210; counted: 209.5
 #
 # Two nodes, as many images a step: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/r50_dc5_smca_e50_8gpu.sh on the
 # first, the same with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths

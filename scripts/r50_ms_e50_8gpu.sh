@@ -4,7 +4,7 @@
 # hardware              8 GPUs x 2 images
 # AP on val2017         published: 46.1 (last epoch); measured by us: not yet
 # trainable parameters  54.97 M
-# GFLOPs                published: about 203; measured by us: not yet
+# GFLOPs                published: about 203; counted: 203.5
 #
 # Two nodes, as many images a step: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/r50_ms_e50_8gpu.sh on the
 # first, the same with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths

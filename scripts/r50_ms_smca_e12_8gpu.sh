@@ -4,7 +4,7 @@
 # hardware              8 GPUs x 2 images
 # AP on val2017         published: 42.8 (last epoch); measured by us: not yet
 # trainable parameters  55.02 M
-# GFLOPs                published: 203; measured by us: not yet
+# GFLOPs                published: 203; counted: 203.5
 #
 # Two nodes, as many images a step: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/r50_ms_smca_e12_8gpu.sh on the
 # first, the same with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative paths

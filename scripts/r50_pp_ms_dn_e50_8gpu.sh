@@ -8,7 +8,7 @@
 # hardware              8 GPUs x 2 images
 # AP on val2017         published: 49.1 (journal version); measured by us: not yet
 # trainable parameters  55.04 M
-# GFLOPs                published: 203; measured by us: not yet
+# GFLOPs                published: 203; counted: 203.5
 #
 # Two nodes, as many images a step: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/r50_pp_ms_dn_e50_8gpu.sh
 # on the first, the same with NODE_RANK=1 on the second. COCO_PATH is the folder of COCO, data/coco unless set (relative

@@ -4,7 +4,7 @@
 # hardware              4 GPUs x 4 images, or 2 nodes x 4 GPUs x 2 images
 # AP on val2017         published: 44.4; measured by us: not yet
 # trainable parameters  69.11 M (all: 69.33 M; published: 67 M)
-# GFLOPs                published: 158; measured by us: not yet
+# GFLOPs                published: 158; counted: 160.0
 #
 # Two nodes: NODES=2 NODE_RANK=0 MASTER_ADDR=FIRST_NODE bash scripts/sap_r101.sh on the first, the same with
 # NODE_RANK=1 on the second; --batch_size 4 makes it the published multi-node run, of 32 images a step. The published

@@ -1,4 +1,4 @@
-"""The Semantics Aligner against its description written out plainly (benchmarks/plain.py): torchvision's RoIAlign of
+"""The Semantics Aligner against its description written out plainly (inference/plain.py): torchvision's RoIAlign of
 every box, a small network on the bins, and grid_sample at the salient points."""
 
 import itertools
@@ -10,7 +10,7 @@ from helpers import from_flags
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from benchmarks.plain import plain
+from samdetr.inference.plain import plain
 from samdetr.models.ops import kernels
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.roi_sampling import plain as plain_sampling, roi_sampling

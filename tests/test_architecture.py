@@ -125,7 +125,7 @@ def test_nothing_is_imported_by_a_bare_name():
 
 
 # Who may read a command line: main.py by cli.py, and programs with a few separate flags.
-READ_SETTINGS = {"cli.py", "demo.py", "export.py", "slim.py"}
+READ_SETTINGS = {"cli.py", "demo.py", "export.py", "slim.py", "compare.py", "count.py", "report.py"}
 READ_SETTINGS |= {"datasets/shapes.py", "datasets/check/__main__.py", "datasets/convert.py"}
 NAME_THE_TYPE = {"util/checkpoint.py", "models/checkpoints.py"}  # the reference's checkpoints hold a Namespace
 

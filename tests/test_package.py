@@ -170,7 +170,19 @@ def test_installed_commands(installed, trained, shapes, tmp_path):
     samdetr = installed / "samdetr"
     listed = check(samdetr, folder=tmp_path)
     assert listed == check(samdetr, "--help", folder=tmp_path)
-    for command in ("train", "eval", "predict", "export", "slim", "check", "convert", "doctor"):
+    for command in [
+        "train",
+        "eval",
+        "predict",
+        "export",
+        "slim",
+        "report",
+        "compare",
+        "count",
+        "check",
+        "convert",
+        "doctor",
+    ]:
         assert f"\n  {command} " in listed
     assert check(samdetr, "--version", folder=tmp_path).startswith("0.")
     wrong = run(samdetr, "trian", folder=tmp_path)

@@ -1,4 +1,4 @@
-"""Whole networks: the fast path against the plain one (benchmarks/plain.py): outputs, losses, gradients in float64."""
+"""Whole networks: the fast path against the plain one (inference/plain.py): outputs, losses, gradients in float64."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from helpers import settings
 from torch import nn
 
 from benchmarks import model
-from benchmarks.plain import PLAIN, PlainMatcher, plain
+from samdetr.inference.plain import PLAIN, PlainMatcher, plain
 from samdetr.models.build import build_model
 from samdetr.util.padded_images import pad_images
 

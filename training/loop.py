@@ -23,6 +23,7 @@ from samdetr.training.optim import build_scheduler
 from samdetr.training.profiler import StepProfiler
 from samdetr.training.resume import Resume, plan
 from samdetr.training.run import Parts, build_optimizer
+from samdetr.training.runs import average_precision, coco_metrics
 from samdetr.training.state import TrainingState
 from samdetr.training.trackers import Trackers
 from samdetr.training.update import Update
@@ -118,17 +119,6 @@ def build_update(parts: Parts, resume: Resume, *, steps: int) -> Update:
         average=WeightAverage(network, decay=settings.ema) if settings.ema else None,
         profiler=StepProfiler(steps=profile, device=device) if profile else None,
     )
-
-
-def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
-    """The 12 metrics in a line of the log, those of averaged weights if any; None without an evaluation."""
-    return line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
-
-
-def average_precision(line: Mapping[str, Any]) -> float | None:
-    """None also where it is undefined (-1): then it is no figure to compare."""
-    metrics = coco_metrics(line)
-    return metrics[0] if metrics and metrics[0] is not None and metrics[0] >= 0 else None
 
 
 def compiled_graphs() -> int:

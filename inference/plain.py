@@ -111,17 +111,20 @@ def plain_attention(
 
 
 class PlainSelfAttention(SelfAttention):
-    def forward(self, content: Tensor, *positions: Tensor) -> Tensor:
+    def forward(self, content: Tensor, *positions: Tensor, hidden: Tensor | None = None) -> Tensor:
         query, key = self.project("query", content, *positions), self.project("key", content, *positions)
         value = self.value(content).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        return self.output(plain_attention(query, key, value, padding=None, bias=None, dropout=dropout))
+        bias = None if hidden is None else torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, -torch.inf)
+        return self.output(plain_attention(query, key, value, padding=None, bias=bias, dropout=dropout))
 
 
 class PlainCrossAttention(CrossAttention):
     """Every head has its own queries and keys, C wide where queries are aligned."""
 
-    def forward(self, content: Tensor, position: Tensor, level: FeatureLevel, bias: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, content: Tensor, position: Tensor, level: FeatureLevel, bias: Tensor | None = None
+    ) -> Tensor:
         """`bias` (B, Q, L, N)."""
         tokens = level.features.flatten(2).transpose(1, 2)  # (B, L, C)
         key_position = level.position.flatten(2).transpose(1, 2)
@@ -145,10 +148,9 @@ class PlainCrossAttention(CrossAttention):
 
 
 class PlainSAMDecoderLayer(SAMDecoderLayer):
-    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel, hidden: None = None) -> Tensor:
-        """Without denoising queries, which the published code does not have."""
+    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel, hidden: Tensor | None = None) -> Tensor:
         position = sine_encoding(boxes[..., :2].detach(), num_channels=self.hidden_dim).to(queries)
-        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position)))
+        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, hidden=hidden)))
         content, bias = queries, None
         if self.aligner is not None:
             aligned = self.aligner(queries, boxes, level.features, level.valid_ratio)
@@ -209,7 +211,8 @@ class PlainMatcher(HungarianMatcher):
         batch, num_queries = prediction["pred_logits"].shape[:2]
         outputs = {name: values.flatten(0, 1) for name, values in prediction.items() if name.startswith("pred_")}
         objects = {name: torch.cat([target[name] for target in targets]) for name in ("labels", "boxes")}
-        cost = sum(weight * cost(outputs, objects) for weight, cost in self.costs)  # (B Q, objects of the batch)
+        # (B Q, objects of the batch)
+        cost = torch.stack([weight * cost(outputs, objects) for weight, cost in self.costs]).sum(0)
         cost = cost.view(batch, num_queries, -1).cpu()
         sizes = [len(target["labels"]) for target in targets]
         rows = []
@@ -232,9 +235,9 @@ def plain_box_losses(
 class PlainCriterion(SetCriterion):
     """For one process."""
 
-    def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+    def forward(self, outputs: dict[str, Any], targets: Targets, num_boxes: Tensor | None = None) -> dict[str, Tensor]:
         number = sum(len(target["labels"]) for target in targets)
-        num_boxes = outputs["pred_logits"].new_tensor(number).clamp(min=1)
+        number_of_boxes = outputs["pred_logits"].new_tensor(number).clamp(min=1) if num_boxes is None else num_boxes
         losses = [plain_box_losses if loss is box_losses else loss for loss in self.losses]
         terms: dict[str, Tensor] = {}
 
@@ -242,7 +245,7 @@ class PlainCriterion(SetCriterion):
             (matches,) = self.matcher([prediction], objects)
             for loss in losses:
                 terms.update(
-                    {name + suffix: term for name, term in loss(prediction, objects, matches, num_boxes).items()}
+                    {name + suffix: term for name, term in loss(prediction, objects, matches, number_of_boxes).items()}
                 )
 
         add(outputs, targets, [*losses, *self.final_losses], "")

@@ -1,0 +1,45 @@
+"""Compare runs by what they left in their output folders.
+
+    samdetr compare output/a output/b output/c
+
+Prints the flags that differ, the 12 COCO figures of the last epoch that was evaluated and of the best, and mean and
+standard deviation over runs that differ by seed alone. Draws losses and AP into one picture, with the published curve
+of a recipe dashed. `samdetr.compare_runs` gives the same as dataclasses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from samdetr.training.comparison import compare_runs, table, write_picture
+from samdetr.util.command_line import program_name, run_command
+from samdetr.util.logger import log
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        program_name("compare.py"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("output/compare.png"), metavar="FILE", help="(default: output/compare.png)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is something else's")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        found = compare_runs(args.runs)
+        write_picture(found, args.picture, overwrite=args.overwrite)
+        log(f"{table(found)}\n\ncurves are in {args.picture}")
+
+    return run_command("compare.py", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

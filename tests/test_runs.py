@@ -1,0 +1,319 @@
+"""What is read of runs afterwards: samdetr.read_run, samdetr compare, samdetr count."""
+
+import json
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import REPOSITORY, run_main
+
+import samdetr
+from samdetr import compare, count, report
+from samdetr.datasets.coco_eval import METRICS, Detections
+from samdetr.datasets.coco_eval_report import image_f1
+from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.models.checkpoints import read_checkpoint
+from samdetr.training.published import departures, published, recipe, recipe_of
+
+
+def write_run(folder: Path, ap: list[float], *, settings: dict | None = None, about: dict | None = None) -> Path:
+    """An output folder whose AP50 is twice its AP, at most 1; no other object than small ones."""
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "w") as file:
+        for epoch, value in enumerate(ap):
+            figures = [value, min(1, 2 * value), *[0.5] * 2, *[-1] * 2, *[0.25] * 6]
+            line = {"train_loss": 10 / (epoch + 1), "test_coco_eval_bbox": figures, "epoch": epoch}
+            file.write(json.dumps(line) + "\n")
+    if settings is not None:
+        (folder / "settings.json").write_text(json.dumps({**settings, "about": about or {}}))
+    return folder
+
+
+def test_a_run_as_dataclasses(trained):
+    run = samdetr.read_run(trained)
+    lines = [json.loads(line) for line in (trained / "log.txt").read_text().splitlines()]
+    assert run.problems == ()
+    assert [epoch.number for epoch in run.epochs] == [0, 1]
+    assert run.epochs[1].values["train_loss_giou_0"] == lines[1]["train_loss_giou_0"]
+    assert run.last.metrics["AP50"] == lines[1]["test_coco_eval_bbox"][1]
+    assert (run.settings["lr"], run.planned, run.done) == (1e-3, 2, 2)
+    assert run.about["versions"]
+
+
+def test_averaged_weights_count_and_the_last_line_of_an_epoch(tmp_path):
+    folder = write_run(tmp_path / "run", [0.5, 0.1])
+    again = {"epoch": 1, "test_coco_eval_bbox": [0.2] * 12, "test_ema_coco_eval_bbox": [0.6] * 12}
+    with open(folder / "log.txt", "a") as file:
+        file.write(f"{json.dumps(again)}\n")
+    run = samdetr.read_run(folder)
+    assert (run.best.number, run.best.metrics["AP"]) == (1, 0.6)
+    assert len(run.epochs) == 2
+    assert "APm" not in run.epochs[0].metrics
+
+
+def test_seeds_and_flags(tmp_path, capsys):
+    """Three seeds in other places, the third unfinished; a fourth run with another rate, a fifth of other data."""
+    same = {"lr": 0.1, "epochs": 3, "coco_path": "here"}
+    known = {"annotations_sha256": {"train.json": "a"}}
+    ap = {"a": [0.1, 0.4, 0.3], "b": [0.2, 0.3, 0.5], "c": [0.3, 0.2]}
+    folders = [
+        write_run(
+            tmp_path / name, ap[name], settings={**same, "seed": seed, "output_dir": name, "keep": seed}, about=known
+        )
+        for seed, name in enumerate("abc")
+    ]
+    folders.append(write_run(tmp_path / "d", [0.9] * 3, settings={**same, "lr": 0.2, "seed": 7}, about=known))
+    folders.append(write_run(tmp_path / "e", [0.9] * 3, settings={**same, "seed": 8}, about={}))
+    found = samdetr.compare_runs(folders)
+    (seeds,) = found.seeds
+    assert [run.folder.name for run in seeds.runs] == ["a", "b", "c"]
+    assert seeds.epoch == 1
+    assert seeds.last.mean["AP"] == pytest.approx((0.4 + 0.3 + 0.2) / 3)
+    assert seeds.best.mean["AP"] == pytest.approx((0.4 + 0.3 + 0.3) / 3)
+    assert seeds.best.deviation["AP50"] == pytest.approx(statistics.stdev([0.8, 0.6, 0.6]))
+    assert "APm" not in seeds.last.mean
+    assert {*found.differences} == {"seed", "lr", "keep"}
+    assert found.differences["keep"] == ("0", "1", "2", "?", "?")
+
+    picture = tmp_path / "curves.png"
+    assert compare.main([*map(str, folders), "--picture", str(picture)]) == 0
+    out = capsys.readouterr().out
+    assert "lr    0.1 (a, b, c, e); 0.2 (d)" in out
+    assert "c: 2 of 3 epochs" in out
+    row = next(line for line in out.splitlines() if line.startswith("mean of 3 seeds: a, b, c  last, 1"))
+    assert row.split()[9:15] == ["0.3000", "0.6000", "0.5000", "0.5000", "-", "-"]
+    assert picture.stat().st_size > 10_000
+    assert compare.main([str(folders[0]), "--picture", str(picture)]) == 0  # our own
+
+
+def test_damaged_files_are_lines(tmp_path, capsys):
+    folder = write_run(tmp_path / "$_run\n", [0.5])
+    deep = "[" * 100_000
+    with open(folder / "log.txt", "ab") as file:
+        file.write(b'{"epoch": true}\n\xff\n' + deep.encode() + b'\n{"epoch": 1, "train_loss": NaN, "test_loss": "x", ')
+        file.write(b'"test_coco_eval_bbox": [1, 2]}\n{"epoch": 2, "train_loss": 1' + b"0" * 400 + b'}\n{"epo')
+    (folder / "settings.json").write_text("[1]")
+    (folder / "eval.json").mkdir()
+    run = samdetr.read_run(folder)
+    assert [epoch.number for epoch in run.epochs] == [0, 1, 2]
+    assert run.last.number == 0
+    assert run.epochs[1].values == run.epochs[2].values == {}
+    assert any("4 lines are damaged and left out (2, 3, 4, 7)" in problem for problem in run.problems)
+    assert compare.main([str(folder), "--picture", str(tmp_path / "p.png")]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(run.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nowhere"], "does not exist"),
+        (["empty"], "holds no run"),
+        (["run/log.txt"], "is a file"),
+        (["run", "./run/"], "is named twice"),
+        (["run", "--picture", "run/other.png"], "--overwrite replaces it"),
+        (["run", "--picture", "run/x.txt"], "ends in .png"),
+        (["run", "--picture", "run/log.txt/x.png"], "cannot be written"),
+    ],
+)
+def test_wrong_words_of_compare(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    write_run(Path("run"), [0.5])
+    Path("run/other.png").write_bytes(b"somebody's")
+    assert compare.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compare.py: error: ")
+    assert error.count("\n") == 1
+    assert told in error
+    assert Path("run/other.png").read_bytes() == b"somebody's"
+
+
+def test_published_runs():
+    """As the table in docs/published.md has them, and each is found by its own settings alone."""
+    table = (REPOSITORY / "docs/published.md").read_text()
+    for name, curve in published().items():
+        settings = recipe(name).flat()
+        assert recipe_of(settings) == name
+        assert recipe_of({**settings, "num_queries": 100}) is None
+        assert departures({**settings, "batch_size": 7}, name) == []
+        assert departures({**settings, "lr": 1.0}, name) == ["lr 1.0 (0.0001)"]
+        row = re.search(rf"\| \d+ \| ([\d.]+) \|[^\n]*scripts/{name}_\dgpu\.sh", table)
+        assert row, name
+        assert curve["coco_eval_bbox"][-1][0] == pytest.approx(float(row[1]) / 100, abs=6e-4)
+        assert {len(curve[key]) for key in curve if key != "n_parameters"} == {len(curve["epoch"])}
+        assert {len(metrics) for metrics in curve["coco_eval_bbox"]} == {len(METRICS)}
+
+
+def test_f1_of_images():
+    """Two objects, one found, one detection too many; the same with a threshold; no object; a crowd alone."""
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 10, 10], [0, 0, 10, 10.0]])
+    truth = GroundTruth(
+        images=np.arange(1, 4),
+        categories=np.array([1]),
+        image_ids=np.array([1, 1, 3]),
+        category_ids=np.array([1, 1, 1]),
+        boxes=boxes,
+        areas=np.full(3, 100.0),
+        crowd=np.array([False, False, True]),
+    )
+    found = Detections(
+        np.arange(1, 4), np.array([2, 0, 0]), np.array([1, 1]), boxes[[0, 0]] + [[0, 0, 0, 0], [50, 0, 0, 0]],
+        np.array([0.9, 0.5]),
+    )  # fmt: skip
+    for threshold, wanted in ((0, 2 / 4), (0.6, 2 / 3), (0.95, 0)):
+        f1, objects = image_f1(found, truth, threshold=threshold)
+        np.testing.assert_allclose(f1, [wanted, np.nan, np.nan])
+        assert objects.tolist() == [2, 0, 0]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; `open` has the elements that are not closed, in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br", "line"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "line":
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_report(tmp_path: Path, *folders: Path) -> Page:
+    file = tmp_path / "report.html"
+    assert report.main([*map(str, folders), "--output", str(file)]) == 0
+    html = file.read_text()
+    page = Page(html)
+    assert page.open == []
+    fetched = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    assert all(address.startswith("data:image/") for address in fetched)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert "url(" not in html
+    return page
+
+
+def pictures(page: Page) -> list[str]:
+    return [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+
+
+def test_a_report_of_several_runs(tmp_path):
+    """What files hold is text in the page, whatever it looks like; seeds, a published curve, a run without a log."""
+    bad = "<script>alert('&')</script>"
+    settings = {**recipe("r50_smca_e12").flat(), "lr": 3e-4}
+    about = {"commit": bad, "versions": [bad], "device": 3}
+    folders = [
+        write_run(tmp_path / name, [0.1, 0.3 + 0.1 * seed], settings={**settings, "seed": seed}, about=about)
+        for seed, name in enumerate(("<b>one", "$two_"))
+    ]
+    (folders[0] / "eval.json").write_text(
+        json.dumps({"coco_eval_bbox": [0.5] * 12, "classes": [{"name": bad, "AP": 0.25, "num_objects": 3}, 5]})
+    )
+    (folders[1] / "confusion_matrix.png").write_bytes(b"no picture")
+    (folders[1] / "eval.json").write_text("{")
+    page = write_report(tmp_path, *folders)
+    assert page.text.count(bad) >= 3
+    assert "published r50_smca_e12, COCO" in page.text
+    assert "differs in lr 0.0003 (0.0001)" in page.text
+    assert "mean of 2 seeds" in page.text
+    assert "2 of 12" in page.text
+    assert "eval.json is damaged" in page.text
+    assert {"AP over epochs", "APs over epochs", "train_loss over epochs"} <= {*pictures(page)}
+    assert "Confusion matrix" not in pictures(page)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "log.txt").touch()
+    page = write_report(tmp_path, empty)
+    assert "has no epoch yet" in page.text
+    assert pictures(page) == []
+
+
+def test_a_report_of_a_trained_run(trained, shapes, tmp_path):
+    """With what --eval wrote: classes and pictures."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    run_main(shapes, "--eval", "--resume", str(folder / "checkpoint.pth"), "--output_dir", str(folder), network=[])
+    page = write_report(tmp_path, folder)
+    found = {*pictures(page)}
+    assert {"Confusion matrix", "Precision and recall", "loss_ce over epochs", "train_loss_giou over epochs"} <= found
+    evaluation = json.loads((folder / "eval.json").read_text())
+    for row in evaluation["classes"]:
+        assert row["name"] in page.text
+    assert len(re.findall(r"\.\w+: F1 [01]\.\d\d", page.text)) == 7  # all images, each once
+    assert "Salient points by decoder layer" in found
+    shown = re.findall(r"F1 ([01]\.\d\d)", page.text.split("Best images")[1])
+    assert shown[:4] == sorted(shown[:4], reverse=True)
+    assert shown[4:] == sorted(shown[4:])
+    evaluation["settings"]["resume"] = "gone.pth"
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert "the checkpoint gone.pth is not here" in write_report(tmp_path, folder).text
+    evaluation["settings"]["coco_path"] = str(tmp_path / "gone")
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    assert "No images: " in write_report(tmp_path, folder).text
+    notes = tmp_path / "notes.html"
+    notes.write_text("mine")
+    assert report.main([str(folder), "--output", str(notes)]) == 2
+    assert notes.read_text() == "mine"
+
+
+def table_of(out: str) -> dict[str, list[float]]:
+    rows = [line.split() for line in out.splitlines() if re.fullmatch(r"[\w.]+ +[\d,]+ +[\d,]+ +[\d.]+", line)]
+    return {name: [float(cell.replace(",", "")) for cell in cells] for name, *cells in rows}
+
+
+def test_count_flags(capsys):
+    assert count.main(["--smca"]) == 0
+    out = capsys.readouterr().out
+    counted = table_of(out)
+    assert counted["all"] == [58_345_194, 58_122_794, 99.3]  # parameters: docs/published.md
+    parts = ("backbone", "projection", "encoder", "decoder")
+    assert [sum(counted[part][i] for part in parts) for i in (0, 1)] == counted["all"][:2]
+    assert sum(counted[part][2] for part in parts) == pytest.approx(99.3, abs=0.2)
+    inside = [value for name, value in counted.items() if name.startswith("decoder.")]
+    assert sum(value[2] for value in inside) == pytest.approx(counted["decoder"][2], abs=0.3)
+    assert "one FLOP" in out
+
+
+def test_count_a_checkpoint(trained, capsys):
+    weights = read_checkpoint(str(trained / "checkpoint.pth"))["model"]
+    assert count.main(["--resume", str(trained / "checkpoint.pth"), "--size", "64", "96", "--latency", "1"]) == 0
+    out = capsys.readouterr().out
+    assert table_of(out)["all"][0] == sum(
+        value.numel() for name, value in weights.items() if value.is_floating_point() and "running" not in name
+    )
+    assert "6 classes" in out
+    assert re.search(r"[\d.]+ ms for an image \(cpu, \d+ threads, float32, median of 1\)", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--resume", "nowhere.pth"], "--resume nowhere.pth"),
+        (["--resume", "auto"], "--output_dir"),
+        (["--pretrained", "x.pth"], "with --resume"),
+        (["--enc_n_points", "3"], "no effect on --model sam_detr"),
+        (["--size", "31", "64"], "from 32 to"),
+        (["--latency", "0"], "from 1 to"),
+        (["--smcx"], "did you mean --smca?"),
+    ],
+)
+def test_wrong_words_of_count(words, told, capsys):
+    try:
+        status = count.main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert told in error
+    assert "error: " in error

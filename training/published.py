@@ -1,0 +1,56 @@
+"""The published runs of SAM-DETR: published.json has the figures of the official logs, by epoch.
+
+Lists `epoch`, `train_loss` (weighted sum), the last layer's weighted `train_loss_ce`, `train_loss_bbox` and
+`train_loss_giou`, `test_loss`, and `coco_eval_bbox`, the 12 figures on COCO val2017. The log of r50_ms_smca_e50
+stops one epoch early.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from samdetr.training.settings import RunSettings
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """All, by name: r50_smca_e12."""
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+@cache
+def recipe(name: str) -> RunSettings:
+    """The settings of a published run; one image a process."""
+    words = name.split("_")
+    epochs = int(words[-1].removeprefix("e"))
+    names = {"ms": "multiscale", "dc5": "dilation", "smca": "smca"}
+    switches = {names[word]: True for word in words if word in names}
+    drop = {12: 10, 50: 40}[epochs]
+    return RunSettings.from_flat({**switches, "epochs": epochs, "lr_drop": drop}).with_resolved_norm()
+
+
+def recipe_of(settings: Mapping[str, Any]) -> str | None:
+    """The published run that had a network and a number of epochs as in `settings`; None if none had."""
+    for name in published():
+        wanted = recipe(name)
+        network = [each.name for part in (wanted.trunk, wanted.family) for each in dataclasses.fields(part)]
+        flat = wanted.flat()
+        if all(settings.get(each) == flat[each] for each in (*network, "epochs")):
+            return name
+    return None
+
+
+_IMAGES = ("train_sizes", "eval_size", "max_size", "crop_augmentation")
+
+
+def departures(settings: Mapping[str, Any], name: str) -> list[str]:
+    """Settings of optimisation, losses and images in which a run differs from a published one: "lr 0.001 (0.0001)"."""
+    wanted = recipe(name)
+    flat = {**wanted.optimisation.flat(), **wanted.loss.flat(), **{each: wanted.flat()[each] for each in _IMAGES}}
+    del flat["batch_size"]  # together with the number of GPUs it is the same
+    return [f"{each} {settings[each]} ({value})" for each, value in flat.items() if settings.get(each, value) != value]
