@@ -38,6 +38,7 @@ from torch import nn
 
 from benchmarks import report
 from samdetr.cli import parse
+from samdetr.engine import predict
 from samdetr.inference.counting import count
 from samdetr.inference.plain import plain
 from samdetr.models.build import build_model
@@ -70,8 +71,18 @@ OBJECTS = 7  # of an image; COCO has 7.3
 class Bench:
     """A network on one path, its criterion and optimiser, and random images; `evaluate` and `step` are the work."""
 
-    def __init__(self, config: str, *, path: str, device: str, size: tuple[int, int], batch: int):
+    def __init__(
+        self,
+        config: str,
+        *,
+        path: str,
+        device: str,
+        size: tuple[int, int],
+        batch: int,
+        amp: torch.dtype | None = None,
+    ):
         settings = parse(shlex.split(CONFIGS[config])).settings.with_resolved_norm()
+        self.amp = amp
         args = settings.optimisation
         torch.manual_seed(0)
         network, criterion, _ = build_model(settings.trunk, settings.family, settings.loss)
@@ -93,17 +104,23 @@ class Bench:
     def evaluate(self) -> None:
         self.network.eval()
         with torch.no_grad():
-            self.network(self.batch)
+            predict(self.network, self.batch, self.amp)
 
-    def step(self) -> None:
+    def step(self, mark: Callable[[str], None] = lambda name: None) -> None:
+        """`mark` is called with the name of each part that has ended."""
         self.network.train()
         self.criterion.train()
-        loss = sum(self.criterion.weighted(self.criterion(self.network(self.batch), self.targets)).values())
+        outputs = predict(self.network, self.batch, self.amp)
+        mark("forward")
+        loss = sum(self.criterion.weighted(self.criterion(outputs, self.targets)).values())
         assert torch.isfinite(loss), f"the loss is {loss.item()}"
+        mark("losses")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        mark("backward")
         nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
+        mark("update")
 
 
 class Exported:

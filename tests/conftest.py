@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from helpers import MULTISCALE, TINY, run_main
+from helpers import MULTISCALE, TINY, forget_kernels, run_main
 
 from samdetr.datasets.shapes import write_dataset
 
@@ -83,3 +83,14 @@ def server(tmp_path, monkeypatch):
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing remembered of earlier builds of kernels."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("MS_DEFORM_ATTN", raising=False)
+    forget_kernels()
+    yield tmp_path
+    monkeypatch.undo()
+    forget_kernels()

@@ -1,5 +1,5 @@
-// Just enough of CUDA to run the kernels of ms_deform_attn_cuda.cu on a CPU, for tests of their logic where there is no
-// GPU: indices, barriers, shuffles, what is read and written. Says nothing of speed, of races, or of what nvcc makes.
+// Just enough of CUDA to run the kernels of cuda.cu on a CPU, for tests of their logic where there is no
+// GPU: indices, barriers, shuffles, what is read and written. Says nothing of speed, of races, or of what NVRTC makes.
 //
 // Each thread of a block is a coroutine; it gives way at barriers and shuffles until its fellows have arrived. Blocks
 // run one after the other, so `static` serves as shared memory.
@@ -11,28 +11,20 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <string>
+#include <utility>
 #include <vector>
 
 using std::floor;
 using std::min;
 
 #define __device__
-#define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
-#define LAUNCH(kernel, grid, block, stream, ...) emulation::launch(grid, block, [&] { kernel(__VA_ARGS__); })
-
-typedef void* cudaStream_t;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-struct cudaFuncAttributes {};
-template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
-  return cudaSuccess;
-}
-inline const char* cudaGetErrorString(cudaError_t status) { return status ? "invalid value" : "no error"; }
+#define KERNEL(name, ...)                                    \
+  void name(__VA_ARGS__);                                    \
+  const bool name##_known = emulation::enter(#name, name);   \
+  void name(__VA_ARGS__)
 
 struct Index {
   unsigned x;
@@ -49,21 +41,17 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline uint4 __ldg(const uint4* source) { return *source; }
 
-struct __half {
-  _Float16 number;
-};
-inline __half __ushort_as_half(uint16_t bits) {
-  __half half;
+inline float half_to_float(unsigned short bits) {
+  _Float16 half;
   std::memcpy(&half, &bits, 2);
-  return half;
+  return float(half);
 }
-inline uint16_t __half_as_ushort(__half half) {
-  uint16_t bits;
+inline unsigned short float_to_half(float x) {
+  const _Float16 half = _Float16(x);
+  unsigned short bits;
   std::memcpy(&bits, &half, 2);
   return bits;
 }
-inline float __half2float(__half half) { return float(half.number); }
-inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
@@ -138,6 +126,22 @@ inline void launch(unsigned grid, unsigned count, std::function<void()> function
   }
 }
 
+// Kernels by name, each with the arguments as the driver takes them: a pointer to every one.
+using Launcher = std::function<void(unsigned grid, unsigned count, void** arguments)>;
+inline std::map<std::string, Launcher> kernels;
+
+template <typename... A>
+bool enter(const char* name, void (*kernel)(A...)) {
+  kernels[name] = [kernel](unsigned grid, unsigned count, void** arguments) {
+    launch(grid, count, [=] {
+      [&]<size_t... I>(std::index_sequence<I...>) {
+        kernel(*static_cast<std::remove_cv_t<A>*>(arguments[I])...);
+      }(std::index_sequence_for<A...>());
+    });
+  };
+  return true;
+}
+
 template <typename T>
 T exchange(T x, unsigned source) {
   slots[current] = double(x);
@@ -168,3 +172,38 @@ inline unsigned __ballot_sync(unsigned, bool hit) {
   return mask;
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+
+// The part of the driver that driver.py calls, for one device with one module, which holds the kernels above. 1 is
+// CUDA_ERROR_INVALID_VALUE, 500 CUDA_ERROR_NOT_FOUND.
+namespace emulation {
+inline int contexts = 0;  // that are current: a launch needs one
+}
+extern "C" {
+int cuInit(unsigned) { return 0; }
+int cuGetErrorString(int status, const char** text) {
+  *text = status == 500 ? "named symbol not found" : "invalid argument";
+  return 0;
+}
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal != 0; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &emulation::contexts, device != 0; }
+int cuCtxPushCurrent_v2(void* context) { return ++emulation::contexts, context != &emulation::contexts; }
+int cuCtxPopCurrent_v2(void** context) { return *context = &emulation::contexts, emulation::contexts-- < 1; }
+int cuModuleLoadData(void** module, const void* image) {
+  *module = &emulation::kernels;
+  return emulation::contexts < 1 || std::strcmp(static_cast<const char*>(image), "image");
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  const auto found = emulation::kernels.find(name);
+  if (module != &emulation::kernels || found == emulation::kernels.end()) return 500;
+  *function = &found->second;
+  return 0;
+}
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+                   unsigned threads_z, unsigned shared, void* stream, void** arguments, void** extra) {
+  if (emulation::contexts < 1 || x < 1 || y != 1 || z != 1 || threads_y != 1 || threads_z != 1 || shared || extra ||
+      stream != reinterpret_cast<void*>(0x7000000000))
+    return 1;
+  (*static_cast<emulation::Launcher*>(function))(x, threads, arguments);
+  return 0;
+}
+}

@@ -20,6 +20,7 @@ from samdetr.datasets.coco import CocoDetection
 from samdetr.models.build import Postprocess, build_model
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
+from samdetr.models.ops import kernels
 from samdetr.training.settings import RunSettings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -173,3 +174,9 @@ def read_log(output: Path) -> list[dict]:
 
 def read_json(path: Path):
     return json.loads(path.read_text())
+
+
+def forget_kernels() -> None:
+    """So that the next call builds or finds them anew."""
+    for function in (kernels.load_cpu, kernels.load_cuda, kernels.why_not, kernels.available, kernels.correct):
+        function.cache_clear()

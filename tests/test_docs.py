@@ -42,9 +42,12 @@ NOT_RUN = {
     "sbatch scripts_slurm/r50_smca_e12_4gpu.sh": "needs SLURM; test_recipes.py runs all of scripts_slurm/ without it",
     "sbatch --nodes=2 scripts_slurm/deformable_r50.sh": "needs SLURM",
     "bash models/ops/make.sh cpu": "compiles for half a minute; test_ops.py runs it",
-    "bash models/ops/make.sh cuda": "needs nvcc; test_ops_cuda.py compiles the kernels",
+    "bash models/ops/make.sh cuda": "half a minute; test_ops_cuda.py compiles the kernels",
     "python main.py --coco_path my_data --preset tiny --overfit 8": "minutes; test_start_helpers.py runs it smaller",
     "python models/ops/test.py": "minutes; test_ops.py runs its checks",
+    "bash scripts/gpu_check.sh output/gpu_check": "minutes; test_gpu_check.py runs it",
+    "bash scripts/gpu_check.sh output/gpu_check --part speed": "the same",
+    "python benchmarks/gpu_report.py output/gpu_check/report.json": "needs a GPU's report; changes a page",
     "python benchmarks/soak.py --seed 1": "half an hour; test_long_runs.py tests the same faults",
     "python benchmarks/model.py --config R50_SMCA --batch 1": "minutes; measures",
     "python benchmarks/ms_deform_attn.py": "minutes; measures",
@@ -150,7 +153,7 @@ def is_recipe(words: list[str]) -> bool:
     return (
         words[0] == "bash"
         and words[1].startswith("scripts/")
-        and Path(words[1]).stem not in ("quickstart", "setup", "test", "typecheck")
+        and Path(words[1]).stem not in ("gpu_check", "quickstart", "setup", "test", "typecheck")
     )
 
 

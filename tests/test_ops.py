@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import forget_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from samdetr.models.ops import build, doctor, kernels, test as checks
+from samdetr.models.ops import build, doctor, kernels, nvrtc, test as checks
 from samdetr.models.ops.kernels import plain_path
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.ms_deform_attn import ms_deform_attn
@@ -369,22 +370,6 @@ def test_bad_input_of_the_module():
 # The build
 
 
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """An empty cache folder, and nothing remembered of earlier builds."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("MS_DEFORM_ATTN", raising=False)
-    forget()
-    yield tmp_path
-    monkeypatch.undo()
-    forget()
-
-
-def forget() -> None:
-    for function in (kernels.load_cpu, kernels.load_cuda, kernels.why_not, kernels.available, kernels.correct):
-        function.cache_clear()
-
-
 def fake_compiler(folder: Path, body: str) -> str:
     """A program that appends a line to calls.txt for each compilation, then does what `body` says."""
     script = folder / "compiler"
@@ -496,9 +481,9 @@ def test_a_damaged_library_is_built_again(fresh, monkeypatch):
             build.checksum_file(library).write_bytes(beside)
         with monkeypatch.context() as without_compiler:
             without_compiler.setenv("PATH", "/nowhere")
-            forget()
+            forget_kernels()
             assert "no C++ compiler" in kernels.why_not("cpu")
-    forget()
+    forget_kernels()
     assert kernels.why_not("cpu") is None
     assert library.read_bytes()[:4] == content[:4]
     assert build.is_whole(library)
@@ -643,7 +628,7 @@ def test_a_library_that_is_there_needs_no_compiler(fresh, monkeypatch):
     compiled_or_skip()
     library = build.cpu_recipe().library
     monkeypatch.setenv("PATH", "/nowhere")
-    forget()
+    forget_kernels()
     assert kernels.why_not("cpu") is None
     monkeypatch.setenv("CXX", "other")  # who names a compiler wants its library
     assert build.cpu_recipe().library != library
@@ -659,31 +644,25 @@ def test_the_name_of_a_library_tells_what_it_depends_on(fresh, monkeypatch):
     assert "torch9.9.0-" in build.cpu_recipe().library.name
 
 
-@pytest.fixture
-def fake_nvcc(fresh, monkeypatch) -> Path:
-    """An nvcc in a folder with a blank in its name, which knows three GPUs. Returns that folder."""
-    program = fresh / "tool kit" / "bin" / "nvcc"
-    program.parent.mkdir(parents=True)
-    listing = 'if [ "$1" = --list-gpu-code ]; then printf "sm_80\\nsm_90\\nsm_100\\n"; exit 0; fi'
-    build_it = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
-    program.write_text(f"#!/bin/sh\n{listing}\n{build_it}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("CUDA_HOME", str(fresh / "tool kit"))
+def test_architectures(fresh, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    return fresh
-
-
-def test_architectures(fake_nvcc, monkeypatch, capsys):
-    assert build.wanted_architectures() == ["8.0", "9.0", "10.0"]  # of the default list what nvcc knows
+    monkeypatch.setattr(build, "find_nvrtc", lambda: "libnvrtc.so.13")
+    monkeypatch.setattr(nvrtc, "version", lambda path: "13.0")
+    monkeypatch.setattr(nvrtc, "architectures", lambda path: [80, 90, 100])
+    monkeypatch.setattr(sys, "executable", fake_compiler(fresh, 'while [ "$1" != -o ]; do shift; done; echo x > "$2"'))
+    assert build.wanted_architectures() == ["8.0", "9.0", "10.0"]  # of the default list what NVRTC knows
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX 9.0a")
-    assert build.main(["cuda"]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["cuda sm_80", "cuda sm_90"]
-    assert len(list(fake_nvcc.glob("cache/sam_detr_ops/ms_deform_attn_cuda-sm_*.so"))) == 2
+    for _ in range(2):  # the second finds everything built
+        assert build.main(["cuda"]) == 0
+        lines = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+        assert lines == ["cuda sm_80"] * 4 + ["cuda sm_90"] * 4
+    assert len((fresh / "calls.txt").read_text().splitlines()) == 8
+    assert len(list(fresh.glob("cache/sam_detr_ops/ms_deform_attn_*-sm_?0-nvrtc13.0-*.cubin"))) == 8
     for wrong, line in {
         "Hopper": "TORCH_CUDA_ARCH_LIST: 'Hopper' is no compute capability such as 9.0 or 9.0+PTX",
         "9.0 90": "TORCH_CUDA_ARCH_LIST: '90' is no compute capability such as 9.0 or 9.0+PTX",
-        "7.0": f"TORCH_CUDA_ARCH_LIST: 7.0 is unknown to {fake_nvcc}/tool kit/bin/nvcc, which has 8.0 9.0 10.0",
+        "7.0": "TORCH_CUDA_ARCH_LIST: 7.0 is unknown to NVRTC 13.0, which has 8.0 9.0 10.0",
     }.items():
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
         assert build.main(["cuda"]) == 2
@@ -694,16 +673,16 @@ def test_make_without_compilers(fresh, monkeypatch, capsys):
     """Skips a device that nobody asked for; to make nothing, or not what was asked for, is a failure."""
 
     def absent():
-        raise build.NoCompiler("no nvcc: nowhere")
+        raise build.NoCompiler("no NVRTC: nowhere")
 
-    monkeypatch.setattr(build, "find_nvcc", absent)
+    monkeypatch.setattr(build, "find_nvrtc", absent)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setenv("CXX", fake_compiler(fresh, 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'))
     assert build.main([]) == 0
-    assert "cuda: skipped, no nvcc: nowhere" in capsys.readouterr().out
+    assert "cuda: skipped, no NVRTC: nowhere" in capsys.readouterr().out
     assert build.main(["cuda"]) == 1
-    assert capsys.readouterr().out == "cuda: FAILED, no nvcc: nowhere\n"
+    assert capsys.readouterr().out == "cuda: FAILED, no NVRTC: nowhere\n"
     monkeypatch.setenv("CXX", "/bin/false")
     assert build.main([]) == 1
     assert "failed with status 1:\n(no message)" in capsys.readouterr().out

@@ -1,12 +1,14 @@
 """Compiles the kernels into a cache folder of the user: `python -m samdetr.models.ops.build [cpu] [cuda]`.
 
-The kernels are C functions on plain pointers. No header of PyTorch or Python enters, so a build takes seconds (CUDA:
-about half a minute), works with every compiler and CUDA toolkit that supports the GPU, and cannot disagree with
-PyTorch's own interface. A library is named after its source, flags, processor, and the versions of PyTorch and its
-CUDA; a change of one makes a new file. A library that is there is used, also where no compiler is (any more).
+The kernels are C functions on plain pointers. No header of PyTorch or Python enters, so a build takes seconds, works
+with every C++ compiler, and cannot disagree with PyTorch's own interface. CUDA's are compiled by NVRTC, which PyTorch
+brings, with no header at all. A library is named after its source, flags, processor, and the version of PyTorch or
+NVRTC; a change of one makes a new file. A library that is there is used, also where no C++ compiler is (any more).
 """
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -21,10 +23,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # started by its path: find the package from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import torch
+
+from samdetr.models.ops import nvrtc
 
 FOLDER = Path(__file__).parent  # a folder of sources for each operator
 DEFAULT_ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0"
+CUDA_VALUES = ("float", "double", "Half", "BFloat")  # types of value in cuda.cu: a library for each
 VECTOR_FLAGS = {
     "AVX2": ["-mavx2", "-mfma"],
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"],
@@ -49,16 +57,16 @@ class Recipe:
     find_compiler: Callable[[], list[str]]
     flags: tuple[str, ...]
     target: str
+    maker: str  # whose version the file's name tells
+    suffix: str
     chosen: str = ""  # the compiler that the user named: another one's library will not do
 
     @property
     def library(self) -> Path:
         texts = (file.read_text(encoding="utf-8") for file in (*self.sources, *self.headers))
-        parts = (*texts, self.chosen, *self.flags, torch.__version__)
+        parts = (*texts, self.chosen, *self.flags, self.maker)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-        cuda = f"-cu{torch.version.cuda}" if self.target.startswith("sm_") else ""
-        name = f"{self.name}-{self.target}-torch{torch.__version__.split('+')[0]}{cuda}-{digest}.so"
-        return cache_folder() / name
+        return cache_folder() / f"{self.name}-{self.target}-{self.maker}-{digest}{self.suffix}"
 
 
 def cache_folder() -> Path:
@@ -97,25 +105,48 @@ def cpu_recipe() -> Recipe:
         flags.append("-fopenmp")
     target = f"{platform.machine()}-{capability.lower().replace(' ', '')}"
     sources, headers = (tuple(sorted(FOLDER.rglob(pattern))) for pattern in ("cpu.cpp", "*.h"))
-    return Recipe("cpu_kernels", sources, headers, find_cxx, tuple(flags), target, os.environ.get("CXX", ""))
+    maker, chosen = f"torch{torch.__version__.split('+')[0]}", os.environ.get("CXX", "")
+    return Recipe("cpu_kernels", sources, headers, find_cxx, tuple(flags), target, maker, ".so", chosen)
 
 
-def find_nvcc() -> list[str]:
-    homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    for name in (*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"):
-        if nvcc := shutil.which(name):
-            return [nvcc]
-    raise NoCompiler("no nvcc: it is not in PATH, CUDA_HOME/bin or /usr/local/cuda/bin")
+@functools.cache
+def find_nvrtc() -> str:
+    """NVRTC of PyTorch's version of CUDA: where PyTorch's own loader finds it, else as the system does."""
+    if not torch.version.cuda:
+        raise NoCompiler("no NVRTC: this PyTorch was built without CUDA")
+    major = torch.version.cuda.split(".")[0]
+    folders = [f"nvidia/cu{major}/lib", "nvidia/cuda_nvrtc/lib", "cuda_nvrtc/lib", "torch/lib"]
+    system = (
+        f"{sys.prefix}/lib",
+        *(f"{home}/lib64" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home),
+    )
+    for folder in (*(Path(path, folder) for path in sys.path for folder in folders), *map(Path, system)):
+        for path in sorted(folder.glob(f"libnvrtc*.so.{major}*")):
+            if "builtins" not in path.name and ".alt." not in path.name:
+                return str(path.resolve())
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(name := f"libnvrtc.so.{major}")
+        return name
+    raise NoCompiler(f"no NVRTC: libnvrtc.so.{major} is not beside PyTorch; pip install nvidia-cuda-nvrtc brings it")
 
 
-def cuda_recipe(architecture: str) -> Recipe:
-    """For GPUs of one compute capability, e.g. "9.0"."""
-    number = architecture.replace(".", "")
-    # The runtime is linked in: it shares the device's primary context with PyTorch's, whichever version that is.
-    flags = ["-O3", "-std=c++17", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"]
-    flags += [f"-gencode=arch=compute_{number},code=[sm_{number},compute_{number}]"]
-    source = FOLDER / "ms_deform_attn" / "cuda.cu"
-    return Recipe("ms_deform_attn_cuda", (source,), (), find_nvcc, tuple(flags), f"sm_{number}")
+def cuda_recipe(architecture: str, value: str) -> Recipe:
+    """For one type of value, and GPUs of one compute capability, e.g. "9.0": machine code, or PTX for the next older
+    architecture where NVRTC does not know this one yet."""
+    path, number = find_nvrtc(), int(architecture.replace(".", ""))
+    try:
+        version, known = nvrtc.version(path), nvrtc.architectures(path)
+    except nvrtc.NvrtcError as error:
+        raise BuildError(str(error)) from error
+    if number < known[0]:
+        raise BuildError(f"NVRTC {version} compiles for sm_{known[0]} and newer GPUs, and this one is sm_{number}")
+    nearest = max(code for code in known if code <= number)
+    kind, suffix = ("sm", ".cubin") if nearest == number else ("compute", ".ptx")
+    target, source = f"{kind}_{nearest}", FOLDER / "ms_deform_attn" / "cuda.cu"
+    flags = (f"--gpu-architecture={target}", "--std=c++17", f"-DVALUE={value}")
+    compiler = [sys.executable, "-I", str(FOLDER / "nvrtc.py"), path]
+    name, maker = f"ms_deform_attn_{value}", f"nvrtc{version}"
+    return Recipe(name, (source,), (), lambda: compiler, flags, target, maker, suffix)
 
 
 @contextlib.contextmanager
@@ -157,7 +188,7 @@ def private(folder: Path) -> None:
         )
     if status.st_mode & 0o022:
         folder.chmod(status.st_mode & ~0o022)
-        for path in (*folder.glob("*.so"), *folder.glob("*.sha256")):
+        for path in (path for kind in ("so", "cubin", "ptx", "sha256") for path in folder.glob(f"*.{kind}")):
             path.unlink()
 
 
@@ -258,28 +289,37 @@ def run(command: list[str], *, timeout: float) -> str:
 
 
 def wanted_architectures() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, else those of the GPUs in this machine, else all of a default list that nvcc knows.
+    """TORCH_CUDA_ARCH_LIST, else those of the GPUs in this machine, else all of a default list that NVRTC knows.
 
     Raises:
-        ValueError: naming an entry of the list that is no compute capability, or one that nvcc does not know.
-        BuildError: without nvcc, which is asked what it knows.
+        ValueError: naming an entry of the list that is no compute capability, or one that NVRTC does not know.
+        BuildError: without NVRTC, which is asked what it knows.
     """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
     for name in listed:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: {name!r} is no compute capability such as 9.0 or 9.0+PTX")
-    # A library always holds PTX; what "a" and "f" would add is not used.
+    # What "a", "f" and "+PTX" would add is not used.
     wanted = list(dict.fromkeys(re.sub(r"[af]?(\+PTX)?$", "", name) for name in listed))
     if not wanted and torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
         return sorted({"{}.{}".format(*torch.cuda.get_device_capability(device)) for device in devices})
-    codes = run([*find_nvcc(), "--list-gpu-code"], timeout=60).split()
-    known = [f"{code[3:-1]}.{code[-1]}" for code in codes if re.fullmatch(r"sm_\d+", code)]
+    path = find_nvrtc()
+    try:
+        version, known = nvrtc.version(path), [f"{code // 10}.{code % 10}" for code in nvrtc.architectures(path)]
+    except nvrtc.NvrtcError as error:
+        raise BuildError(str(error)) from error
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(
-            f"TORCH_CUDA_ARCH_LIST: {unknown[0]} is unknown to {find_nvcc()[0]}, which has {' '.join(known)}"
+            f"TORCH_CUDA_ARCH_LIST: {unknown[0]} is unknown to NVRTC {version}, which has {' '.join(known)}"
         )
     return wanted or [name for name in DEFAULT_ARCHITECTURES.split() if name in known]
+
+
+def wanted_recipes(device: str) -> list[Recipe]:
+    if device == "cpu":
+        return [cpu_recipe()]
+    return [cuda_recipe(name, value) for name in wanted_architectures() for value in CUDA_VALUES]
 
 
 def main(devices: list[str]) -> int:
@@ -294,7 +334,7 @@ def main(devices: list[str]) -> int:
     made = failed = 0
     for device in devices or ("cpu", "cuda"):
         try:
-            recipes = [cpu_recipe()] if device == "cpu" else [cuda_recipe(name) for name in wanted_architectures()]
+            recipes = wanted_recipes(device)
         except BuildError as error:
             fails = bool(devices) or not isinstance(error, NoCompiler)
             failed += fails

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from samdetr.models.ops import build, kernels
+from samdetr.models.ops import build, kernels, nvrtc
 
 
 def diagnose(device: torch.device) -> list[str]:
@@ -21,7 +21,7 @@ def diagnose(device: torch.device) -> list[str]:
 def describe(find) -> str:
     try:
         return shlex.join(find())
-    except build.BuildError as error:
+    except (build.BuildError, nvrtc.NvrtcError) as error:
         return str(error)
 
 
@@ -29,9 +29,9 @@ def main() -> int:
     version = torch.version.cuda or torch.version.hip or "none"
     print(f"torch {torch.__version__}, CUDA {version}, CPU capability {torch.backends.cpu.get_cpu_capability()}")
     print(f"C++ compiler: {describe(build.find_cxx)}")
-    print(f"CUDA compiler: {describe(build.find_nvcc)}")
+    print(f"CUDA compiler: {describe(lambda: ['NVRTC', nvrtc.version(build.find_nvrtc()), build.find_nvrtc()])}")
     print(f"libraries: {describe(lambda: [str(build.cache_folder())])}")
-    for variable in ("MS_DEFORM_ATTN", "CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR"):
+    for variable in ("MS_DEFORM_ATTN", "CXX", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR"):
         if variable in os.environ:
             print(f"{variable}={os.environ[variable]}")
     devices = [torch.device("cpu")]

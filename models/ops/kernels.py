@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samdetr.models.ops import build
+from samdetr.models.ops import build, driver
 from samdetr.models.ops.exporting import exporting
 
 CPU_NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -28,14 +28,13 @@ def load_cpu() -> ctypes.CDLL:
 
 
 @functools.cache
-def load_cuda(index: int) -> ctypes.CDLL:
-    """Raises BuildError where the library cannot be made or loaded, or where the driver does not take it."""
-    library = open_library(build.cuda_recipe("{}.{}".format(*torch.cuda.get_device_capability(index))))
-    library.error_text.restype = ctypes.c_char_p
-    with torch.cuda.device(index):
-        if status := library.probe(index):
-            raise build.BuildError(f"the kernels do not run on cuda:{index}: {library.error_text(status).decode()}")
-    return library
+def load_cuda(index: int, value: str = "float") -> driver.Module:
+    """The kernels for one type of value. Raises BuildError, in one line, where they cannot be made or loaded."""
+    try:
+        recipe = build.cuda_recipe("{}.{}".format(*torch.cuda.get_device_capability(index)), value)
+        return driver.Module(build.build(recipe).read_bytes(), index)
+    except build.BuildError as error:
+        raise build.BuildError(" ".join(str(error).split())) from error
 
 
 def open_library(recipe: build.Recipe) -> ctypes.CDLL:

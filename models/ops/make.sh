@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the kernels ahead of their first use: make.sh [cpu] [cuda], or both; CUDA where nvcc is found. No GPU is needed:
+# Builds the kernels ahead of their first use: make.sh [cpu] [cuda], or both; CUDA by PyTorch's NVRTC. No GPU is needed:
 # TORCH_CUDA_ARCH_LIST="8.0;9.0" chooses the architectures, else those of the GPUs here, else a list of common ones.
 # PYTHON chooses the interpreter (default: .venv, else python3). A second run finds everything built.
 set -euo pipefail

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from samdetr.models.ops.ms_deform_attn.binding import KERNELS, MAX_CUDA_LEVELS
+from samdetr.models.ops.ms_deform_attn.binding import KERNELS
+from samdetr.models.ops.ms_deform_attn.launch import MAX_LEVELS
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -36,7 +37,7 @@ def ms_deform_attn(
     autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
     if autocast and value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device_type))
-    if KERNELS.take(value) and len(level_shapes) <= MAX_CUDA_LEVELS:
+    if KERNELS.take(value) and len(level_shapes) <= MAX_LEVELS:
         return KERNELS.compiled(value, sizes, locations, weights)
     if not torch.is_grad_enabled():
         return KERNELS.plain(value, sizes, locations, weights)

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from samdetr.models.ops import kernels
+from samdetr.models.ops.ms_deform_attn.launch import THREADS, VALUES, launches
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype, plain_ms_deform_attn
 
-MAX_CUDA_LEVELS = 32  # they travel as a kernel argument; as in the CUDA source
 # Written out, because PyTorch below 2.7 does not read them from `list[int]`.
 FORWARD = "(Tensor value, SymInt[] sizes, Tensor locations, Tensor weights) -> Tensor"
 BACKWARD = (
     "(Tensor gradient, Tensor value, SymInt[] sizes, Tensor locations, Tensor weights) -> (Tensor, Tensor, Tensor)"
 )
-CUDA_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 @torch.library.custom_op("sam_detr::ms_deform_attn", mutates_args=(), device_types="cpu", schema=FORWARD)
@@ -33,7 +32,7 @@ def _(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor) -> Te
     output = value.new_empty(_output_shape(value, locations))
     if value.numel() and output.numel():
         value = value.contiguous()
-        _call_cuda("forward", sizes, value, locations, value, locations, weights, output)
+        _call_cuda("forward", sizes, value, value, locations, weights, output)
     return output
 
 
@@ -62,7 +61,7 @@ def _(gradient: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weig
     gradients = (of_value, torch.empty_like(wide[0]), torch.empty_like(wide[1]))
     if value.numel():
         narrow, gradient = value.contiguous(), gradient.to(value.dtype).contiguous()
-        _call_cuda("backward", sizes, narrow, wide[0], gradient, narrow, *wide, *gradients)
+        _call_cuda("backward", sizes, narrow, gradient, narrow, *wide, *gradients)
     return _narrowed(gradients, value, locations, weights)
 
 
@@ -96,18 +95,13 @@ def _call_cpu(name: str, sizes: list[int], value: Tensor, locations: Tensor, *te
     kernels.call(f"ms_deform_attn_{name}", value.dtype, *settings, *map(kernels.pointer, tensors))
 
 
-def _call_cuda(name: str, sizes: list[int], value: Tensor, locations: Tensor, *tensors: Tensor) -> None:
+def _call_cuda(name: str, sizes: list[int], value: Tensor, *tensors: Tensor) -> None:
     """On the current stream of the tensors' device, without waiting. Raises RuntimeError if the launch fails."""
-    device, library = value.device, kernels.load_cuda(value.device.index)
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    settings = [ctypes.c_int(CUDA_TYPES[value.dtype]), ctypes.c_int(device.index), stream]
-    if name == "backward":  # with a fixed order of its sums, or not
-        settings.append(ctypes.c_int(torch.are_deterministic_algorithms_enabled()))
-    settings += [kernels.integers(sizes), dimensions(value, locations)]
-    with torch.cuda.device(device):  # the library makes it current, this puts back what was
-        status = getattr(library, name)(*settings, *map(kernels.pointer, tensors))
-    if status:
-        raise RuntimeError(f"deformable attention, {name} on {device}: {library.error_text(status).decode()}")
+    module = kernels.load_cuda(value.device.index, VALUES[value.dtype])
+    stream = torch.cuda.current_stream(value.device).cuda_stream
+    ordered = torch.are_deterministic_algorithms_enabled()
+    for launch in launches(name, sizes, value, tensors, ordered=ordered):
+        module.launch(launch.kernel, launch.blocks, THREADS, stream, launch.arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -140,5 +134,5 @@ KERNELS = kernels.register(
     compiled=forward,
     plain=plain_ms_deform_attn,
     examples=_examples,
-    dtypes={"cpu": tuple(CUDA_TYPES), "cuda": tuple(CUDA_TYPES)},
+    dtypes={"cpu": tuple(VALUES), "cuda": tuple(VALUES)},
 )

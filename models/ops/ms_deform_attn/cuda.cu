@@ -1,39 +1,48 @@
 // Multi-scale deformable attention on CUDA: forward and backward for float64, float32, float16 and bfloat16 values.
 //
-// Knows nothing of PyTorch: C functions on plain pointers, called through ctypes (see build.py). Layouts and the rule
-// of interpolation are those of ms_deform_attn_cpu.cpp. Sums, locations, weights and all gradients are float32 (float64
+// Knows nothing of PyTorch, and includes nothing: NVRTC compiles it (build.py), launch.py calls its entries through the
+// driver. Layouts and the rule of interpolation are those of cpu.cpp. Sums, locations, weights and all gradients are float32 (float64
 // for float64); only value, output and the output's gradient have 16 bits.
 //
 // A row is one head of one query of one image. LANES threads share a row, each holds VECTOR neighbouring channels (16
 // bytes). A block first turns the locations of all its rows into cell numbers and shares in shared memory, so that each
 // is read from memory, and worked out, once instead of once per channel. Points are taken CHUNK at a time.
 
-#include <cstdint>
-
 #ifdef __CUDACC__
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#define LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(kThreads) name(__VA_ARGS__)
+// Written out, so that no header is needed.
+__device__ inline float half_to_float(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ inline unsigned short float_to_half(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
 #endif  // otherwise a test has included an emulation of what is used here
 
 namespace {
 
+using Long = long long;
+
 constexpr int kThreads = 256;
-constexpr int kMaxLevels = 32;  // as in kernels.py
+constexpr int kMaxLevels = 32;  // as in launch.py
 constexpr int kBand = 4;        // rows of a map that one warp owns in the ordered backward
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Problem {
-  int64_t batch, length;
+  Long batch, length;
   int queries, rows, heads, channels, levels, points;
   int height[kMaxLevels], width[kMaxLevels], start[kMaxLevels];
 };
 
 struct Half {
-  uint16_t bits;
+  unsigned short bits;
 };
 struct BFloat {
-  uint16_t bits;
+  unsigned short bits;
 };
 
 template <typename T>
@@ -49,15 +58,15 @@ using Wide = typename Traits<T>::Wide;
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }
-__device__ inline float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ inline float widen(BFloat x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+__device__ inline float widen(Half x) { return half_to_float(x.bits); }
+__device__ inline float widen(BFloat x) { return __uint_as_float(unsigned(x.bits) << 16); }
 
 __device__ inline void narrow(float x, float& out) { out = x; }
 __device__ inline void narrow(double x, double& out) { out = x; }
-__device__ inline void narrow(float x, Half& out) { out.bits = __half_as_ushort(__float2half_rn(x)); }
+__device__ inline void narrow(float x, Half& out) { out.bits = float_to_half(x); }
 __device__ inline void narrow(float x, BFloat& out) {  // to the nearest, ties to even
-  const uint32_t bits = __float_as_uint(x);
-  out.bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : uint16_t(0x7fc0);
+  const unsigned bits = __float_as_uint(x);
+  out.bits = x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0;
 }
 
 template <typename T, int VECTOR>
@@ -166,8 +175,8 @@ template <typename W>
 constexpr int kChunk = sizeof(W) == 8 ? 8 : 16;
 
 template <typename T, int VECTOR, int LANES>
-__global__ void __launch_bounds__(kThreads)
-    forward_kernel(const Problem p, const T* value, const Wide<T>* locations, const Wide<T>* weights, T* out) {
+__device__ inline void forward_rows(const Problem& p, const T* value, const Wide<T>* locations,
+                                    const Wide<T>* weights, T* out) {
   using W = Wide<T>;
   constexpr int ROWS = kThreads / LANES, CHUNK = kChunk<W>;
   struct alignas(16) Shares {
@@ -181,12 +190,12 @@ __global__ void __launch_bounds__(kThreads)
 
   const int local = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = p.levels * p.points;
   const int first_row = int(blockIdx.x) * ROWS, row = first_row + local;
-  const int64_t stride = int64_t(p.heads) * p.channels;
+  const Long stride = Long(p.heads) * p.channels;
 
   for (int tile = 0; tile < p.channels; tile += LANES * VECTOR) {
     const int channel = tile + lane * VECTOR;
     const bool busy = row < p.rows && channel < p.channels;
-    const T* head = value + row / (p.queries * p.heads) * p.length * stride + row % p.heads * int64_t(p.channels) + channel;
+    const T* head = value + row / (p.queries * p.heads) * p.length * stride + row % p.heads * Long(p.channels) + channel;
     W sum[VECTOR] = {};
     for (int begin = 0; begin < total; begin += CHUNK) {
       const int count = min(CHUNK, total - begin);
@@ -194,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = threadIdx.x; i < ROWS * count; i += kThreads) {
         const int r = i / count, k = i % count, level = (begin + k) / p.points;
         if (first_row + r >= p.rows) break;
-        const int64_t index = int64_t(first_row + r) * total + begin + k;
+        const Long index = Long(first_row + r) * total + begin + k;
         Place<W> place;
         Corners corner = {{-1, -1, -1, -1}};
         if (locate(locations[2 * index], locations[2 * index + 1], p.height[level], p.width[level], place)) {
@@ -220,15 +229,15 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    if (busy) store<T, VECTOR>(sum, out + int64_t(row) * p.channels + channel);
+    if (busy) store<T, VECTOR>(sum, out + Long(row) * p.channels + channel);
   }
 }
 
 // grad_value is added to, unless it is null; the other two are overwritten.
 template <typename T, int VECTOR, int LANES>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(const Problem p, const T* grad_out, const T* value, const Wide<T>* locations,
-                    const Wide<T>* weights, Wide<T>* grad_value, Wide<T>* grad_locations, Wide<T>* grad_weights) {
+__device__ inline void backward_rows(const Problem& p, const T* grad_out, const T* value, const Wide<T>* locations,
+                                     const Wide<T>* weights, Wide<T>* grad_value, Wide<T>* grad_locations,
+                                     Wide<T>* grad_weights) {
   using W = Wide<T>;
   constexpr int ROWS = kThreads / LANES, CHUNK = kChunk<W>;
   struct alignas(16) Corners {
@@ -246,7 +255,7 @@ __global__ void __launch_bounds__(kThreads)
 
   const int local = threadIdx.x / LANES, lane = threadIdx.x % LANES, total = p.levels * p.points;
   const int first_row = int(blockIdx.x) * ROWS, row = first_row + local;
-  const int64_t stride = int64_t(p.heads) * p.channels;
+  const Long stride = Long(p.heads) * p.channels;
 
   for (int begin = 0; begin < total; begin += CHUNK) {
     const int count = min(CHUNK, total - begin);
@@ -256,7 +265,7 @@ __global__ void __launch_bounds__(kThreads)
       Corners corner = {{-1, -1, -1, -1}};
       Point point = {0, 0, 0, 0};
       if (first_row + r < p.rows) {  // beyond, the lanes go through the motions: all of a warp must shuffle
-        const int64_t index = int64_t(first_row + r) * total + begin + k;
+        const Long index = Long(first_row + r) * total + begin + k;
         Place<W> place;
         if (locate(locations[2 * index], locations[2 * index + 1], p.height[level], p.width[level], place)) {
           const Cells cells = cells_of(place, p.height[level], p.width[level], p.start[level]);
@@ -273,10 +282,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int tile = 0; tile < p.channels; tile += LANES * VECTOR) {
       const int channel = tile + lane * VECTOR;
       const bool busy = row < p.rows && channel < p.channels;
-      const int64_t head =
-          row / (p.queries * p.heads) * p.length * stride + row % p.heads * int64_t(p.channels) + channel;
+      const Long head =
+          row / (p.queries * p.heads) * p.length * stride + row % p.heads * Long(p.channels) + channel;
       W g[VECTOR] = {};
-      if (busy) load<T, VECTOR>(grad_out + int64_t(row) * p.channels + channel, g);
+      if (busy) load<T, VECTOR>(grad_out + Long(row) * p.channels + channel, g);
       for (int k = 0; k < count; ++k) {
         const Corners corner = corners[local][k];
         const Point point = points[local][k];
@@ -313,7 +322,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < ROWS * count; i += kThreads) {
       const int r = i / count, k = i % count, level = (begin + k) / p.points;
       if (first_row + r >= p.rows) break;
-      const int64_t index = int64_t(first_row + r) * total + begin + k;
+      const Long index = Long(first_row + r) * total + begin + k;
       const W weight = points[r][k].weight;
       grad_weights[index] = gradients[r][k].weight;
       grad_locations[2 * index] = weight * W(p.width[level]) * gradients[r][k].x;
@@ -325,31 +334,30 @@ __global__ void __launch_bounds__(kThreads)
 // The value's gradient with sums in one fixed order: a warp owns kBand rows of one level's map, of one head of one
 // image, looks through all points in their order, and adds those that touch its rows. A lane owns every 32nd channel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    ordered_kernel(const Problem p, int bands, const T* grad_out, const Wide<T>* locations, const Wide<T>* weights,
-                   Wide<T>* grad_value) {
+__device__ inline void ordered_sums(const Problem& p, int bands, const T* grad_out, const Wide<T>* locations,
+                                    const Wide<T>* weights, Wide<T>* grad_value) {
   using W = Wide<T>;
   const int lane = threadIdx.x % 32;
-  const int64_t task = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const Long task = Long(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (task >= p.batch * p.heads * bands) return;  // whole warps
-  const int64_t b = task / bands / p.heads;
+  const Long b = task / bands / p.heads;
   const int n = int(task / bands % p.heads);
   int level = 0, band = int(task % bands);
   for (; band >= (p.height[level] + kBand - 1) / kBand; ++level) band -= (p.height[level] + kBand - 1) / kBand;
   const int height = p.height[level], width = p.width[level];
   const int first = band * kBand, last = min(first + kBand, height) - 1;
-  const int64_t stride = int64_t(p.heads) * p.channels;
-  W* map = grad_value + (b * p.length + p.start[level]) * stride + int64_t(n) * p.channels;
+  const Long stride = Long(p.heads) * p.channels;
+  W* map = grad_value + (b * p.length + p.start[level]) * stride + Long(n) * p.channels;
 
-  const int64_t items = int64_t(p.queries) * p.points;
-  for (int64_t begin = 0; begin < items; begin += 32) {
-    const int64_t item = begin + lane;
+  const Long items = Long(p.queries) * p.points;
+  for (Long begin = 0; begin < items; begin += 32) {
+    const Long item = begin + lane;
     Place<W> place = {0, 0, 0, 0};
     W weight = 0;
     bool hit = false;
     if (item < items) {
-      const int64_t row = (b * p.queries + item / p.points) * p.heads + n;
-      const int64_t index = (row * p.levels + level) * p.points + item % p.points;
+      const Long row = (b * p.queries + item / p.points) * p.heads + n;
+      const Long index = (row * p.levels + level) * p.points + item % p.points;
       hit = locate(locations[2 * index], locations[2 * index + 1], height, width, place) && place.line <= last &&
             place.line + 1 >= first;
       if (hit) weight = weights[index];
@@ -360,126 +368,51 @@ __global__ void __launch_bounds__(kThreads)
       const W right = __shfl_sync(kAll, place.right, source), down = __shfl_sync(kAll, place.down, source);
       W share[4];
       shares_of(right, down, __shfl_sync(kAll, weight, source), share);
-      const int64_t row = (b * p.queries + (begin + source) / p.points) * p.heads + n;
+      const Long row = (b * p.queries + (begin + source) / p.points) * p.heads + n;
       for (int c = lane; c < p.channels; c += 32) {
         const W g = widen(grad_out[row * p.channels + c]);
         for (int j = 0; j < 4; ++j) {
           const int y = line + j / 2, x = column + j % 2;
-          if (y >= first && y <= last && x >= 0 && x < width) map[(int64_t(y) * width + x) * stride + c] += share[j] * g;
+          if (y >= first && y <= last && x >= 0 && x < width) map[(Long(y) * width + x) * stride + c] += share[j] * g;
         }
       }
     }
   }
 }
 
-template <typename T, int VECTOR, int LANES>
-void launch_forward(const Problem& p, cudaStream_t stream, const void* const* tensors) {
-  using W = Wide<T>;
-  constexpr int ROWS = kThreads / LANES;
-  const unsigned blocks = unsigned((p.rows + ROWS - 1) / ROWS);
-  LAUNCH((forward_kernel<T, VECTOR, LANES>), blocks, kThreads, stream, p, static_cast<const T*>(tensors[0]),
-         static_cast<const W*>(tensors[1]), static_cast<const W*>(tensors[2]),
-         static_cast<T*>(const_cast<void*>(tensors[3])));
-}
-
-template <typename T, int VECTOR, int LANES>
-void launch_backward(const Problem& p, cudaStream_t stream, const void* const* tensors, bool ordered) {
-  using W = Wide<T>;
-  constexpr int ROWS = kThreads / LANES;
-  const T *grad_out = static_cast<const T*>(tensors[0]), *value = static_cast<const T*>(tensors[1]);
-  const W *locations = static_cast<const W*>(tensors[2]), *weights = static_cast<const W*>(tensors[3]);
-  W* grad_value = static_cast<W*>(const_cast<void*>(tensors[4]));
-  W* grad_locations = static_cast<W*>(const_cast<void*>(tensors[5]));
-  W* grad_weights = static_cast<W*>(const_cast<void*>(tensors[6]));
-  const unsigned blocks = unsigned((p.rows + ROWS - 1) / ROWS);
-  LAUNCH((backward_kernel<T, VECTOR, LANES>), blocks, kThreads, stream, p, grad_out, value, locations, weights,
-         ordered ? static_cast<W*>(nullptr) : grad_value, grad_locations, grad_weights);
-  if (!ordered) return;
-  int bands = 0;
-  for (int level = 0; level < p.levels; ++level) bands += (p.height[level] + kBand - 1) / kBand;
-  const int64_t warps = p.batch * p.heads * bands;
-  const unsigned ordered_blocks = unsigned((warps + kThreads / 32 - 1) / (kThreads / 32));
-  LAUNCH((ordered_kernel<T>), ordered_blocks, kThreads, stream, p, bands, grad_out, locations, weights, grad_value);
-}
-
-enum class Pass { kForward, kBackward, kOrderedBackward };
-
-template <typename T, int VECTOR, int LANES>
-void launch(const Problem& p, cudaStream_t stream, Pass pass, const void* const* tensors) {
-  if (pass == Pass::kForward) {
-    launch_forward<T, VECTOR, LANES>(p, stream, tensors);
-  } else {
-    launch_backward<T, VECTOR, LANES>(p, stream, tensors, pass == Pass::kOrderedBackward);
-  }
-}
-
-// 16 bytes at a time where channels and addresses allow, with as few lanes as hold a row.
-template <typename T>
-void choose(const Problem& p, cudaStream_t stream, Pass pass, const void* const* tensors) {
-  constexpr int VECTOR = 16 / sizeof(T);
-  bool aligned = p.channels % VECTOR == 0;
-  for (int i = 0; i < (pass == Pass::kForward ? 4 : 5); ++i)
-    aligned = aligned && reinterpret_cast<uintptr_t>(tensors[i]) % 16 == 0;
-  const int lanes = p.channels / VECTOR;
-  if (!aligned) return launch<T, 1, 32>(p, stream, pass, tensors);
-  if (lanes <= 4) return launch<T, VECTOR, 4>(p, stream, pass, tensors);
-  if (lanes <= 8) return launch<T, VECTOR, 8>(p, stream, pass, tensors);
-  if (lanes <= 16) return launch<T, VECTOR, 16>(p, stream, pass, tensors);
-  launch<T, VECTOR, 32>(p, stream, pass, tensors);
-}
-
-// Makes the device current; the caller puts back what was.
-cudaError_t enter(int device) {
-  int before = device;
-  const cudaError_t status = cudaGetDevice(&before);
-  return status == cudaSuccess && before != device ? cudaSetDevice(device) : status;
-}
-
-int run(int type, int device, cudaStream_t stream, const int64_t* sizes, const int64_t* dimensions, Pass pass,
-        const void* const* tensors) {
-  const int64_t* d = dimensions;  // B, L, N, C, levels, Q, points
-  const int64_t most = INT32_MAX - kThreads, rows = d[0] * d[5] * d[2];  // cells and rows are counted in 32 bits
-  if (d[4] > kMaxLevels || d[1] > most || rows > most) return int(cudaErrorInvalidValue);
-  Problem p = {d[0], d[1], int(d[5]), int(rows), int(d[2]), int(d[3]), int(d[4]), int(d[6]), {}, {}, {}};
-  int start = 0;
-  for (int level = 0; level < p.levels; ++level) {
-    p.height[level] = int(sizes[2 * level]);
-    p.width[level] = int(sizes[2 * level + 1]);
-    p.start[level] = start;
-    start += p.height[level] * p.width[level];
-  }
-  if (p.rows == 0) return 0;
-  if (const cudaError_t status = enter(device); status != cudaSuccess) return int(status);
-  switch (type) {  // as CUDA_TYPES in kernels.py
-    case 0: choose<float>(p, stream, pass, tensors); break;
-    case 1: choose<double>(p, stream, pass, tensors); break;
-    case 2: choose<Half>(p, stream, pass, tensors); break;
-    case 3: choose<BFloat>(p, stream, pass, tensors); break;
-    default: return int(cudaErrorInvalidValue);
-  }
-  return int(cudaGetLastError());
-}
-
 }  // namespace
 
-extern "C" int forward(int type, int device, cudaStream_t stream, const int64_t* sizes, const int64_t* dimensions,
-                       const void* value, const void* locations, const void* weights, void* out) {
-  const void* tensors[] = {value, locations, weights, out};
-  return run(type, device, stream, sizes, dimensions, Pass::kForward, tensors);
-}
+// One entry for each type of value and number of lanes; launch.py names them, and computes their grids.
+#define FORWARD(T, VECTOR, LANES, NAME)                                                                           \
+  KERNEL(forward_##T##_##NAME, const Problem p, const T* value, const Wide<T>* locations, const Wide<T>* weights, \
+         T* out) {                                                                                                \
+    forward_rows<T, VECTOR, LANES>(p, value, locations, weights, out);                                            \
+  }
+#define BACKWARD(T, VECTOR, LANES, NAME)                                                                             \
+  KERNEL(backward_##T##_##NAME, const Problem p, const T* grad_out, const T* value, const Wide<T>* locations,        \
+         const Wide<T>* weights, Wide<T>* grad_value, Wide<T>* grad_locations, Wide<T>* grad_weights) {              \
+    backward_rows<T, VECTOR, LANES>(p, grad_out, value, locations, weights, grad_value, grad_locations,              \
+                                    grad_weights);                                                                   \
+  }
+#define ORDERED(T)                                                                             \
+  KERNEL(ordered_##T, const Problem p, int bands, const T* grad_out, const Wide<T>* locations, \
+         const Wide<T>* weights, Wide<T>* grad_value) {                                        \
+    ordered_sums<T>(p, bands, grad_out, locations, weights, grad_value);                       \
+  }
+#define BOTH(T, VECTOR, LANES, NAME) FORWARD(T, VECTOR, LANES, NAME) BACKWARD(T, VECTOR, LANES, NAME)
+#define ENTRIES(T)                \
+  BOTH(T, 1, 32, single)          \
+  BOTH(T, 16 / sizeof(T), 4, 4)   \
+  BOTH(T, 16 / sizeof(T), 8, 8)   \
+  BOTH(T, 16 / sizeof(T), 16, 16) \
+  BOTH(T, 16 / sizeof(T), 32, 32) \
+  ORDERED(T)
 
-extern "C" int backward(int type, int device, cudaStream_t stream, int ordered, const int64_t* sizes,
-                        const int64_t* dimensions, const void* grad_out, const void* value, const void* locations,
-                        const void* weights, void* grad_value, void* grad_locations, void* grad_weights) {
-  const void* tensors[] = {grad_out, value, locations, weights, grad_value, grad_locations, grad_weights};
-  return run(type, device, stream, sizes, dimensions, ordered ? Pass::kOrderedBackward : Pass::kBackward, tensors);
-}
-
-// 0 if the driver takes this code on the device: a build may succeed that is too new for the driver.
-extern "C" int probe(int device) {
-  if (const cudaError_t status = enter(device); status != cudaSuccess) return int(status);
-  cudaFuncAttributes attributes;
-  return int(cudaFuncGetAttributes(&attributes, forward_kernel<float, 4, 8>));
-}
-
-extern "C" const char* error_text(int status) { return cudaGetErrorString(cudaError_t(status)); }
+#ifdef VALUE  // a library has one type of value, so that the first use compiles no more than it needs
+ENTRIES(VALUE)
+#else
+ENTRIES(float)
+ENTRIES(double)
+ENTRIES(Half)
+ENTRIES(BFloat)
+#endif
