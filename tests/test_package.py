@@ -276,4 +276,4 @@ def test_the_aligner_needs_few_of_our_lines(copy):
     """
     lines = check(sys.executable, "-c", dedent(code), folder=copy).splitlines()
     assert any("semantics_aligner" in line for line in lines)
-    assert sum(int(line.split()[0]) for line in lines) <= 420, lines
+    assert sum(int(line.split()[0]) for line in lines) <= 430, lines
