@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_the_table_of_costs(tmp_path, monkeypatch, capsys):
     assert page.read_text() == new
 
 
+def _runs(stat: Path) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return stat.read_text().split(") ")[1][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_what_is_done_stays_and_what_failed_is_repeated(tmp_path, monkeypatch, capsys):
     """Of another machine, or broken, it is not done. A part that hangs is ended with what it started."""
     calls, about = [], {"device": "cpu", "name": "here"}
@@ -122,10 +131,13 @@ def test_what_is_done_stays_and_what_failed_is_repeated(tmp_path, monkeypatch, c
     script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setitem(gpu_check.LIMITS, "ops", 1)
-    assert real("ops", tmp_path, about)["error"] == "took more than 1 s"
+    monkeypatch.setitem(gpu_check.LIMITS, "ops", 3)
+    assert real("ops", tmp_path, about)["error"] == "took more than 3 s"
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
-    assert not child.exists() or child.read_text().split(") ")[1][0] == "Z"
+    until = time.monotonic() + 20
+    while _runs(child):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     assert not (tmp_path / "parts" / "ops.json").exists()
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main([str(script / "below")])
