@@ -106,6 +106,14 @@ def test_parts_are_averaged_and_bad_steps_left_out(monkeypatch, tmp_path):
     assert calls[-1] == ("close",)
 
 
+def test_numbers_and_tensors_are_not_mixed(monkeypatch, tmp_path):
+    """On a GPU the learning rate is a number and the losses are tensors there, which no stack takes together."""
+    stacked: list = []
+    monkeypatch.setattr(trackers.torch, "stack", lambda values: stacked.append(len(values)) or torch.tensor([1.0] * 9))
+    make_steps(use(monkeypatch, tmp_path), 2)
+    assert stacked == [6]  # of each step two losses and whether it was good
+
+
 @pytest.mark.parametrize("call", ["init", "write", "flush", "close"])
 @pytest.mark.parametrize("fault", ["fails", "hangs"])
 def test_a_lost_tracker_is_told_once(fault, call, monkeypatch, tmp_path, capsys):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,11 @@ from samdetr.util.schema import brief
 def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
     """The 12 metrics in a line of the log, those of averaged weights if any; None without an evaluation."""
     return line.get("test_ema_coco_eval_bbox") or line.get("test_coco_eval_bbox")
+
+
+def by_name(metrics: Sequence[float | None]) -> dict[str, float]:
+    """The 12 metrics by their names, without those that are undefined."""
+    return {name: figure for name, figure in zip(METRICS, metrics) if figure is not None and figure >= 0}
 
 
 def average_precision(line: Mapping[str, Any]) -> float | None:
@@ -200,7 +205,7 @@ def _metrics(values: Any) -> dict[str, float] | None:
         return None
     if any(figure is not None and figure > 1 for figure in figures):
         return None
-    return {name: figure for name, figure in zip(METRICS, figures) if figure is not None and figure >= 0}
+    return by_name(figures)
 
 
 def _number(value: Any) -> float | None:

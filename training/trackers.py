@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.checkpoints import TRACKED
+from samdetr.training.runs import by_name
 from samdetr.util.files import whole_file, write_json
 from samdetr.util.logger import log
 
@@ -84,9 +84,6 @@ class _Table:
             writer = csv.DictWriter(stream, self._columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        self._open()
-
-    def _open(self) -> None:
         self.stream = open(self._file, "a", newline="", encoding="utf-8")  # noqa: SIM115
         self._writer = csv.DictWriter(self.stream, self._columns)
 
@@ -208,7 +205,7 @@ class Trackers:
     ) -> None:
         """`folder`: of the run; None: nothing is tracked. `last`: as of `Tracker`."""
         self._every = every
-        self._steps: list[tuple[int, dict[str, Tensor]]] = []
+        self._steps: list[tuple[int, Sequence[Mapping[str, Tensor | float]]]] = []
         self._threads = []
         for name in dict.fromkeys(names) if folder else ():
             assert folder is not None
@@ -221,21 +218,16 @@ class Trackers:
     def on(self) -> bool:
         return any(not thread.lost for thread in self._threads)
 
-    def step(self, step: int, metrics: Sequence[Mapping[str, Tensor]]) -> None:
-        """The metrics of the parts of a step, on the device."""
-        if not self.on:
-            return
-        named: dict[str, list[Tensor]] = {}
-        for part in metrics:
-            for name, value in part.items():
-                named.setdefault(name, []).append(torch.as_tensor(value, dtype=torch.float64))
-        self._steps.append((step, {name: torch.stack(v).mean() for name, v in named.items()}))
+    def step(self, step: int, metrics: Sequence[Mapping[str, Tensor | float]]) -> None:
+        """The metrics of the parts of a step: numbers, and tensors that stay on the device for now."""
+        if self.on:
+            self._steps.append((step, metrics))
         if len(self._steps) >= self._every:
-            self._read()
+            self.flush()
 
     def epoch(self, step: int, line: Mapping[str, Any]) -> None:
         """A line of the log, after the step that ends its epoch."""
-        self._read()
+        self.flush()
         self._hand_on("write", "epoch", step, flat(line))
         self._hand_on("flush")
 
@@ -243,28 +235,33 @@ class Trackers:
         self._hand_on("draw", step, pictures)
 
     def flush(self) -> None:
-        """Before a checkpoint, from which a killed run goes on: its steps do not come again."""
-        self._read()
-
-    def close(self) -> None:
-        """Wait until everything is written, but not for ever."""
-        self._read()
-        until = time.monotonic() + SECONDS
-        for thread in self._threads:
-            thread.put_last()
-        for thread in self._threads:
-            thread.wait(until)
-
-    def _read(self) -> None:
+        """Hand on all steps until now. Before a checkpoint, too: for a killed run that goes on there, they do not come
+        again."""
         if not self._steps:
             return
-        values = torch.stack([value for _, metrics in self._steps for value in metrics.values()]).tolist()
-        for step, metrics in self._steps:
-            found = {name: values.pop(0) for name in metrics}
+        on_device = [
+            value.to(torch.float64) for _, parts in self._steps for part in parts for value in part.values()
+            if isinstance(value, Tensor)
+        ]  # fmt: skip
+        read = iter(torch.stack(on_device).tolist() if on_device else [])
+        for step, parts in self._steps:
+            named: dict[str, list[float]] = {}
+            for part in parts:
+                for name, value in part.items():
+                    named.setdefault(name, []).append(next(read) if isinstance(value, Tensor) else value)
+            found = {name: sum(values) / len(values) for name, values in named.items()}
             if found.pop("good", 1.0):  # of a bad step all values are 0
                 self._hand_on("write", "step", step, {n: v for n, v in found.items() if math.isfinite(v)})
         self._steps.clear()
         self._hand_on("flush")
+
+    def close(self) -> None:
+        """Wait until everything is written, but not for ever."""
+        self.flush()
+        until = time.monotonic() + SECONDS
+        self._hand_on("close")
+        for thread in self._threads:
+            thread.wait(until)
 
     def _hand_on(self, *call: Any) -> None:
         for thread in self._threads:
@@ -295,9 +292,6 @@ class _Background(Thread):
         except Full:
             self._lose(f"{WAITING} calls wait for it")
 
-    def put_last(self) -> None:
-        self.put("close")
-
     def wait(self, until: float) -> None:
         if not self.lost:
             self.join(max(until - time.monotonic(), 0))
@@ -322,7 +316,7 @@ def flat(line: Mapping[str, Any]) -> dict[str, float]:
     for name, value in line.items():
         if name.endswith("coco_eval_bbox"):
             prefix = name.removesuffix("coco_eval_bbox")
-            found |= {f"{prefix}{metric}": v for metric, v in zip(METRICS, value) if v is not None and v >= 0}
+            found |= {f"{prefix}{metric}": figure for metric, figure in by_name(value).items()}
         elif isinstance(value, (int, float)) and math.isfinite(value):
             found[name] = value
     return found
