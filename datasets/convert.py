@@ -25,7 +25,7 @@ from samdetr.datasets.settings import Data
 from samdetr.datasets.sources import add_source_flags, find_split, require_split
 from samdetr.datasets.values import quoted, shown
 from samdetr.util.command_line import run_command
-from samdetr.util.files import write_json
+from samdetr.util.files import whole_folder, write_json
 from samdetr.util.regular_files import open_regular
 
 
@@ -60,18 +60,13 @@ def convert(data: Data, output: Path, *, link: bool = False) -> None:
     parent = output.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"`output` {output} cannot be written; name a folder within an existing one")
-    temporary = parent / f".{os.getpid()}.{output.name}"
     try:
-        (temporary / "annotations").mkdir(parents=True)
-        for name, found in read.items():
-            _write(coco_2017(temporary, name), sources[name], found, link=link)
-        if output.exists():
-            output.rmdir()
-        os.rename(temporary, output)
+        with whole_folder(output.absolute()) as temporary:
+            (temporary / "annotations").mkdir()
+            for name, found in read.items():
+                _write(coco_2017(temporary, name), sources[name], found, link=link)
     except OSError as error:
         raise ValueError(f"`output` {output} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for name, found in read.items():
         print(f"{output}, {name}: {len(found.images):,} images, {len(found.entries):,} annotations")
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,6 +65,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As `whole_file`, a temporary folder in place of `path`, which is not there yet or is an empty folder."""
+    temporary = path.with_name(f".{os.getpid()}@{_HOST}.{path.name}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, names: re.Pattern, *, of_other_hosts: bool = False) -> None:

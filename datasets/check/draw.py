@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.settings import Data
 from samdetr.util.box_ops import cxcywh_to_xyxy
 from samdetr.util.drawing import contact_sheet, draw_detections
+from samdetr.util.files import whole_folder
 from samdetr.util.fonts import drawable
 
 EPOCHS = 2  # whose draws of the random transforms are shown
@@ -43,19 +43,15 @@ def draw(data: Data, folder: Path, *, split: str, number: int) -> list[Path]:
     readable = sorted(set(range(len(dataset))) - dataset.known_faults.keys())
     chosen = np.unique(np.linspace(0, len(readable) - 1, min(number, len(readable))).round().astype(int))
     folder = folder.resolve()
-    partial = folder.with_name(f".{os.getpid()}.{folder.name}")
     try:
-        partial.mkdir(parents=True)
-        for index in (readable[i] for i in chosen):
-            if dataset.fault(index) is None:
-                name = Path(dataset.images[index].file_name).stem[:100]
-                sheet = _sheet(dataset, index, epochs=EPOCHS if split == "train" else 1)
-                sheet.save(partial / f"{split}_{dataset.images[index].id}_{name}.png")
-        os.replace(partial, folder)  # whole or not at all; an empty folder may be there
+        with whole_folder(folder) as partial:
+            for index in (readable[i] for i in chosen):
+                if dataset.fault(index) is None:
+                    name = Path(dataset.images[index].file_name).stem[:100]
+                    sheet = _sheet(dataset, index, epochs=EPOCHS if split == "train" else 1)
+                    sheet.save(partial / f"{split}_{dataset.images[index].id}_{name}.png")
     except OSError as error:
         raise ValueError(f"--draw {folder} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted(folder.iterdir())
 
 
