@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+
+def spread(number: int, length: int) -> list[int]:
+    """Up to `number` places among `length`, evenly from the first to the last."""
+    return np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int)).tolist()
 
 
 class ImageRecord(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 
 from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.image_list import spread
 from samdetr.datasets.transforms import EvalTransforms
 from samdetr.training.settings import RunSettings
 from samdetr.util.distributed import from_main, get_world_size
@@ -64,7 +65,7 @@ def subset(annotations: Annotations, number: int, *, without: Sequence[int] = ()
             f"`overfit` {number}: only {len(rows)} images of {annotations.file} can be read and have objects; pass at "
             f"most {len(rows)}"
         )
-    images = [annotations.images[rows[i]] for i in np.linspace(0, len(rows) - 1, number).round().astype(int)]
+    images = [annotations.images[rows[i]] for i in spread(number, len(rows))]
     ids = {entry["id"] for entry in images}
     entries = [entry for entry in annotations.entries if entry["image_id"] in ids]
     return Annotations({**annotations.content, "images": images, "annotations": entries}, file=annotations.file)

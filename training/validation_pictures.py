@@ -8,7 +8,8 @@ from PIL import Image
 
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval import Detections
-from samdetr.util.drawing import draw_detections
+from samdetr.datasets.image_list import spread
+from samdetr.util.drawing import draw_detections, shrunk
 
 IMAGES = 4
 THRESHOLD = 0.3
@@ -18,20 +19,23 @@ LONGEST = 640  # pixels
 def validation_pictures(images: CocoDetection, found: Detections) -> dict[str, Image.Image]:
     """Detections on the same images every time, from everywhere in the set; those that cannot be read are left out."""
     pictures = {}
-    for index in np.unique(np.linspace(0, len(images) - 1, IMAGES).round().astype(int)).tolist():
+    for index in spread(IMAGES, len(images)):
         try:
-            picture = draw_found(images, found, index, threshold=THRESHOLD)
+            image = images.read_image(index)
         except ValueError:
             continue
+        picture = draw_found(images, found, index, image, threshold=THRESHOLD)
         pictures[f"detections/{images.images[index].file_name}"] = picture
     return pictures
 
 
-def draw_found(images: CocoDetection, found: Detections, index: int, *, threshold: float) -> Image.Image:
-    """Image `index` with its detections from a score on. Raises ValueError: it cannot be read."""
+def draw_found(
+    images: CocoDetection, found: Detections, index: int, image: Image.Image, *, threshold: float
+) -> Image.Image:
+    """Image `index`, read already, with its detections from a score on."""
     labels = {identity: label for label, identity in images.categories.category_ids.items()}
     columns = found.columns()
-    image, factor = _small(images, index)
+    image, factor = shrunk(image, LONGEST)
     chosen = np.flatnonzero((columns["image_id"] == images.images[index].id) & (columns["score"] >= threshold))
     boxes = torch.from_numpy(columns["bbox"][chosen]) * factor  # left, top, width, height
     return draw_detections(
@@ -43,15 +47,8 @@ def draw_found(images: CocoDetection, found: Detections, index: int, *, threshol
     )
 
 
-def draw_objects(images: CocoDetection, index: int) -> Image.Image:
-    """Image `index` with its objects. Raises ValueError: it cannot be read."""
-    image, factor = _small(images, index)
-    boxes, labels = images.objects(index, images.read_image(index).size)
+def draw_objects(images: CocoDetection, index: int, image: Image.Image) -> Image.Image:
+    """Image `index`, read already, with its objects."""
+    boxes, labels = images.objects(index, image.size)
+    image, factor = shrunk(image, LONGEST)
     return draw_detections(image, boxes=boxes * factor, labels=labels, scores=None, class_names=images.categories.names)
-
-
-def _small(images: CocoDetection, index: int) -> tuple[Image.Image, float]:
-    """An image that is LONGEST pixels long at most, and by how much it is reduced. Raises ValueError."""
-    image = images.read_image(index)
-    factor = min(LONGEST / max(image.size), 1)
-    return image.resize((max(round(image.width * factor), 1), max(round(image.height * factor), 1))), factor

@@ -91,6 +91,12 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequ
     return sheet
 
 
+def shrunk(image: Image.Image, longest: int) -> tuple[Image.Image, float]:
+    """The image, at most so many pixels long, and by how much it is reduced."""
+    factor = min(longest / max(image.size), 1)
+    return image.resize((max(round(image.width * factor), 1), max(round(image.height * factor), 1))), factor
+
+
 def line_width(size: tuple[int, int]) -> int:
     return max(round(min(max(size), 2 * min(size)) / 350), 3)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from samdetr.datasets.build import build_dataset
 from samdetr.datasets.coco import CocoDetection
+from samdetr.datasets.image_list import spread
 from samdetr.datasets.settings import Data
 from samdetr.util.box_ops import cxcywh_to_xyxy
-from samdetr.util.drawing import contact_sheet, draw_detections
+from samdetr.util.drawing import contact_sheet, draw_detections, shrunk
 from samdetr.util.files import whole_folder
 from samdetr.util.fonts import drawable
 
@@ -41,11 +41,10 @@ def draw(data: Data, folder: Path, *, split: str, number: int) -> list[Path]:
     """
     dataset = build_dataset(split, data)
     readable = sorted(set(range(len(dataset))) - dataset.known_faults.keys())
-    chosen = np.unique(np.linspace(0, len(readable) - 1, min(number, len(readable))).round().astype(int))
     folder = folder.resolve()
     try:
         with whole_folder(folder) as partial:
-            for index in (readable[i] for i in chosen):
+            for index in (readable[i] for i in spread(number, len(readable))):
                 if dataset.fault(index) is None:
                     name = Path(dataset.images[index].file_name).stem[:100]
                     sheet = _sheet(dataset, index, epochs=EPOCHS if split == "train" else 1)
@@ -58,9 +57,8 @@ def draw(data: Data, folder: Path, *, split: str, number: int) -> list[Path]:
 def _sheet(dataset: CocoDetection, index: int, *, epochs: int) -> Image.Image:
     image = dataset.read_image(index)
     boxes, labels = dataset.objects(index, image.size)
-    factor = min(_LONGEST / max(image.size), 1)
-    size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
-    pictures = [_drawn(dataset, image.resize(size), boxes * factor, labels)]
+    small, factor = shrunk(image, _LONGEST)
+    pictures = [_drawn(dataset, small, boxes * factor, labels)]
     captions = [f"{dataset.images[index].file_name}, as read: {image.width} x {image.height}, {len(boxes)} boxes"]
     for epoch in range(epochs):
         dataset.set_epoch(epoch)

@@ -72,7 +72,8 @@ def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
         pairs = []
         for row in rows:
             index = place[int(found.image_ids[row])]
-            sides = draw_objects(images, index), draw_found(images, found, index, threshold=threshold)
+            image = images.read_image(index)
+            sides = draw_objects(images, index, image), draw_found(images, found, index, image, threshold=threshold)
             title = f"{images.images[index].file_name}: F1 {f1[row]:.2f}, scores from {threshold:.2f}"
             pairs.append(Pair(title, images.image_path(index), *map(jpeg, sides)))
         return pairs
