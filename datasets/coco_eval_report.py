@@ -16,8 +16,9 @@ import numpy as np
 
 from samdetr.datasets.coco_eval import BoxMetrics, Detections
 from samdetr.datasets.ground_truth import GroundTruth
-from samdetr.util.class_pictures import draw_confusion, draw_precision_recall, drawable, shorter
+from samdetr.util.class_pictures import draw_confusion, draw_precision_recall, drawable
 from samdetr.util.files import whole_file
+from samdetr.util.logger import printable, shorter
 
 IOU = 0.5  # of a detection and the object that it finds
 BACKGROUND = "background"
@@ -101,18 +102,18 @@ class Report:
     def table(self) -> str:
         """Lines for the console: COCO's twelve, a row for all classes and one for each."""
         rows = [{"name": "all classes", **self.total}, *self.classes[:_ROWS]]
-        width = min(24, max(len(_printable(row["name"])) for row in rows))
+        width = min(24, max(len(printable(row["name"])) for row in rows))
         lines = [self.metrics.table, "", f"{'':{width}} {'objects':>9} " + " ".join(f"{name:>9}" for name in _SHOWN)]
         for row in rows:
             values = ("-" if math.isnan(row[name]) else f"{row[name]:.3f}" for name in _SHOWN)
-            name = shorter(_printable(row["name"]), width)
+            name = shorter(printable(row["name"]), width)
             lines.append(f"{name:{width}} {row['num_objects']:9,} " + " ".join(f"{value:>9}" for value in values))
         if len(self.classes) > _ROWS:
             lines.append(f"... and {len(self.classes) - _ROWS:,} more classes, which the files list")
         lines.append("f1, precision, recall: from the threshold with the best F1 on, at IoU 0.5")
         without = [row["name"] for row in self.classes if not row["num_objects"]]
         if without:
-            few = ", ".join(map(_printable, without[:5])) + (", ..." if len(without) > 5 else "")
+            few = ", ".join(map(printable, without[:5])) + (", ..." if len(without) > 5 else "")
             lines.append(f"{len(without)} of {len(self.classes)} classes have no objects here and no metrics: {few}")
         return "\n".join(lines)
 
@@ -283,11 +284,6 @@ def _nested(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _blank(value: Any) -> Any:
     return "" if isinstance(value, float) and math.isnan(value) else value
-
-
-def _printable(text: str) -> str:
-    """On one line: what cannot be shown is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:

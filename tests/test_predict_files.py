@@ -343,7 +343,7 @@ def test_video_file(trained, shapes, tmp_path):
 @pytest.fixture
 def no_fonts(monkeypatch):
     """Only matplotlib's own font, which has no Chinese."""
-    caches = [getattr(fonts, name) for name in ("_parts", "_font_of", "_fonts", "_letters")]
+    caches = [getattr(fonts, name) for name in ("_parts", "_font_of", "_fonts", "letters")]
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda *_: [])
     monkeypatch.setattr(fonts, "_NAMED", set())
     [each.cache_clear() for each in caches]

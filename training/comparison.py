@@ -12,9 +12,8 @@ from typing import Any
 from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.published import published, recipe_of
 from samdetr.training.runs import Epoch, Run, read_run
-from samdetr.util.class_pictures import shorter
 from samdetr.util.files import whole_file
-from samdetr.util.logger import printable
+from samdetr.util.logger import printable, shorter
 
 # Settings that say where and how a run is executed, not what it computes.
 _PLACES = {

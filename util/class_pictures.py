@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from samdetr.util.files import whole_file
-from samdetr.util.logger import log
+from samdetr.util.fonts import letters
+from samdetr.util.logger import log, shorter
 
 # matplotlib is imported where it is used, because nothing else needs it and it takes a second.
 
@@ -98,18 +99,18 @@ def draw_confusion(
 def drawable(names: Sequence[str], identities: Sequence[int]) -> tuple[list[str], list[str]]:
     """A label of one line for each name, and the font families that draw all of them; an id for a name that has
     characters of none, with one note."""
-    wanted = {character for name in names for character in name if character.isprintable()}
+    wanted = {ord(character) for name in names for character in name if character.isprintable()}
     families = ["DejaVu Sans"]
-    missing = wanted - _characters("DejaVu Sans")
-    for family in _font_files() if missing else ():
-        if missing & _characters(family):
+    missing = wanted - letters(_font_files().get("DejaVu Sans", ""))
+    for family, file in _font_files().items() if missing else ():
+        if missing & letters(file):
             families.append(family)
-            missing -= _characters(family)
+            missing -= letters(file)
         if not missing:
             break
     labels, replaced = [], []
     for name, identity in zip(names, identities):
-        if not name.strip() or not all(c.isprintable() and c not in missing for c in name):
+        if not name.strip() or not all(c.isprintable() and ord(c) not in missing for c in name):
             replaced.append(name)
             name = f"id {identity}"
         labels.append(shorter(name, _LONGEST))
@@ -117,10 +118,6 @@ def drawable(names: Sequence[str], identities: Sequence[int]) -> tuple[list[str]
         some = ", ".join(map(repr, replaced[:3])) + (", ..." if len(replaced) > 3 else "")
         log(f"note: no font here draws the names of {len(replaced)} class(es) ({some}): pictures show ids")
     return labels, families
-
-
-def shorter(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 @cache
@@ -132,16 +129,6 @@ def _font_files() -> dict[str, str]:
     upright = [font for font in fontManager.ttflist if font.style == "normal" and font.weight in (400, "normal")]
     names = {font.name: font.fname for font in upright}
     return {name: names[name] for name in sorted(names) if not {"color", "colour", "resort"} & {*name.lower().split()}}
-
-
-@cache
-def _characters(family: str) -> frozenset[str]:
-    from matplotlib.font_manager import get_font
-
-    try:
-        return frozenset(map(chr, get_font(_font_files()[family]).get_charmap()))
-    except (KeyError, OSError, RuntimeError, ValueError):  # a damaged font file
-        return frozenset()
 
 
 def _width(text: str) -> float:

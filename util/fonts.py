@@ -60,14 +60,14 @@ def _parts(text: str) -> list[tuple[str, str]]:
         return [("", text)]
     needed = {ord(letter) for letter in text if letter not in _JOINERS}
     for path in _fonts():
-        if needed <= _letters(path):
+        if needed <= letters(path):
             return [(path, text)]  # one alone knows the direction and the shapes of all words
     paths: list[str] = []
     for letter in text:
         before = paths[-1] if paths else ""
         kind = unicodedata.category(letter)
         joins = kind[0] in "MZPC"  # marks, spaces and the like
-        stays = before and (ord(letter) in _letters(before) or kind in ("Mn", "Cf"))
+        stays = before and (ord(letter) in letters(before) or kind in ("Mn", "Cf"))
         paths.append(before if joins and stays else _font_of(letter) or "")
     return [(path, "".join(letter for _, letter in group)) for path, group in groupby(zip(paths, text), lambda p: p[0])]
 
@@ -83,7 +83,7 @@ def _font_of(letter: str) -> str | None:
     """The first font that has a letter, "" being Pillow's own; None if no font has it."""
     if letter.isascii() or letter in _JOINERS:
         return ""
-    return next((path for path in _fonts() if ord(letter) in _letters(path)), None)
+    return next((path for path in _fonts() if ord(letter) in letters(path)), None)
 
 
 @cache
@@ -97,7 +97,7 @@ def _fonts() -> list[str]:
 
 
 @cache
-def _letters(path: str) -> frozenset[int]:
+def letters(path: str) -> frozenset[int]:
     """Code points that a font file has; none if Pillow or matplotlib cannot use it."""
     from matplotlib.ft2font import FT2Font
 

@@ -16,9 +16,8 @@ from samdetr.training.published import departures, recipe_of
 from samdetr.training.report import curves
 from samdetr.training.report.images import best_and_worst, jpeg
 from samdetr.training.runs import Run
-from samdetr.util.class_pictures import shorter
 from samdetr.util.files import whole_file
-from samdetr.util.logger import printable
+from samdetr.util.logger import printable, shorter
 from samdetr.util.regular_files import open_regular
 
 MARK = "<!-- samdetr report -->"
