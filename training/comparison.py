@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from samdetr.datasets.coco_eval import METRICS
-from samdetr.training.published import published, recipe_of
+from samdetr.training.published import published_by_epoch, recipe_of
 from samdetr.training.runs import Epoch, Run, read_run
 from samdetr.util.files import whole_file
 from samdetr.util.logger import printable, shorter
@@ -46,8 +47,8 @@ class Seeds:
     def over_epochs(self, name: str) -> dict[int, list[float]]:
         """Values of a metric by epoch, of those runs that have it."""
         values: dict[int, list[float]] = {}
-        for epoch in (epoch for run in self.runs for epoch in run.evaluated if name in epoch.metrics):
-            values.setdefault(epoch.number, []).append(epoch.metrics[name])
+        for number, value in (item for run in self.runs for item in run.by_epoch(name).items()):
+            values.setdefault(number, []).append(value)
         return dict(sorted(values.items()))
 
 
@@ -59,6 +60,11 @@ class Comparison:
     names: tuple[str, ...]  # short and distinct
     differences: dict[str, tuple[str, ...]]
     seeds: tuple[Seeds, ...]
+
+    @property
+    def recipes(self) -> list[str]:
+        """Published runs with the network and the number of epochs of a run."""
+        return list(dict.fromkeys(name for run in self.runs if (name := recipe_of(run.settings))))
 
 
 def compare_runs(folders: Sequence[str | Path]) -> Comparison:
@@ -179,24 +185,20 @@ def table(found: Comparison) -> str:
 def draw(found: Comparison, figure: Any) -> None:
     """Training loss and AP of the runs on a figure of matplotlib, and the published curves of their recipes, dashed."""
     panels = dict(zip(("train_loss", "AP"), figure.subplots(1, 2)))
-    recipes = dict.fromkeys(name for run in found.runs if (name := recipe_of(run.settings)))
     lines, texts = [], []
 
-    def plot(label: str, curves: dict[str, dict[int, float]], **style: Any) -> None:
+    def plot(label: str, values: Callable[[str], dict[int, float]], **style: Any) -> None:
+        curves = {key: values(key) for key in panels}
         drawn = [panels[key].plot(*zip(*curve.items()), **style)[0] for key, curve in curves.items() if curve]
         if drawn:
             lines.append(drawn[0])
             texts.append(label)
 
     for place, (run, name) in enumerate(zip(found.runs, found.names)):
-        loss = {epoch.number: epoch.values["train_loss"] for epoch in run.epochs if "train_loss" in epoch.values}
-        ap = {epoch.number: epoch.metrics["AP"] for epoch in run.evaluated if "AP" in epoch.metrics}
-        plot(name, {"train_loss": loss, "AP": ap}, color=f"C{place % 10}", marker="o", markersize=2.5)
-    for place, name in enumerate(recipes):
-        curve = published()[name]
-        ap = dict(zip(curve["epoch"], (metrics[0] for metrics in curve["coco_eval_bbox"])))
-        loss = dict(zip(curve["epoch"], curve["train_loss"]))
-        plot(f"published {name}", {"train_loss": loss, "AP": ap}, color=("black", "dimgray")[place % 2], linestyle="--")
+        plot(name, run.by_epoch, color=f"C{place % 10}", marker="o", markersize=2.5)
+    for place, name in enumerate(found.recipes):
+        values = partial(published_by_epoch, name)
+        plot(f"published {name}", values, color=("black", "dimgray")[place % 2], linestyle="--")
     panels["train_loss"].set(title="training loss", xlabel="epoch")
     panels["AP"].set(title="AP", xlabel="epoch")
     for panel in panels.values():

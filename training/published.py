@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.settings import RunSettings
 
 
@@ -21,6 +22,13 @@ from samdetr.training.settings import RunSettings
 def published() -> dict[str, dict[str, Any]]:
     """All, by name: r50_smca_e12."""
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+def published_by_epoch(name: str, key: str) -> dict[int, float]:
+    """A loss of a published run, or one of its metrics; empty if it has none."""
+    run = published()[name]
+    values = [row[METRICS.index(key)] for row in run["coco_eval_bbox"]] if key in METRICS else run.get(key, ())
+    return dict(zip(run["epoch"], values))
 
 
 @cache

@@ -78,6 +78,11 @@ class Run:
         """The epoch with the highest AP, the first of equal ones."""
         return max((e for e in self.evaluated if "AP" in e.metrics), key=lambda e: e.metrics["AP"], default=None)
 
+    def by_epoch(self, name: str) -> dict[int, float]:
+        """A loss, a rate or a metric of the epochs that have it."""
+        values = {epoch.number: {**epoch.values, **epoch.metrics}.get(name) for epoch in self.epochs}
+        return {number: value for number, value in values.items() if value is not None}
+
     @property
     def planned(self) -> int | None:
         """Epochs that the run is to have, if that is known."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.comparison import Comparison
-from samdetr.training.published import published, recipe_of
+from samdetr.training.published import published_by_epoch
 from samdetr.training.runs import Run
 
 Curve = Mapping[int, float]
@@ -54,19 +54,14 @@ def panel(title: str, curves: Sequence[tuple[Curve, dict[str, Any]]], *, band: S
     return text.getvalue()
 
 
-def recipes(found: Comparison) -> list[str]:
-    """Published runs with the network and the number of epochs of a run."""
-    return list(dict.fromkeys(name for run in found.runs if (name := recipe_of(run.settings))))
-
-
 def losses(found: Comparison) -> dict[str, bytes]:
     """A panel for the sums and for each term of the last layer, with all runs; published ones dashed."""
     terms = dict.fromkeys(key for run in found.runs for epoch in run.epochs for key in epoch.values)
     keys = ["train_loss", "test_loss", *(key for key in terms if (t := _TERM.fullmatch(key)) and t[2] is None)]
     panels = {}
     for key in keys:
-        curves = [(_values(run, key), {"color": colour(place)}) for place, run in enumerate(found.runs)]
-        curves += [(_published(name, key), _dashed(place)) for place, name in enumerate(recipes(found))]
+        curves = [(run.by_epoch(key), {"color": colour(place)}) for place, run in enumerate(found.runs)]
+        curves += [(published_by_epoch(name, key), _dashed(place)) for place, name in enumerate(found.recipes)]
         if picture := panel(key.replace("_", " "), curves):
             panels[key] = picture
     return panels
@@ -88,7 +83,7 @@ def layers(run: Run) -> dict[str, bytes]:
             continue
         curves = [
             (
-                _values(run, f"train_{term}" + ("" if name == "last" else f"_{name}")),
+                run.by_epoch(f"train_{term}" + ("" if name == "last" else f"_{name}")),
                 {"color": colormaps["viridis"](0.9 * place / (len(names) - 1)), "label": name},
             )
             for place, name in enumerate(names)
@@ -101,15 +96,9 @@ def layers(run: Run) -> dict[str, bytes]:
 def precision(found: Comparison) -> dict[str, bytes]:
     """Panels of AP, AP50 and the size buckets; a band of one standard deviation around the mean of seeds."""
     panels = {}
-    for place, name in enumerate(METRICS[:6]):
-        curves = [
-            ({e.number: e.metrics[name] for e in run.evaluated if name in e.metrics}, {"color": colour(number)})
-            for number, run in enumerate(found.runs)
-        ]
-        for number, recipe in enumerate(recipes(found)):
-            curve = published()[recipe]
-            values = {epoch: figures[place] for epoch, figures in zip(curve["epoch"], curve["coco_eval_bbox"])}
-            curves.append((values, _dashed(number)))
+    for name in METRICS[:6]:
+        curves = [(run.by_epoch(name), {"color": colour(place)}) for place, run in enumerate(found.runs)]
+        curves += [(published_by_epoch(recipe, name), _dashed(place)) for place, recipe in enumerate(found.recipes)]
         bands = []
         for seeds in found.seeds:
             by_epoch = seeds.over_epochs(name)
@@ -122,15 +111,6 @@ def precision(found: Comparison) -> dict[str, bytes]:
         if picture := panel(name, curves, band=bands):
             panels[name] = picture
     return panels
-
-
-def _values(run: Run, key: str) -> dict[int, float]:
-    return {epoch.number: epoch.values[key] for epoch in run.epochs if key in epoch.values}
-
-
-def _published(name: str, key: str) -> dict[int, float]:
-    curve = published()[name]
-    return dict(zip(curve["epoch"], curve.get(key, ())))
 
 
 def _dashed(place: int) -> dict[str, Any]:

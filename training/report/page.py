@@ -122,7 +122,7 @@ def _legend(found: Comparison) -> str:
         return f'<li><svg width="28" height="10" aria-hidden="true">{line}</svg>{text(name, 80)}</li>'
 
     entries = [entry(curves.colour(place), "", name) for place, name in enumerate(found.names)]
-    for place, name in enumerate(curves.recipes(found)):
+    for place, name in enumerate(found.recipes):
         stroke = ("black", "dimgray", "silver")[place % 3]
         entries.append(entry(stroke, ' stroke-dasharray="6 4"', f"published {name}, COCO"))
     return f'<ul class="legend">{"".join(entries)}</ul>'
