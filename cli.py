@@ -208,3 +208,14 @@ def _spellings() -> dict[str, str]:
     kinds = [*PARTS.values(), *(family.config for family in FAMILIES.values())]
     switches = {n: declared for kind in kinds for n, declared in flags(kind) if getattr(kind, n) is True}
     return {name: declared.off[0] if declared.off else f"--no_{name}" for name, declared in switches.items()}
+
+
+def program_parser(file: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """The parser of a program with a few flags of its own, whose docstring is shown as it is written."""
+    return argparse.ArgumentParser(
+        program_name(file),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )

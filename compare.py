@@ -9,23 +9,18 @@ of a recipe dashed. `samdetr.compare_runs` gives the same as dataclasses.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from samdetr.cli import program_parser
 from samdetr.training.comparison import compare_runs, table, write_picture
-from samdetr.util.command_line import program_name, run_command
+from samdetr.util.command_line import run_command
 from samdetr.util.logger import log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        program_name("compare.py"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = program_parser("compare.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
     parser.add_argument(
         "--picture", type=Path, default=Path("output/compare.png"), metavar="FILE", help="(default: output/compare.png)"

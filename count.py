@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from samdetr.cli import parse, with_flags
+from samdetr.cli import parse, program_parser, with_flags
 from samdetr.inference.counting import by_module, count, latency
 from samdetr.inference.plain import plain
 from samdetr.models.checkpoints import check_network
@@ -27,6 +28,7 @@ from samdetr.models.detector import Detector
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.resume import find_checkpoint
 from samdetr.training.run import build_network, check_settings
+from samdetr.training.settings import RunSettings
 from samdetr.util.command_line import program_name, run_command
 from samdetr.util.device import choose_device, place, set_arithmetic
 from samdetr.util.logger import log
@@ -45,13 +47,8 @@ def rounds(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        program_name("count.py"),
-        usage=f"{program_name('count.py')} [--size HEIGHT WIDTH] [--latency N] [FLAGS of samdetr train]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = f"{program_name('count.py')} [--size HEIGHT WIDTH] [--latency N] [FLAGS of samdetr train]"
+    parser = program_parser("count.py", __doc__, usage=usage)
     parser.add_argument(
         "--size",
         type=side,
@@ -69,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(words: Sequence[str], size: Sequence[int], images: int | None) -> None:
     """Print what the network of these flags has. Raises ValueError."""
-    run = parse(words).settings
-    device = choose_device(run.run.device)  # before anything takes time
-    set_arithmetic(tf32=run.speed.tf32, deterministic=False)
-    network, about = build(words)
+    command = parse(words)
+    settings = command.settings
+    device = choose_device(settings.run.device)  # before anything takes time
+    set_arithmetic(tf32=settings.speed.tf32, deterministic=False)
+    network, about = build(settings, command.given)
     title = f"{about}, one image of {size[0]} x {size[1]}"
     counts = by_module(plain(network), size)
     width = max(map(len, counts))
@@ -83,24 +81,23 @@ def show(words: Sequence[str], size: Sequence[int], images: int | None) -> None:
         log(row)
     log(f"a multiplication with its addition is one FLOP; this program computes {count(network, size).flops / 1e9:.1f}")
     if images:
-        place(network, device, channels_last=run.speed.channels_last)
+        place(network, device, channels_last=settings.speed.channels_last)
         seconds = latency(network, size, rounds=images)
         what = "GPU" if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
         log(f"{1e3 * seconds:.1f} ms for an image ({what}, float32, median of {images}), post-processing left out")
 
 
-def build(words: Sequence[str]) -> tuple[Detector, str]:
-    """The network that flags describe, and what to call it. Raises ValueError."""
-    command = parse(words)
-    settings = command.settings
+def build(settings: RunSettings, given: Mapping[str, Any]) -> tuple[Detector, str]:
+    """The network of these settings, and what to call it. `given` are the values of the flags that the user typed.
+    Raises ValueError."""
     if settings.run.pretrained:
         raise ValueError("`pretrained` starts a training: pass the file with `resume` to count its network")
     settings = settings.replace(eval=bool(settings.run.resume))
     check_settings(settings)
     folder = CheckpointFolder(settings.run.output_dir) if settings.run.output_dir else None
-    source = find_checkpoint(settings, command.given, folder)
-    settings = source.applied(settings, command.given)
-    settings.check_family(command.given)
+    source = find_checkpoint(settings, given, folder)
+    settings = source.applied(settings, given)
+    settings.check_family(given)
     settings = settings.with_resolved_norm()
     if source.checkpoint:
         check_network(settings.trunk, settings.family, source.checkpoint["model"], source=source.path)

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from samdetr.cli import import_plugin
+from samdetr.cli import import_plugin, program_parser
 from samdetr.inference.export.command import Request, export
 from samdetr.inference.export.formats import FORMATS
 from samdetr.util.command_line import as_flags, program_name, run_command
@@ -21,12 +21,7 @@ from samdetr.util.logger import log
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        program_name("export.py"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = program_parser("export.py", __doc__)
     parser.add_argument("--resume", required=True, help="checkpoint: a file or URL, ours or an official one")
     parser.add_argument("--allow_http", action="store_true", help="fetch --resume URL over http from other machines")
     parser.add_argument("--raw_weights", action="store_true", help="not the averaged weights of --ema, if any")

@@ -20,12 +20,13 @@ from typing import Any
 
 from PIL import Image
 
+from samdetr.cli import program_parser
 from samdetr.inference.explain import check_points, explain
 from samdetr.inference.predictor import load
 from samdetr.training.comparison import check_place, compare_runs
 from samdetr.training.report.page import MARK, write_page
 from samdetr.training.runs import Run
-from samdetr.util.command_line import program_name, run_command
+from samdetr.util.command_line import run_command
 from samdetr.util.logger import log, printable
 
 TITLES = {
@@ -60,12 +61,7 @@ def where_it_looks(run: Run, image: Path) -> dict[str, Image.Image]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        program_name("report.py"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = program_parser("report.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a run")
     parser.add_argument(
         "--output", type=Path, default=Path("output/report.html"), metavar="FILE", help="(default: output/report.html)"

@@ -83,7 +83,8 @@ class Request:
             raise ValueError(f"`most_drop` {self.most_drop} is not between 0 and 1")
         if self.size and not all(1 <= side <= LARGEST for side in self.size):
             raise ValueError(f"`size` {self.size[0]} {self.size[1]}: sides go from 1 to {LARGEST} pixels")
-        need(*chosen.packages, what=f"`format` {self.format}") if chosen.packages else None
+        if chosen.packages:
+            need(*chosen.packages, what=f"`format` {self.format}")
 
     def file(self, source: str) -> Path:
         """Where to write. Raises ValueError if something is there already."""
@@ -125,8 +126,8 @@ def export(source: str, request: Request, *, raw_weights: bool = False, allow_ht
         raise ValueError(f"`source` {source} is an exported file; pass the checkpoint")
     if request.size:
         predictor.transforms = FitInto(*request.size)  # as the file is used
-    given = find_images(request.images or request.int8)[0] if request.images or request.int8 else []
     calibration = find_images(request.int8)[0] if request.int8 else []
+    given = find_images(request.images)[0] if request.images else calibration
     about = describe(predictor, request)
     begin = time.monotonic()
     log(f"tracing {source}")
