@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,21 +93,8 @@ class Denoising:
     contrastive: bool
 
     def known(self, counts: Sequence[int], device: torch.device) -> Known:
-        """Where the copies of the objects stand, if the images have so many. A group is as long as the largest image's,
-        and begins with the copies that shall find their object."""
-        largest, kinds = max(counts, default=0), 2 if self.contrastive else 1
-        groups = max(min(self.groups, MOST_COPIES // max(largest, 1)), 1)
-        objects = [(image, place) for image, count in enumerate(counts) for place in range(count)]
-        rows = [
-            (image, (group * kinds + kind) * largest + place, target, kind)
-            for group in range(groups)
-            for kind in range(kinds)
-            for target, (image, place) in enumerate(objects)
-        ]
-        table = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
-        positive = (table[:, 3] == 0).nonzero()[:, 0]
-        image, query, target, positive = (x.to(device, non_blocking=True) for x in (*table.T[:3], positive))
-        return Known(image, query, target, positive, groups)
+        """Where the copies of the objects stand, if the images have so many."""
+        return _known(self.groups, self.contrastive, tuple(counts), device)
 
     @torch.no_grad()
     def __call__(self, targets: Sequence[dict[str, Tensor]]) -> Noised:
@@ -147,6 +135,24 @@ class Denoising:
         by = by + further * torch.where(by < 0, -1, 1)
         corners = cxcywh_to_xyxy(boxes) + by * boxes[:, 2:].repeat(1, 2) / 2 * self.box_noise
         return xyxy_to_cxcywh(corners.clamp(0, 1))
+
+
+@lru_cache(1)  # a batch asks twice: for its copies, then for their losses
+def _known(wanted_groups: int, contrastive: bool, counts: tuple[int, ...], device: torch.device) -> Known:
+    """A group is as long as the largest image's, and begins with the copies that shall find their object."""
+    largest, kinds = max(counts, default=0), 2 if contrastive else 1
+    groups = max(min(wanted_groups, MOST_COPIES // max(largest, 1)), 1)
+    objects = [(image, place) for image, count in enumerate(counts) for place in range(count)]
+    rows = [
+        (image, (group * kinds + kind) * largest + place, target, kind)
+        for group in range(groups)
+        for kind in range(kinds)
+        for target, (image, place) in enumerate(objects)
+    ]
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+    positive = (table[:, 3] == 0).nonzero()[:, 0]
+    image, query, target, positive = (x.to(device, non_blocking=True) for x in (*table.T[:3], positive))
+    return Known(image, query, target, positive, groups)
 
 
 class DenoisingQueries(nn.Module):
