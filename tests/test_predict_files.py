@@ -1,12 +1,10 @@
 """`samdetr predict` with many inputs: what it prints, writes, leaves alone, and how it ends."""
 
-import http.server
 import json
 import os
 import shutil
 import signal
 import sys
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,22 +171,10 @@ def test_ctrl_c_leaves_whole_files(trained, shapes, tmp_path, monkeypatch, capsy
     assert "stopped by Ctrl-C" in capsys.readouterr().out
 
 
-def test_urls_are_checked_downloads(trained, pictures, monkeypatch, capsys):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *words):
-            super().__init__(*words, directory=str(pictures))
-
-        def log_message(self, *_):
-            pass
-
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        urls = [f"{address}/a/x.jpg", f"{address}/gone.jpg", f"{address}/b/x.jpg?x=1", "http://192.0.2.1/other.jpg"]
-        assert run(trained, "--images", *urls, "--output", pictures / "out") == 2
-        server.shutdown()
+def test_urls_are_checked_downloads(server, trained, pictures, capsys):
+    address = f"http://127.0.0.1:{server.server_port}"
+    urls = [f"{address}/a/x.jpg", f"{address}/gone.jpg", f"{address}/b/x.jpg?x=1", "http://192.0.2.1/other.jpg"]
+    assert run(trained, "--images", *urls, "--output", pictures / "out") == 2
     captured = capsys.readouterr()
     assert "2 of 4 could not be read (see the lines above): gone.jpg, other.jpg" in captured.err
     assert "404" in captured.out
