@@ -216,6 +216,28 @@ def test_waits_for_data_end(fault, said):
     assert seconds_waited() == 0
 
 
+LEAVES = """
+import os, sys, time
+from samdetr.util.loader import Loader, guard_worker
+
+def begin(_):
+    time.sleep(0.5)
+    guard_worker()
+
+batches = iter(Loader(range(8), timeout=9, num_workers=1, batch_size=1, worker_init_fn=begin, collate_fn=list))
+if sys.argv[1] == "later":
+    next(batches)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["before the worker has begun", "later"])
+def test_a_worker_ends_with_its_parent(when):
+    """Otherwise it lives on, and with it the pipes that the parent wrote into: whoever reads them waits for ever."""
+    run = subprocess.run([sys.executable, "-c", LEAVES, when], capture_output=True, text=True, timeout=30)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
 def test_shared_memory_is_estimated(monkeypatch):
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=64e6, total=64e6))
     assert shared_memory_warning(num_workers=4, batch_bytes=8_000_000) is None

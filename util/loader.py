@@ -135,13 +135,22 @@ def shared_memory_warning(*, num_workers: int, batch_bytes: int) -> str | None:
 
 
 def guard_worker() -> None:
-    """In a process that loads data: end with its parent, however that ends; and end if a batch cannot be sent, for the
-    parent would wait for it."""
+    """In a process that loads data: end with its parent, however and whenever that ends, and without a word; and end if
+    a batch cannot be sent, for the parent would wait for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     if sys.platform == "linux":
-        parent, set_death_signal = os.getppid(), 1
+        set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it has ended meanwhile
-            os._exit(1)
+    # The parent may have ended before this line. A server that forks, if there is one, ends with the parent.
+    if os.getppid() != parent.pid and multiprocessing.get_start_method() != "forkserver":
+        os._exit(1)
+
+    def closed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, (EOFError, ConnectionError)):  # else the parent ends, a moment before this process does
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = closed  # of the thread that hands batches over; errors of the data set go to the parent
 
     def fail(error: BaseException, _: object) -> None:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import multiprocessing
 import os
 import signal
 import socket
@@ -155,10 +156,11 @@ def shield_worker(_: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def wait() -> None:
-        while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        while signal.sigwaitinfo(SIGNALS).si_pid != parent.pid:
             pass
         os._exit(0)
 
