@@ -4,7 +4,8 @@
 
 Prints the flags that differ, the 12 COCO figures of the last epoch that was evaluated and of the best, and mean and
 standard deviation over runs that differ by seed alone. Draws losses and AP into one picture, with the published curve
-of a recipe dashed. `samdetr.compare_runs` gives the same as dataclasses.
+of a recipe dashed. --against says how far every epoch is from a published run, and warns where it is further than
+repeated runs are. `samdetr.compare_runs` gives the same as dataclasses.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from samdetr.cli import program_parser
+from samdetr.training import judge
 from samdetr.training.comparison import compare_runs, table, write_picture
 from samdetr.util.command_line import run_command
-from samdetr.util.logger import log
+from samdetr.util.logger import log, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,13 +27,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=Path, default=Path("output/compare.png"), metavar="FILE", help="(default: output/compare.png)"
     )
+    parser.add_argument(
+        "--against", default="", metavar="{RECIPE,auto}", help="a published run, or that of a run's network"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is something else's")
     args = parser.parse_args(argv)
 
     def run() -> None:
         found = compare_runs(args.runs)
+        lines = [table(found)]
+        if args.against:
+            for run, label in zip(found.runs, found.names):
+                name = judge.published_name(args.against, run.settings, flag="against")
+                epochs = [(each.number, {**each.values, **each.metrics}) for each in run.epochs]
+                lines += ["", f"{printable(label)} against {name}:", *judge.table(epochs, name=name)]
         write_picture(found, args.picture, overwrite=args.overwrite)
-        log(f"{table(found)}\n\ncurves are in {args.picture}")
+        log("\n".join([*lines, "", f"curves are in {args.picture}"]))
 
     return run_command("compare.py", run)
 

@@ -18,7 +18,7 @@ from samdetr.util.logger import printable, shorter
 
 # Settings that say where and how a run is executed, not what it computes.
 _PLACES = {
-    "output_dir", "seed", "resume", "start_epoch", "num_workers", "print_every", "verbose", "track", "keep",
+    "output_dir", "seed", "resume", "start_epoch", "num_workers", "print_every", "verbose", "track", "compare", "keep",
     "save_every_epoch", "save_every_iterations", "save_every_minutes", "max_hours", "timeout", "overwrite", "dist_url",
     "local_rank", "profile", "cache_mode", "allow_http",
 }  # fmt: skip

@@ -19,7 +19,7 @@ _NAMES = 6  # classes that are named
 
 # Flags that change nothing in an evaluation. Those of published recipes are not listed: their test scripts pass them.
 _TRAINING = (
-    "accumulate", "ema", "max_hours", "overwrite", "patience", "preset", "profile", "save_every_iterations",
+    "accumulate", "compare", "ema", "max_hours", "overwrite", "patience", "preset", "profile", "save_every_iterations",
     "save_every_minutes", "scale_lr", "start_epoch", "track",
 )  # fmt: skip
 _SAVING = ("keep", "overwrite", "save_every_epoch", "save_every_iterations", "save_every_minutes")
@@ -38,7 +38,7 @@ def notes(settings: RunSettings, given: Mapping[str, Any]) -> list[str]:
         if not run.output_dir:
             why |= dict.fromkeys(_SAVING, "without `output_dir`")
         if run.overfit:
-            why |= dict.fromkeys((*_SAVING, *_AUGMENTATION, "output_dir", "track"), "with `overfit`")
+            why |= dict.fromkeys((*_SAVING, *_AUGMENTATION, "compare", "output_dir", "track"), "with `overfit`")
     if settings.optimisation.lr_schedule != "step":
         why["lr_drop"] = f"with `lr_schedule` {settings.optimisation.lr_schedule}"
     if run.resume and not is_auto(run.resume):

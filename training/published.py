@@ -57,8 +57,10 @@ _IMAGES = ("train_sizes", "eval_size", "max_size", "crop_augmentation")
 
 
 def departures(settings: Mapping[str, Any], name: str) -> list[str]:
-    """Settings of optimisation, losses and images in which a run differs from a published one: "lr 0.001 (0.0001)"."""
+    """Settings of network, optimisation, losses and images in which a run differs from a published one:
+    "lr 0.001 (0.0001)"."""
     wanted = recipe(name)
-    flat = {**wanted.optimisation.flat(), **wanted.loss.flat(), **{each: wanted.flat()[each] for each in _IMAGES}}
+    parts = (wanted.trunk, wanted.family, wanted.optimisation, wanted.loss)
+    flat = {**{k: v for part in parts for k, v in part.flat().items()}, **{n: wanted.flat()[n] for n in _IMAGES}}
     del flat["batch_size"]  # together with the number of GPUs it is the same
     return [f"{each} {settings[each]} ({value})" for each, value in flat.items() if settings.get(each, value) != value]

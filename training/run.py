@@ -33,6 +33,7 @@ from samdetr.training.cluster.folder_lock import leave_lock_to_parent
 from samdetr.training.cluster.preemption import shield_worker
 from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.finetune import Pretrained
+from samdetr.training.judge import published_name
 from samdetr.training.optim import parameter_groups
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
@@ -125,6 +126,8 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT (or `detections` FILE, which needs none)")
     if settings.data.split != "val" and not run.eval:
         raise ValueError(f"`split` {settings.data.split} is for `eval`; training evaluates on val: leave it out")
+    if run.compare and not run.eval:
+        published_name(run.compare, settings.with_resolved_norm().flat())
     if run.track and not run.eval and not run.overfit:
         if not run.output_dir:
             raise ValueError("`track` writes into the output folder: pass `output_dir`")

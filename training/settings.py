@@ -100,6 +100,11 @@ class Run(Settings):
     allow_http: bool = flag(False, "fetch files over http from other machines, too, where others can change them")
     allow_nonfinite: bool = flag(False, "use weights, and with --eval count outputs, that are not finite")
     eval_every_epoch: int = flag(1, "epochs between evaluations", least=1, metavar="EPOCHS")
+    compare: str = flag(
+        "",
+        "published run to compare every epoch with; auto: the one with this network and --epochs",
+        metavar="{RECIPE,auto}",
+    )
     patience: int = flag(
         0, "stop after this many evaluations without a higher AP; 0: never", least=0, metavar="EVALUATIONS"
     )
