@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from samdetr.cli import program_parser
+from samdetr.cli import import_plugin, program_parser
 from samdetr.inference.explain import check_points, explain
 from samdetr.inference.predictor import load
 from samdetr.training.checkpoints import BEST, NEWEST
@@ -89,10 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="images of the validation set for sheets of where queries look, at most 100; 0: none, which is faster "
         "(default: 2)",
     )  # fmt: skip
+    parser.add_argument("--plugin", default="", metavar="MODULE", help="module or .py file that registers a family")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE even if it is something else's")
     args = parser.parse_args(argv)
 
     def run() -> None:
+        if args.plugin:
+            import_plugin(args.plugin)
         found = compare_runs(args.runs)
         check_place(args.output, MARK, name="output", overwrite=args.overwrite)
         write_page(found, args.output, images=args.images, looks=args.explain, explain=where_it_looks)

@@ -18,6 +18,8 @@ from samdetr.util.logger import printable
 from samdetr.util.regular_files import open_regular
 from samdetr.util.schema import brief
 
+_MOST = 10**9  # epochs, and seconds, images or MiB of one
+
 
 def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
     """The 12 metrics in a line of the log, those of averaged weights if any; None without an evaluation."""
@@ -102,7 +104,7 @@ class Run:
     def planned(self) -> int | None:
         """Epochs that the run is to have, if that is known."""
         epochs = self.settings.get("epochs")
-        return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) else None
+        return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) and 0 <= epochs < _MOST else None
 
     @property
     def done(self) -> int:
@@ -197,7 +199,7 @@ def _lines(path: Path, text: str | None, problems: list[str]) -> list[tuple[int,
         except ValueError:
             found = None
         epoch = found.get("epoch") if isinstance(found, dict) else None
-        if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < 10**9:
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < _MOST:
             damaged.append(number)
         else:
             lines.append((epoch, found))
@@ -215,7 +217,8 @@ def _spent(path: Path, text: str | None, logged: set[int], problems: list[str]) 
     parts: list[tuple[int, list[float]]] = []
     lines = _lines(path, text, problems)
     for epoch, line in lines:
-        values = [figure for name in names if (figure := _number(line.get(name, 0))) is not None and figure >= 0]
+        figures = [_number(line.get(name, 0)) for name in names]
+        values = [figure for figure in figures if figure is not None and 0 <= figure < _MOST]
         if len(values) == len(names):
             parts.append((epoch, values))
     if len(parts) < len(lines):
