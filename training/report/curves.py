@@ -16,6 +16,7 @@ from samdetr.training.runs import Run
 Curve = Mapping[int, float]
 _TERM = re.compile(r"train_(loss_[a-z]+)(?:_(\d+|enc|dn))?")
 _LAYERS = 12  # lines of a panel at most
+_LARGEST = 1e100  # value of a run that diverged, whose square is a number
 THIN = {"linewidth": 0.8, "alpha": 0.6, "markersize": 1.5}
 
 
@@ -45,7 +46,7 @@ def panel(title: str, curves: Sequence[tuple[Curve, dict[str, Any]]], *, band: S
         axes.fill_between(epochs, low, high, color=of_band, alpha=0.2, linewidth=0 if len(epochs) > 1 else 4)
     for curve, style in curves:
         if curve:
-            points: Any = zip(*sorted(curve.items()))
+            points: Any = zip(*((epoch, min(max(v, -_LARGEST), _LARGEST)) for epoch, v in sorted(curve.items())))
             look: dict[str, Any] = {"linewidth": 1.4, "marker": "o", "markersize": 2} | style
             axes.plot(*points, **look)
     axes.set_title(title, fontsize=11)
@@ -85,7 +86,8 @@ def _all_runs(found: Comparison, keys: Sequence[str]) -> dict[str, bytes]:
         curves += [(published_by_epoch(recipe, key), _dashed(place)) for place, recipe in enumerate(found.recipes)]
         bands = []
         for place, seeds in enumerate(found.seeds):
-            spread = {epoch: v for epoch, v in seeds.over_epochs(key).items() if len(v) == len(seeds.runs)}
+            of_all = {epoch: v for epoch, v in seeds.over_epochs(key).items() if len(v) == len(seeds.runs)}
+            spread = {epoch: v for epoch, v in of_all.items() if max(map(abs, v)) < _LARGEST}
             if spread:
                 mean = {epoch: statistics.mean(values) for epoch, values in spread.items()}
                 width = {epoch: statistics.stdev(values) for epoch, values in spread.items()}
