@@ -235,7 +235,7 @@ def test_a_report_of_several_runs(tmp_path):
     assert "published r50_smca_e12, COCO" in page.text
     assert "differs in lr 0.0003 (0.0001)" in page.text
     row = next(row for row in page.rows if row[0].startswith("mean of 2 seeds: <b>one, $two_"))
-    assert row[1:4] == ["last, 1", "0.3500 ± 0.0707", "0.7000 ± 0.1414"]  # AP 0.3 and 0.4, AP50 twice as much
+    assert row[1:4] == ["last, 1", "0.3500 ±\xa00.0707", "0.7000 ±\xa00.1414"]  # AP 0.3 and 0.4, AP50 twice as much
     assert page.text.count("Thick lines: mean of runs that differ by seed alone") == 2
     assert ["<b>one", *["not recorded"] * 6] in page.rows
     assert "2 of 12" in page.text

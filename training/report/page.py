@@ -181,10 +181,8 @@ def _metrics(found: Comparison) -> str:
     for seeds, title in zip(found.seeds, _groups(found)):
         for which, spread in ((f"last, {seeds.epoch}", seeds.last), ("best", seeds.best)):
             pairs = zip(_figures(spread.mean, METRICS), _figures(spread.deviation, METRICS))
-            cells.append(
-                [f"{text(title)}; ± standard deviation", which, *(f"{m} ± {d}" if m != "-" else m for m, d in pairs)]
-            )
-    note = '<p class="note">±: one standard deviation (n - 1) of runs that differ by seed alone.</p>' * bool(
+            cells.append([text(title), which, *(f"{m} ±&nbsp;{d}" if m != "-" else m for m, d in pairs)])
+    note = '<p class="note">Mean ± one standard deviation (n - 1) of runs that differ by seed alone.</p>' * bool(
         found.seeds
     )
     return _section("The 12 COCO figures", _table(["run", "epoch", *METRICS], cells), note)
