@@ -154,9 +154,8 @@ class Trainer:
         self.metrics: list[float] | None = None  # of the last evaluation
         self._arrived = 0  # batches of this epoch
         self._tables = ""  # of the last evaluation
-        self._spent: dict[str, float] = defaultdict(
-            float
-        )  # images and seconds of this epoch since it started or was resumed
+        # Images and seconds of this epoch, since it started or was resumed.
+        self._spent: dict[str, float] = defaultdict(lambda: 0)
 
     def run(self, *, same_random_numbers: bool) -> None:
         """Train. The first epoch is not seeded if its random numbers were restored.
