@@ -86,8 +86,8 @@ class Detections:
         """Those with a score of at least `threshold`. Raises ValueError for a threshold outside [0, 1]."""
         return self.select(self.scores >= check_threshold(threshold))
 
-    def select(self, which: Tensor) -> Detections:
-        """Those that `which` chooses, a mask (n,) or indices."""
+    def select(self, which: Tensor | slice) -> Detections:
+        """Those that `which` chooses, a mask (n,), indices or a slice."""
         chosen = {name: getattr(self, name)[which] for name in ("boxes", "scores", "labels", "queries")}
         return replace(self, **chosen)
 

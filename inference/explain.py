@@ -1,4 +1,4 @@
-"""Pictures of where queries look: salient points, and sampling points of deformable attention."""
+"""Pictures of where queries look: salient points, sampling points of deformable attention, maps of attention."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from samdetr.inference.detections import Detections
-from samdetr.inference.points import draw_salient_points, draw_sampling_points, sampling_sheet, view_around
+from samdetr.inference.points import draw_salient_points, draw_sampling_points, map_sheet, sampling_sheet, view_around
 from samdetr.inference.predictor import Predictor
-from samdetr.inference.watch import Sampling, cell_of, watch, watch_sampling
+from samdetr.inference.watch import Maps, Sampling, cell_of, watch, watch_maps, watch_sampling
+from samdetr.models.attention import LevelAttention
 from samdetr.models.detector import Detector
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.sap_detr.decoder import SAPDecoder
@@ -35,6 +36,8 @@ def explain(
     threshold: float = 0.5,
     salient_points: bool = False,
     sampling_points: tuple[float, float] | str | None = None,
+    attention: bool = False,
+    most: int = MOST_QUERIES,
 ) -> tuple[Detections, dict[str, Image.Image]]:
     """Detect objects in one image, and draw where the queries of the best detections look.
 
@@ -44,47 +47,60 @@ def explain(
         salient_points: whether to draw the salient points of every decoder layer.
         sampling_points: the position whose deformable attention in the encoder is drawn, x and y as fractions of width
             and height, or "best", the centre of the best detection; None for no such picture.
+        attention: whether to draw, for the best detection, the attention of each head of every decoder layer over the
+            image, and its prior.
+        most: of how many detections points are drawn.
 
     Returns:
-        The detections, and pictures by kind: "points", "sampling" (of the encoder) and "sampling_queries" (of the
-        decoder, if it has deformable attention). There are none of detections if nothing was detected.
+        The detections, and pictures by kind: "points", "sampling" (of the encoder), "sampling_queries" (of the
+        decoder, if it has deformable attention), "attention" and "prior" (if it has one). There are none of detections
+        if nothing was detected.
 
     Raises:
         ValueError: as of `predict`, and for points that the network does not have.
     """
-    check_points(predictor, salient_points=salient_points, sampling_points=sampling_points)
+    check_points(predictor, salient_points=salient_points, sampling_points=sampling_points, attention=attention)
     with watch_salient_points(predictor.model) as layers:
         found = predictor.predict(image, threshold=threshold)
     pictures: dict[str, Image.Image] = {}
     if salient_points and len(found):
-        pictures["points"] = draw_points(found, layers)
-    if sampling_points is None or (sampling_points == "best" and not len(found)):
+        pictures["points"] = draw_points(found, layers, most=most)
+    wanted = sampling_points is not None and (sampling_points != "best" or len(found)), attention and len(found)
+    if not any(wanted):
         return found, pictures
-    position = sampling_points
-    if isinstance(position, str):
+    position = sampling_points if isinstance(sampling_points, tuple) else (0.5, 0.5)
+    if sampling_points == "best" and len(found):
         position = tuple((found.boxes[0].view(2, 2).mean(0) / torch.tensor(found.size)).tolist())
     assert isinstance(predictor.model, Detector)
     # A second pass, because the positions and queries to observe are known only now, and all would be too many.
-    best = found.queries[:MOST_QUERIES]
+    best, decoder = found.queries[:most], predictor.model.decoder
     with (
         watch_sampling(predictor.model.encoder, cell_of(position)) as encoder_layers,
-        watch_sampling(predictor.model.decoder, lambda *_: best) as decoder_layers,
+        watch_sampling(decoder, lambda *_: best) as decoder_layers,
+        watch_maps(decoder, best[:1]) as maps,
     ):
         predictor.predict(found.source)
-    pictures["sampling"] = draw_sampling(found.image, encoder_layers)
-    if decoder_layers and len(best):
-        pictures["sampling_queries"] = draw_query_sampling(found, decoder_layers)
+    if wanted[0]:
+        pictures["sampling"] = draw_sampling(found.image, encoder_layers)
+        if decoder_layers and len(best):
+            pictures["sampling_queries"] = draw_query_sampling(found, decoder_layers)
+    if wanted[1]:
+        pictures |= draw_maps(found, maps)
     return found, pictures
 
 
 def check_points(
-    predictor: Predictor, *, salient_points: bool = False, sampling_points: tuple[float, float] | str | None = None
+    predictor: Predictor,
+    *,
+    salient_points: bool = False,
+    sampling_points: tuple[float, float] | str | None = None,
+    attention: bool = False,
 ) -> None:
     """Require that the network has the points to draw. Raises ValueError."""
     model = predictor.model
     if not isinstance(model, Detector):
-        if salient_points or sampling_points is not None:
-            name = "salient_points" if salient_points else "sampling_points"
+        if salient_points or sampling_points is not None or attention:
+            name = "salient_points" if salient_points else "attention" if attention else "sampling_points"
             raise ValueError(f"`{name}`: {predictor.source} is exported, without inner values; pass its checkpoint")
         return
     if salient_points and not any(_has(model, kind) for kind in SALIENT):
@@ -95,6 +111,11 @@ def check_points(
         raise ValueError(
             f"`sampling_points`: the encoder of {predictor.source} has no deformable attention; "
             "pass a multi-scale SAM-DETR or a Deformable DETR"
+        )
+    if attention and not _has(model.decoder, LevelAttention):
+        raise ValueError(
+            f"`attention`: queries of {predictor.source} attend sampling points, not whole maps; `sampling_points` "
+            "best draws them"
         )
 
 
@@ -134,7 +155,17 @@ def _of_sap_decoder(decoder: SAPDecoder, arguments: dict[str, Any], predictions:
     return [(layer["pred_boxes"][0].cpu(), layer["pred_points"][0, :, None].cpu()) for layer in predictions]
 
 
-def draw_points(found: Detections, layers: Layers) -> Image.Image:
+def draw_maps(found: Detections, layers: list[Maps]) -> dict[str, Image.Image]:
+    """Of the best detection: "attention", and "prior" if there is one."""
+    kinds = {
+        "prior": [of.prior[0] for of in layers if of.prior is not None],
+        "attention": [of.weights[0] for of in layers],
+    }
+    image, box = found.image, found.boxes[0]
+    return {name: map_sheet(image, maps=maps, box=box) for name, maps in kinds.items() if maps}
+
+
+def draw_points(found: Detections, layers: Layers, *, most: int = MOST_QUERIES) -> Image.Image:
     """A row for each of the best detections, a column for each decoder layer."""
     image, size = found.image, torch.tensor(found.size)
 
@@ -145,7 +176,7 @@ def draw_points(found: Detections, layers: Layers) -> Image.Image:
             draw_salient_points(image, box=b, points=p[query] * size, view=view) for b, (_, p) in zip(boxes, layers)
         ]
 
-    return _sheet(found, draw)
+    return _sheet(found.select(slice(most)), draw)
 
 
 def draw_query_sampling(found: Detections, layers: list[Sampling]) -> Image.Image:
@@ -163,13 +194,13 @@ def draw_query_sampling(found: Detections, layers: list[Sampling]) -> Image.Imag
             for reference, points, area in zip(references, places, areas)
         ]
 
-    return _sheet(found, draw)
+    return _sheet(found.select(slice(len(layers[0].points))), draw)
 
 
 def _sheet(found: Detections, draw: Callable[[int, int], list[Image.Image]]) -> Image.Image:
-    """For each of the best detections, what `draw(row, query)` returns: a picture for each decoder layer."""
+    """For each detection, what `draw(row, query)` returns: a picture for each decoder layer."""
     rows, captions, names = [], [], found.drawn_names
-    for row, detection in zip(range(MOST_QUERIES), found):
+    for row, detection in enumerate(found):
         rows.append(draw(row, detection.query))
         title = f"{names[detection.label]} {detection.score:.2f}, query {detection.query}"
         captions.append([f"{title}, layer {layer}" for layer in range(1, len(rows[-1]) + 1)])

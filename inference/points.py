@@ -1,4 +1,4 @@
-"""Drawing of points: salient points in reference boxes, and sampling points around a reference.
+"""Drawing of where queries look: salient points in reference boxes, sampling points around a reference, maps.
 
 Boxes are (left, top, right, bottom) and points (x, y), in pixels of the picture that is passed in.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from samdetr.util.drawing import INK, PAPER, Colour, class_colour, contact_sheet, line_width, outline, pixel_box
 
 SIDE = 400  # pixels of the longer side of a drawn part
+MAP_SIDE = 140  # of a picture with a map, of which there is one for each layer and head
 RADIUS, ARM = 5, 10  # pixels: of a salient point, and of a cross from its middle
 
 
@@ -58,6 +59,28 @@ def draw_sampling_points(
         for dx, dy in ((ARM + grown, 1 + grown), (1 + grown, ARM + grown)):
             ImageDraw.Draw(canvas).rectangle((x - dx, y - dy, x + dx, y + dy), fill=colour)
     return canvas
+
+
+def map_sheet(image: Image.Image, *, maps: Sequence[Tensor], box: Tensor) -> Image.Image:
+    """Maps over the picture: a row for each layer's (heads, H, W), a column for each head, and `box` (4,) in white.
+
+    The largest value of a map has the head's colour, 0 leaves the picture, grey and pale.
+    """
+    scale = MAP_SIDE / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    pale = ImageOps.grayscale(image.resize(size)).point([80 + grey * 175 // 255 for grey in range(256)]).convert("RGB")
+    rows, captions = [], []
+    for layer, of_layer in enumerate(maps, 1):
+        row = []
+        for head, of_head in enumerate(of_layer):
+            share = (of_head / of_head.max().clamp(min=1e-30)).nan_to_num(0)
+            opacity = Image.fromarray((230 * share).byte().numpy()).resize(size, Image.Resampling.BILINEAR)
+            cell = Image.composite(Image.new("RGB", size, class_colour(head)), pale, opacity)
+            outline(ImageDraw.Draw(cell), pixel_box(box.tolist(), factor=scale, size=size), PAPER, 1)
+            row.append(cell)
+        rows.append(row)
+        captions.append([f"layer {layer}, head {head}" for head in range(1, len(row) + 1)])
+    return contact_sheet(rows, captions)
 
 
 def sampling_sheet(image: Image.Image, *, references: Tensor, points: Tensor, weights: Tensor) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from samdetr.models.attention import LevelAttention
 from samdetr.models.feature_levels import valid_ratio
 from samdetr.models.ops.module import MSDeformAttn
 
@@ -77,6 +78,36 @@ def watch_sampling(part: nn.Module, choose: Choose) -> AbstractContextManager[li
         return Sampling(reference.cpu(), points.cpu(), attention.weigh(query)[0].cpu())
 
     return watch(part, MSDeformAttn, look)
+
+
+@dataclass
+class Maps:
+    """Where some queries of one attention to a whole level looked: `weights` (Q, heads, H, W), those of a head summing
+    to 1; `prior` (Q, heads or 1, H, W), the factors before they are scaled to this sum, if it has one; on the CPU."""
+
+    weights: Tensor
+    prior: Tensor | None
+
+
+def watch_maps(part: nn.Module, queries: Tensor) -> AbstractContextManager[list[Maps]]:
+    """Collect Maps for each call of a LevelAttention in `part`, of these queries (Q,) of the first image of a batch."""
+
+    def look(attention: LevelAttention, arguments: dict[str, Any], _: Tensor) -> Maps:
+        prior, level = arguments.pop("prior"), arguments["level"]
+        query, key = attention.compare(**arguments)
+        logits = query[0][:, queries] @ key[0].mT * query.shape[-1] ** -0.5  # (heads, Q, H * W)
+        added = None if prior is None else prior.dense()[0][:, queries]
+        if added is not None:
+            logits = logits + added
+        weights = logits.masked_fill(level.token_padding[0], -torch.inf).softmax(-1)
+        size = tuple(level.features.shape[2:])
+
+        def as_maps(values: Tensor) -> Tensor:
+            return values.transpose(0, 1).unflatten(-1, size).cpu()
+
+        return Maps(as_maps(weights), None if added is None else as_maps(added.exp()))
+
+    return watch(part, LevelAttention, look)
 
 
 def cell_of(position: tuple[float, float]) -> Choose:

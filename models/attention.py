@@ -1,14 +1,16 @@
 """Attention by heads. Legend: B batch, N heads, L positions, Q queries, C channels, D channels of a head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from samdetr.models.feature_levels import FeatureLevel
 from samdetr.models.layers import LayerSizes
 from samdetr.models.ops.prior_attention import prior_attention
+from samdetr.models.spatial_prior import SeparablePrior
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -53,4 +55,25 @@ class SelfAttention(nn.Module):
             attended = prior_attention(query, key, value, dropout=dropout)
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, dropout_p=dropout)
+        return self.output(merge_heads(attended))
+
+
+class LevelAttention(nn.Module):
+    """Attention of queries to all cells of a feature level. Subclasses make queries and keys: `compare`, which takes
+    what their `forward` does except for the prior."""
+
+    value: nn.Linear
+    output: nn.Linear
+    compare: Callable[..., tuple[Tensor, Tensor]]
+
+    def __init__(self, sizes: LayerSizes):
+        super().__init__()
+        self.num_heads, self.dropout = sizes.num_heads, sizes.dropout
+
+    def attend(self, query: Tensor, key: Tensor, level: FeatureLevel, prior: SeparablePrior | None) -> Tensor:
+        """`query` (B, N, Q, D), `key` (B, N or 1, L, D); `prior` rows (B, N or 1, Q, H), columns (B, N or 1, Q, W) ->
+        (B, Q, C)."""
+        value = split_heads(self.value(level.tokens), self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        attended = prior_attention(query, key, value, padding=level.token_padding, prior=prior, dropout=dropout)
         return self.output(merge_heads(attended))

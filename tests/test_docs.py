@@ -78,7 +78,7 @@ FOREIGN = {
     "SLURM": ["--ntasks", "--nodes", "--partition"],
 }
 # Files that runs write, which are named like those of the repository.
-WRITTEN = {"log.txt", "bad_images.txt", "labelmap.txt", "track/", "step.csv", "epoch.csv"}
+WRITTEN = {"log.txt", "times.txt", "bad_images.txt", "labelmap.txt", "track/", "step.csv", "epoch.csv"}
 
 
 class Block(NamedTuple):

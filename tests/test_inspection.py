@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import MULTISCALE, build_tiny
+from helpers import MULTISCALE, TINY, TINY_SAP, build_tiny
 
-from samdetr.inference.watch import cell_of, watch, watch_sampling
+from samdetr.inference.watch import cell_of, watch, watch_maps, watch_sampling
+from samdetr.models.attention import LevelAttention
 from samdetr.models.ops.module import MSDeformAttn
 from samdetr.util.padded_images import pad_images
 
@@ -69,6 +70,27 @@ def test_sampling_of_a_decoder_call():
     weights = attention.attention_weights(query[0, [4, 1]]).view(2, 2, 6).softmax(-1)
     torch.testing.assert_close(call.weights, weights.view(2, 2, 2, 3).detach())
     assert not call.points.requires_grad
+
+
+@pytest.mark.parametrize("network", [TINY, MULTISCALE, TINY_SAP], ids=["sam", "multi-scale", "sap"])
+def test_maps_of_attention_in_a_padded_image(network):
+    """They are what the values are summed with."""
+    torch.manual_seed(1)
+    detector = build_tiny(network=network)[0].eval()
+    batch, chosen = pad_images([torch.randn(3, 64, 48), torch.randn(3, 128, 96)]), torch.tensor([7, 2])
+    kept = watch(detector.decoder, LevelAttention, lambda attention, given, output: (attention, given, output))
+    with watch_maps(detector.decoder, chosen) as maps, kept as calls, torch.no_grad():
+        detector(batch)
+        assert len(maps) == len(calls) == len(detector.decoder.layers)
+        for seen, (attention, given, output) in zip(maps, calls):
+            level = given["level"]
+            values = attention.value(level.tokens[0]).unflatten(1, (4, 8))  # L, heads, channels
+            summed = torch.einsum("qnl,lnc->qnc", seen.weights.flatten(2), values).flatten(1)
+            torch.testing.assert_close(attention.output(summed), output[0, chosen], rtol=1e-4, atol=1e-5)
+            assert seen.weights.flatten(2)[..., level.padding[0].flatten()].max() == 0
+            rows, columns = (part[0][:, chosen].mT for part in given["prior"])  # heads, cells, queries
+            prior = (rows[:, :, None] + columns[:, None]).exp().permute(3, 0, 1, 2)
+            torch.testing.assert_close(seen.prior, prior)
 
 
 def test_hooks_come_off_even_after_an_error(network):

@@ -265,6 +265,7 @@ def test_full_disk(forks, alone, tmp_path):
         "curves.png",
         "log.txt",
         "settings.json",
+        "times.txt",
     ]
     assert sorted(os.listdir(output)) == files
     assert forks.run(output) == [0]

@@ -106,7 +106,7 @@ def plain(value) -> bool:
 def test_training_writes_what_the_official_code_writes(trained):
     assert sorted(os.listdir(trained)) == [
         "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "checkpoint_best.pth", "curves.png", "log.txt",
-        "settings.json",
+        "settings.json", "times.txt",
     ]  # fmt: skip
     terms = {f"{name}{layer}" for name in ("loss_ce", "loss_bbox", "loss_giou") for layer in ("", "_0")}
     extra = {"cardinality_error", "cardinality_error_0", "class_error"}

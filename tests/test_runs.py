@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, run_main
+from helpers import REPOSITORY, TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, run_main, save
 
 import samdetr
 from samdetr import compare, count, report
@@ -177,12 +177,17 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags, self.text, self.open = [], "", []
+        self.rows: list[list[str]] = []  # of tables
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         if tag not in ("meta", "img", "br", "line"):
             self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         if tag != "line":
@@ -190,11 +195,13 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
 
 
-def write_report(tmp_path: Path, *folders: Path) -> Page:
+def write_report(tmp_path: Path, *folders: Path, looks: int = 0) -> Page:
     file = tmp_path / "report.html"
-    assert report.main([*map(str, folders), "--output", str(file)]) == 0
+    assert report.main([*map(str, folders), "--output", str(file), "--explain", str(looks)]) == 0
     html = file.read_text()
     page = Page(html)
     assert page.open == []
@@ -227,7 +234,10 @@ def test_a_report_of_several_runs(tmp_path):
     assert page.text.count(bad) >= 3
     assert "published r50_smca_e12, COCO" in page.text
     assert "differs in lr 0.0003 (0.0001)" in page.text
-    assert "mean of 2 seeds" in page.text
+    row = next(row for row in page.rows if row[0].startswith("mean of 2 seeds: <b>one, $two_"))
+    assert row[1:4] == ["last, 1", "0.3500 ±\xa00.0707", "0.7000 ±\xa00.1414"]  # AP 0.3 and 0.4, AP50 twice as much
+    assert page.text.count("Thick lines: mean of runs that differ by seed alone") == 2
+    assert ["<b>one", *["not recorded"] * 6] in page.rows
     assert "2 of 12" in page.text
     assert "eval.json is damaged" in page.text
     assert {"AP over epochs", "APs over epochs", "train_loss over epochs"} <= {*pictures(page)}
@@ -246,18 +256,15 @@ def test_a_report_of_a_trained_run(trained, shapes, tmp_path):
     run_main(shapes, "--eval", "--resume", str(folder / "checkpoint.pth"), "--output_dir", str(folder), network=[])
     page = write_report(tmp_path, folder)
     found = {*pictures(page)}
+    assert "Where queries look" not in page.text
     assert {"Confusion matrix", "Precision and recall", "loss_ce over epochs", "train_loss_giou over epochs"} <= found
     evaluation = json.loads((folder / "eval.json").read_text())
     for row in evaluation["classes"]:
         assert row["name"] in page.text
     assert len(re.findall(r"\.\w+: F1 [01]\.\d\d", page.text)) == 7  # all images, each once
-    assert "Salient points by decoder layer" in found
     shown = re.findall(r"F1 ([01]\.\d\d)", page.text.split("Best images")[1])
     assert shown[:4] == sorted(shown[:4], reverse=True)
     assert shown[4:] == sorted(shown[4:])
-    evaluation["settings"]["resume"] = "gone.pth"
-    (folder / "eval.json").write_text(json.dumps(evaluation))
-    assert "the checkpoint gone.pth is not here" in write_report(tmp_path, folder).text
     evaluation["settings"]["coco_path"] = str(tmp_path / "gone")
     (folder / "eval.json").write_text(json.dumps(evaluation))
     assert "No images: " in write_report(tmp_path, folder).text
@@ -265,6 +272,79 @@ def test_a_report_of_a_trained_run(trained, shapes, tmp_path):
     notes.write_text("mine")
     assert report.main([str(folder), "--output", str(notes)]) == 2
     assert notes.read_text() == "mine"
+
+
+MAPS = ["Prior by decoder layer and head", "Attention by decoder layer and head"]
+SAMPLING = ["Sampling points by encoder layer", "Sampling points by decoder layer"]
+NETWORKS = {
+    "sam_detr": (TINY, {"Salient points by decoder layer", *MAPS}),
+    "sam_detr without prior": (
+        [word for word in TINY if word != "--smca"],
+        {"Salient points by decoder layer", MAPS[1]},
+    ),
+    "deformable_detr": (TINY_DEFORMABLE, {*SAMPLING}),
+    "sap_detr": (TINY_SAP, {"Salient points by decoder layer", *MAPS}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_where_the_queries_of_a_run_look(name, shapes, tmp_path):
+    """Each family's own sheets for each image, and a line about the others; then what is lost, one after the other."""
+    network, sheets = NETWORKS[name]
+    detector, values = build_tiny("--eval_size", "64", network=network)
+    folder = write_run(tmp_path / "run", [0.1], settings={**values, "coco_path": str(shapes)})
+    save(detector, values, folder / "checkpoint.pth")
+    page = write_report(tmp_path, folder, looks=2)
+    assert sorted(title for title in pictures(page) if "over epochs" not in title) == sorted([*sheets] * 2)
+    lacking = {title.lower() for title in report.TITLES.values()} - {title.lower() for title in sheets}
+    assert {*page.text.split(f"Not in this {values['model']}: ")[1].split(".")[0].split("; ")} == lacking
+    assert len(re.findall(r"The best detection: \w+ 0\.\d\d, query \d+; checkpoint\.pth\.", page.text)) == 2
+    if name != "sam_detr":
+        return
+    evil = tmp_path / "evil"
+    with open(folder / "checkpoint_best.pth", "wb") as file:  # it comes first
+        file.write(b"cos\nmkdir\n(V" + str(evil).encode() + b"\ntR.")
+    page = write_report(tmp_path, folder, looks=1)
+    assert not evil.exists()
+    assert re.search(r"No sheets: \S+checkpoint_best\.pth", page.text)
+    (folder / "checkpoint_best.pth").unlink()
+    (folder / "settings.json").write_text(json.dumps({**values, "coco_path": "gone"}))
+    assert re.search(
+        "No sheets: the images that it evaluates on are not found from here: .*gone",
+        write_report(tmp_path, folder, looks=1).text,
+    )
+    (folder / "checkpoint.pth").unlink()
+    page = write_report(tmp_path, folder, looks=1)
+    assert page.text.count("No sheets: no checkpoint is here") == 1
+    assert "AP over epochs" in pictures(page)
+
+
+def test_throughput_and_hours(trained, tmp_path):
+    """Of an unfinished run that was stopped in its second epoch and is in its third, and of one that was trained."""
+    folder = write_run(tmp_path / "run", [0.1, 0.2], settings={"epochs": 5})
+    lines = [
+        {"epoch": 0, "train_images": 100, "train_seconds": 4000, "test_images": 20, "test_seconds": 1000},
+        {"epoch": 1, "train_images": 50, "train_seconds": 2500, "peak_mib": 3000},
+        {"epoch": 1, "train_images": 50, "train_seconds": 1500, "test_images": 20, "test_seconds": 600, "peak_mib": 5},
+        {"epoch": 2, "train_images": 40, "train_seconds": 400, "peak_mib": 0},
+        {"epoch": 2, "train_seconds": -1}, {"epoch": 2, "train_images": "many"}, {"epoch": -1},
+    ]  # fmt: skip
+    (folder / "times.txt").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"epoch": 3, "tr')
+    page = write_report(tmp_path, folder, trained)
+    images, seconds = 100 + 50 + 50 + 40, 4000 + 2500 + 1500 + 400
+    left = 3 * (5000 + 2500 + 2100) / 2  # two epochs are done
+    assert page.rows[page.rows.index(next(row for row in page.rows if "hours left" in row)) + 1] == [
+        "run", f"{images / seconds:.1f}", f"{40 / 1600:.1f}", "2.33 (2:20:00)", "0.44 (0:26:40)",
+        f"{left / 3600:.2f} (4:00:00)", "3,000 MiB",
+    ]  # fmt: skip
+    assert "2 lines are damaged and left out (7, 8)" in page.text
+    assert "lines with values that no run writes are left out" in page.text
+    spent = samdetr.read_run(trained).spent
+    assert (spent.train_images, spent.test_images) == (2 * 16, 2 * 7)
+    assert spent.train_seconds > 0
+    assert spent.test_seconds > 0
+    assert spent.peak_mib > 50
+    assert samdetr.read_run(trained).seconds_left == 0
 
 
 def table_of(out: str) -> dict[str, list[float]]:

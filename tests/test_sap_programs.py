@@ -74,7 +74,7 @@ def trained_sap(shapes, start) -> Path:
 def test_training_writes_the_official_terms(trained_sap):
     assert sorted(os.listdir(trained_sap)) == [
         "checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "checkpoint_best.pth", "curves.png", "log.txt",
-        "settings.json",
+        "settings.json", "times.txt",
     ]  # fmt: skip
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_ce_obj": 1, "loss_inner": 2}
     terms = {f"{name}{layer}" for name in weights for layer in ("", "_0", "_1")}

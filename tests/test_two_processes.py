@@ -32,6 +32,7 @@ from samdetr.util.padded_images import pad_images
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 LAUNCH = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
 FILES = ["checkpoint.pth", "checkpoint0000.pth", "checkpoint_best.pth", "curves.png", "log.txt", "settings.json"]
+FILES += ["times.txt"]
 
 # Objects in each of four images, of which each process gets two, and network and flags.
 CASES = [

@@ -26,10 +26,11 @@ from samdetr.util.logger import log
 
 NEWEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 REPLAY = "replay.pth"
+TIMES = "times.txt"
 TRACKED = "track"  # folder of `track`
 _NAME = re.compile(r"checkpoint(\d{4,})(?:_(\d{6,}))?\.pth")
 _ANY = re.compile(r"checkpoint\w*\.pth")
-_OTHERS = {"log.txt", "curves.png", "settings.json", "bad_images.txt", REPLAY}
+_OTHERS = {"log.txt", TIMES, "curves.png", "settings.json", "bad_images.txt", REPLAY}
 # Temporary files of util.files.whole_file, which a run leaves if it is killed while it writes.
 _LEFTOVER = re.compile(r"checkpoint\w*\.pth|replay\.pth|settings\.json|log\.txt|curves\.png")
 
@@ -81,9 +82,9 @@ class CheckpointFolder:
         with self.writing() as folder:
             _also_name(folder / NEWEST, folder / BEST)
 
-    def append_log(self, line: dict[str, Any]) -> None:
+    def append_log(self, line: dict[str, Any], *, name: str = "log.txt") -> None:
         with self.writing() as folder:
-            append_json_line(folder / "log.txt", line)
+            append_json_line(folder / name, line)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:

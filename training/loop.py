@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from samdetr.engine import train_one_epoch
 from samdetr.training import judge, learning_rate, overfit, replay
 from samdetr.training.about import about
-from samdetr.training.checkpoints import BEST
+from samdetr.training.checkpoints import BEST, TIMES
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Request, Signals, Stopped, Votes
 from samdetr.training.cluster.wall_clock import WallClock
 from samdetr.training.console import epoch_line, start_block
@@ -29,6 +30,7 @@ from samdetr.training.trackers import Trackers
 from samdetr.training.update import Update
 from samdetr.training.validation_pictures import validation_pictures
 from samdetr.util.curves import plot_training_curves
+from samdetr.util.device import peak_memory
 from samdetr.util.distributed import barrier, get_rank, get_world_size, is_main
 from samdetr.util.files import read_json_lines, write_json
 from samdetr.util.logger import MetricAverager, log
@@ -157,6 +159,8 @@ class Trainer:
         self.rival = judge.published_name(name, flat) if name and not self.settings.overfit else None
         self._arrived = 0  # batches of this epoch
         self._tables = ""  # of the last evaluation
+        # Images and seconds of this epoch, since it started or was resumed.
+        self._spent: dict[str, float] = defaultdict(lambda: 0)
 
     def run(self, *, same_random_numbers: bool) -> None:
         """Train. The first epoch is not seeded if its random numbers were restored.
@@ -171,16 +175,21 @@ class Trainer:
                 break
             if epoch > first:
                 state.epoch, state.iteration, state.averager = epoch, 0, MetricAverager()
+            self._spent.clear()
             if not same_random_numbers:
                 # Reseed per epoch, so that resuming between epochs is exact. Resuming inside an epoch with another
                 # number of processes cannot be exact; mix in the iteration, so that no draws are repeated.
                 torch.manual_seed(state.seed + get_rank() + 1_000_003 * epoch + 7_919 * state.iteration)
             same_random_numbers = False
-            line: dict[str, Any] = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
-            self._act(self.votes.result())
-            if (epoch + 1) % self.settings.eval_every_epoch == 0 or epoch + 1 == epochs:
-                line |= self._evaluate()
-                self.metrics = coco_metrics(line)
+            try:
+                line: dict[str, Any] = {f"train_{name}": value for name, value in self._train_one_epoch().items()}
+                self._act(self.votes.result())
+                if (epoch + 1) % self.settings.eval_every_epoch == 0 or epoch + 1 == epochs:
+                    line |= self._evaluate()
+                    self.metrics = coco_metrics(line)
+            except Stopped:
+                self._write_times()
+                raise
             self._write_log(line)
             seconds = (time.monotonic() - start) / (epoch + 1 - first) * (epochs - epoch - 1)
             best, where = self._best(), self.folder.path / BEST if self.folder else None
@@ -198,7 +207,7 @@ class Trainer:
         self._arrived = 0
         parts.watchdog.begin_round()
         profiler = self.update.profiler
-        with timed_by(profiler.section) if profiler else nullcontext():
+        with self._timed("train"), timed_by(profiler.section) if profiler else nullcontext():
             metrics = train_one_epoch(
                 model=parts.model, criterion=parts.criterion, loader=self.data.loader, update=self.update,
                 device=parts.device, epoch=state.epoch, start=state.iteration,
@@ -213,7 +222,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate after an epoch, and keep its checkpoint if it is the best. Returns what the log gets."""
         # This epoch's checkpoint is already saved; if we are killed here, the resumed run evaluates first.
-        with self.signals.nothing_to_save():
+        with self._timed("test"), self.signals.nothing_to_save():
             line = {f"test_{name}": value for name, value in self._metrics().items()}
         ap, best = average_precision(line), self._best()
         if ap is None:
@@ -230,7 +239,24 @@ class Trainer:
             with self.folder.writing() as folder:
                 self.folder.append_log({**line, "epoch": self.state.epoch, "n_parameters": n_parameters})
                 plot_training_curves(read_json_lines(folder / "log.txt"), folder / "curves.png")
+        self._write_times()
         self.trackers.epoch(self._step, line)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Count the seconds of a part, "train" or "test", also if it ends early."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent[f"{part}_seconds"] += time.monotonic() - start
+
+    def _write_times(self) -> None:
+        """Not into the log, which is the same for a resumed run."""
+        if self.folder and is_main() and self._spent:
+            spent = {name: round(value, 3) for name, value in self._spent.items()}
+            line = {"epoch": self.state.epoch, **spent, "peak_mib": peak_memory(self.parts.device)}
+            self.folder.append_log(line, name=TIMES)
 
     def _metrics(self) -> dict[str, Any]:
         """Metrics of the network, and of the averaged weights if any."""
@@ -241,6 +267,7 @@ class Trainer:
                 averaged, evaluator = self.parts.evaluate()
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
             self._tables += f"and with averaged weights:\n{evaluator.table()}\n"
+        self._spent["test_images"] += len(self.parts.data.val_images) * (2 if self.update.average else 1)
         if self.trackers.on:
             self.trackers.draw(self._step, validation_pictures(self.parts.data.val_images, evaluator.detections))
         if self.settings.verbose:
@@ -295,6 +322,7 @@ class Trainer:
         state = self.state
         state.iteration += 1
         state.samples_seen += state.batch
+        self._spent["train_images"] += state.batch
         every = self.settings.save_every_iterations
         due = state.iteration == self.data.sampler.steps or (every and state.iteration % every == 0)
         if due:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from samdetr.datasets.coco_eval import METRICS
+from samdetr.training.checkpoints import TIMES
 from samdetr.util.logger import printable
 from samdetr.util.regular_files import open_regular
 from samdetr.util.schema import brief
+
+_MOST = 10**9  # epochs, and seconds, images or MiB of one
 
 
 def coco_metrics(line: Mapping[str, Any]) -> list[float] | None:
@@ -54,8 +57,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What times.txt has of a run: all parts of epochs, those that came again included."""
+
+    train_images: float
+    train_seconds: float
+    test_images: float  # that were evaluated
+    test_seconds: float
+    peak_mib: float | None
+    epoch_seconds: float | None  # mean of those in the log, with their evaluations
+
+
+@dataclass(frozen=True)
 class Run:
-    """A run. `settings` are empty if they are not known; `about` says what it was made with."""
+    """A run. `settings` are empty if they are not known; `about` says what it was made with; `spent` is None if it was
+    not recorded."""
 
     folder: Path
     settings: dict[str, Any]
@@ -63,6 +79,7 @@ class Run:
     epochs: tuple[Epoch, ...]  # in order; of each number the last line counts
     evaluation: Evaluation | None
     problems: tuple[str, ...] = field(default=())
+    spent: Spent | None = None
 
     @property
     def evaluated(self) -> list[Epoch]:
@@ -87,12 +104,19 @@ class Run:
     def planned(self) -> int | None:
         """Epochs that the run is to have, if that is known."""
         epochs = self.settings.get("epochs")
-        return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) else None
+        return epochs if isinstance(epochs, int) and not isinstance(epochs, bool) and 0 <= epochs < _MOST else None
 
     @property
     def done(self) -> int:
         """Epochs up to the last in the log, those before a resume included."""
         return self.epochs[-1].number + 1 if self.epochs else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last epoch, as fast as until now, if that is known."""
+        if self.planned is None or self.spent is None or self.spent.epoch_seconds is None:
+            return None
+        return max(self.planned - self.done, 0) * self.spent.epoch_seconds
 
 
 def read_run(folder: str | Path) -> Run:
@@ -102,7 +126,7 @@ def read_run(folder: str | Path) -> Run:
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(f"{path} {what}; pass the output folder of a run, which has a log.txt")
     problems: list[str] = []
-    contents = {name: _read(path / name, problems) for name in ("log.txt", "settings.json", "eval.json")}
+    contents = {name: _read(path / name, problems) for name in ("log.txt", "settings.json", "eval.json", TIMES)}
     if contents["log.txt"] is None and contents["eval.json"] is None and not problems:
         raise ValueError(f"{path} holds no run: neither log.txt nor eval.json; pass the output folder of a run")
     epochs = _epochs(path / "log.txt", contents["log.txt"], problems)
@@ -126,7 +150,8 @@ def read_run(folder: str | Path) -> Run:
         threshold = _number(best.get("threshold")) if isinstance(best, dict) else None
         named = [{**row, "name": _text(row.get("name"))} for row in rows]
         evaluation = Evaluation(metrics or {}, named, threshold or 0.0, own if isinstance(own, dict) else {})
-    return Run(path, settings, about if isinstance(about, dict) else {}, epochs, evaluation, tuple(problems))
+    spent = _spent(path / TIMES, contents[TIMES], {epoch.number for epoch in epochs}, problems)
+    return Run(path, settings, about if isinstance(about, dict) else {}, epochs, evaluation, tuple(problems), spent)
 
 
 def _read(path: Path, problems: list[str]) -> str | None:
@@ -163,8 +188,9 @@ def _object(path: Path, text: str | None, problems: list[str]) -> dict[str, Any]
     return value
 
 
-def _epochs(path: Path, text: str | None, problems: list[str]) -> tuple[Epoch, ...]:
-    epochs, damaged, wrong = {}, [], set()
+def _lines(path: Path, text: str | None, problems: list[str]) -> list[tuple[int, dict[str, Any]]]:
+    """Number of the epoch and content of each line."""
+    lines, damaged = [], []
     for number, line in enumerate((text or "").splitlines(), 1):
         if not line.strip():
             continue
@@ -173,9 +199,43 @@ def _epochs(path: Path, text: str | None, problems: list[str]) -> tuple[Epoch, .
         except ValueError:
             found = None
         epoch = found.get("epoch") if isinstance(found, dict) else None
-        if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < 10**9:
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or not 0 <= epoch < _MOST:
             damaged.append(number)
-            continue
+        else:
+            lines.append((epoch, found))
+    if damaged:
+        where = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        problems.append(
+            f"{path}: {len(damaged)} {'lines are' if len(damaged) > 1 else 'line is'} damaged and left out ({where})"
+        )
+    return lines
+
+
+def _spent(path: Path, text: str | None, logged: set[int], problems: list[str]) -> Spent | None:
+    """`logged`: numbers of the epochs that are complete."""
+    names = ("train_images", "train_seconds", "test_images", "test_seconds", "peak_mib")
+    parts: list[tuple[int, list[float]]] = []
+    lines = _lines(path, text, problems)
+    for epoch, line in lines:
+        figures = [_number(line.get(name, 0)) for name in names]
+        values = [figure for figure in figures if figure is not None and 0 <= figure < _MOST]
+        if len(values) == len(names):
+            parts.append((epoch, values))
+    if len(parts) < len(lines):
+        problems.append(f"{path}: lines with values that no run writes are left out")
+    if not parts:
+        return None
+    whole = {epoch for epoch, _ in parts} & logged
+    seconds = sum(values[1] + values[3] for epoch, values in parts if epoch in whole)
+    columns = dict(zip(names, zip(*(values for _, values in parts))))
+    peak = max(columns.pop("peak_mib")) or None
+    sums = {name: sum(column) for name, column in columns.items()}
+    return Spent(**sums, peak_mib=peak, epoch_seconds=seconds / len(whole) if whole else None)
+
+
+def _epochs(path: Path, text: str | None, problems: list[str]) -> tuple[Epoch, ...]:
+    epochs, wrong = {}, set()
+    for epoch, found in _lines(path, text, problems):
         values = {}
         for key, value in found.items():
             if key.startswith(("train_", "test_")) and not key.endswith("_coco_eval_bbox") and value is not None:
@@ -190,11 +250,6 @@ def _epochs(path: Path, text: str | None, problems: list[str]) -> tuple[Epoch, .
                 wrong |= {key} if of_key is None else set()
                 metrics = metrics if of_key is None else of_key
         epochs[epoch] = Epoch(epoch, values, metrics)
-    if damaged:
-        lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        problems.append(
-            f"{path}: {len(damaged)} {'lines are' if len(damaged) > 1 else 'line is'} damaged and left out ({lines})"
-        )
     if wrong:
         keys = ", ".join(printable(key) for key in sorted(wrong)[:5])
         problems.append(f"{path}: values of {keys} are not what a run writes; they are left out")

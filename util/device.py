@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -54,3 +55,10 @@ def memory() -> int:
         with contextlib.suppress(OSError, ValueError):  # no container, or "max"
             found.append(int(Path(file).read_text()))
     return min(found)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most MiB of tensors on a GPU so far; on another device, of all memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10

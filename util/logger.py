@@ -146,15 +146,16 @@ class progress(Generic[T]):
         log(self._line(done, time.monotonic() - start))
 
     def _line(self, done: int, elapsed: float) -> str:
-        parts = [str(done) if self._total is None else f"{done}/{self._total}", f"elapsed {_duration(elapsed)}"]
+        parts = [str(done) if self._total is None else f"{done}/{self._total}", f"elapsed {duration(elapsed)}"]
         if self._total and self._start < done <= self._total:
-            parts.append(f"ETA {_duration(elapsed / (done - self._start) * (self._total - done))}")
+            parts.append(f"ETA {duration(elapsed / (done - self._start) * (self._total - done))}")
         return f"{self._description}: " + ", ".join([*parts, *filter(None, [self._postfix()])])
 
     def _postfix(self) -> str:
         return ", ".join(f"{name} {v if isinstance(v, str) else f'{float(v):.4g}'}" for name, v in self._values.items())
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samdetr.models.attention import SelfAttention, merge_heads, split_heads
+from samdetr.models.attention import LevelAttention, SelfAttention, split_heads
 from samdetr.models.denoising import DenoisingQueries, Noised
 from samdetr.models.feature_levels import FeatureLevel
 from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
-from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import in_cells, sine_encoding
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(LevelAttention):
     """Attention of queries to a feature level.
 
     With aligned queries every head has a C-wide query, and all heads share one C-wide key (which the reference repeats
@@ -28,9 +27,8 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(self, sizes: LayerSizes, *, aligned: bool):
-        super().__init__()
-        self.num_heads, self.dropout, self.aligned = sizes.num_heads, sizes.dropout, aligned
-        hidden_dim = sizes.hidden_dim
+        super().__init__(sizes)
+        self.aligned, hidden_dim = aligned, sizes.hidden_dim
         self.query_content = nn.Linear(hidden_dim, hidden_dim)
         self.query_position = MLP(hidden_dim, hidden_dim, hidden_dim)
         self.key_content = nn.Linear(hidden_dim, hidden_dim)
@@ -48,17 +46,14 @@ class CrossAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
+        return self.attend(*self.compare(content, position, level), level, prior)
+
+    def compare(self, content: Tensor, position: Tensor, level: FeatureLevel) -> tuple[Tensor, Tensor]:
         query = self.query_content(content) + self.query_position(position)
         key = self.key_content(level.tokens) + self.key_position(level.position_tokens)  # (B, L, C)
-        value = split_heads(self.value(level.tokens), self.num_heads)  # (B, N, L, C / N)
         if self.aligned:
-            query = query.transpose(1, 2).expand(-1, self.num_heads, -1, -1)  # (B, N, Q, C)
-            key = key[:, None]  # (B, 1, L, C)
-        else:
-            query, key = split_heads(query, self.num_heads), split_heads(key, self.num_heads)
-        dropout = self.dropout if self.training else 0.0
-        attended = prior_attention(query, key, value, padding=level.token_padding, prior=prior, dropout=dropout)
-        return self.output(merge_heads(attended))
+            return query.transpose(1, 2).expand(-1, self.num_heads, -1, -1), key[:, None]  # (B, N, Q, C), (B, 1, L, C)
+        return split_heads(query, self.num_heads), split_heads(key, self.num_heads)
 
 
 class SAMDecoderLayer(nn.Module):

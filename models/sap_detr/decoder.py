@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samdetr.models.attention import SelfAttention, merge_heads, split_heads
+from samdetr.models.attention import LevelAttention, SelfAttention, split_heads
 from samdetr.models.feature_levels import FeatureLevel
 from samdetr.models.layers import FeedForward, GroupNorm, LayerSizes, copies, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
-from samdetr.models.ops.prior_attention import prior_attention
 from samdetr.models.position_encoding import sine_encoding
 from samdetr.models.sap_detr.points import (
     PUBLISHED_QUERIES,
@@ -47,7 +46,7 @@ class QueryPositions:
     box: Tensor
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(LevelAttention):
     """Attention of queries to the level. Each head compares three parts: content with content, the query's point with
     the cell's position, and the query's box with it.
 
@@ -55,8 +54,7 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(self, sizes: LayerSizes):
-        super().__init__()
-        self.num_heads, self.dropout = sizes.num_heads, sizes.dropout
+        super().__init__(sizes)
         width = sizes.hidden_dim
         self.query_content = nn.Linear(width, width)
         self.content_positions: nn.ModuleDict | None = nn.ModuleDict(
@@ -71,6 +69,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, at: QueryPositions, level: FeatureLevel, prior: SeparablePrior | None) -> Tensor:
         """`queries` (B, Q, C); `prior` rows (B, N, Q, H) and columns (B, N, Q, W) -> (B, Q, C)."""
+        return self.attend(*self.compare(queries, at, level), level, prior)
+
+    def compare(self, queries: Tensor, at: QueryPositions, level: FeatureLevel) -> tuple[Tensor, Tensor]:
         query, key = self.query_content(queries), self.key_content(level.tokens)
         position = self.key_position(level.position_tokens)
         if self.content_positions is not None:
@@ -81,15 +82,7 @@ class CrossAttention(nn.Module):
             return torch.cat([split_heads(part, self.num_heads) for part in parts], -1)
 
         query = heads(query, self.query_point(at.point_sine), self.query_box(at.box_sine))
-        attended = prior_attention(
-            query,
-            heads(key, position, position),
-            heads(self.value(level.tokens)),
-            padding=level.token_padding,
-            prior=prior,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return self.output(merge_heads(attended))
+        return query, heads(key, position, position)
 
 
 class SAPDecoderLayer(nn.Module):

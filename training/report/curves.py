@@ -16,6 +16,8 @@ from samdetr.training.runs import Run
 Curve = Mapping[int, float]
 _TERM = re.compile(r"train_(loss_[a-z]+)(?:_(\d+|enc|dn))?")
 _LAYERS = 12  # lines of a panel at most
+_LARGEST = 1e100  # value of a run that diverged, whose square is a number
+THIN = {"linewidth": 0.8, "alpha": 0.6, "markersize": 1.5}
 
 
 def colour(place: int) -> str:
@@ -23,6 +25,11 @@ def colour(place: int) -> str:
     from matplotlib import colormaps, colors  # takes a second, as all of matplotlib
 
     return colors.to_hex(colormaps["tab10" if place % 20 < 10 else "Dark2"](place % 10))
+
+
+def seeds_colour(found: Comparison, place: int) -> str:
+    """Of the mean of the runs that differ by seed alone, of which there may be several groups: that of the first."""
+    return colour(found.runs.index(found.seeds[place].runs[0]))
 
 
 def panel(title: str, curves: Sequence[tuple[Curve, dict[str, Any]]], *, band: Sequence[tuple] = ()) -> bytes | None:
@@ -36,10 +43,10 @@ def panel(title: str, curves: Sequence[tuple[Curve, dict[str, Any]]], *, band: S
     figure = Figure(figsize=(4.2, 2.9), layout="constrained")
     axes = figure.subplots()
     for epochs, low, high, of_band in band:
-        axes.fill_between(epochs, low, high, color=of_band, alpha=0.2, linewidth=0)
+        axes.fill_between(epochs, low, high, color=of_band, alpha=0.2, linewidth=0 if len(epochs) > 1 else 4)
     for curve, style in curves:
         if curve:
-            points: Any = zip(*sorted(curve.items()))
+            points: Any = zip(*((epoch, min(max(v, -_LARGEST), _LARGEST)) for epoch, v in sorted(curve.items())))
             look: dict[str, Any] = {"linewidth": 1.4, "marker": "o", "markersize": 2} | style
             axes.plot(*points, **look)
     axes.set_title(title, fontsize=11)
@@ -55,14 +62,40 @@ def panel(title: str, curves: Sequence[tuple[Curve, dict[str, Any]]], *, band: S
 
 
 def losses(found: Comparison) -> dict[str, bytes]:
-    """A panel for the sums and for each term of the last layer, with all runs; published ones dashed."""
+    """A panel for the sums and for each term of the last layer."""
     terms = dict.fromkeys(key for run in found.runs for epoch in run.epochs for key in epoch.values)
     keys = ["train_loss", "test_loss", *(key for key in terms if (t := _TERM.fullmatch(key)) and t[2] is None)]
+    return _all_runs(found, keys)
+
+
+def precision(found: Comparison) -> dict[str, bytes]:
+    """Panels of AP, AP50 and the size buckets."""
+    return _all_runs(found, METRICS[:6])
+
+
+def _all_runs(found: Comparison, keys: Sequence[str]) -> dict[str, bytes]:
+    """A panel for each key, with all runs and, dashed, the published ones. Runs that differ by seed alone are thin
+    lines around their mean, which has a band of one standard deviation."""
     panels = {}
+    alike = {id(run) for seeds in found.seeds for run in seeds.runs}
     for key in keys:
-        curves = [(run.by_epoch(key), {"color": colour(place)}) for place, run in enumerate(found.runs)]
-        curves += [(published_by_epoch(name, key), _dashed(place)) for place, name in enumerate(found.recipes)]
-        if picture := panel(key.replace("_", " "), curves):
+        curves = [
+            (run.by_epoch(key), {"color": colour(place), **(THIN if id(run) in alike else {})})
+            for place, run in enumerate(found.runs)
+        ]
+        curves += [(published_by_epoch(recipe, key), _dashed(place)) for place, recipe in enumerate(found.recipes)]
+        bands = []
+        for place, seeds in enumerate(found.seeds):
+            of_all = {epoch: v for epoch, v in seeds.over_epochs(key).items() if len(v) == len(seeds.runs)}
+            spread = {epoch: v for epoch, v in of_all.items() if max(map(abs, v)) < _LARGEST}
+            if spread:
+                mean = {epoch: statistics.mean(values) for epoch, values in spread.items()}
+                width = {epoch: statistics.stdev(values) for epoch, values in spread.items()}
+                low, high = ([mean[epoch] + sign * width[epoch] for epoch in mean] for sign in (-1, 1))
+                of_seeds = seeds_colour(found, place)
+                bands.append((list(mean), low, high, of_seeds))
+                curves.append((mean, {"color": of_seeds, "linewidth": 2.2}))
+        if picture := panel(key.replace("_", " "), curves, band=bands):
             panels[key] = picture
     return panels
 
@@ -90,26 +123,6 @@ def layers(run: Run) -> dict[str, bytes]:
         ]
         if picture := panel(f"{term.replace('_', ' ')} by layer", curves):
             panels[term] = picture
-    return panels
-
-
-def precision(found: Comparison) -> dict[str, bytes]:
-    """Panels of AP, AP50 and the size buckets; a band of one standard deviation around the mean of seeds."""
-    panels = {}
-    for name in METRICS[:6]:
-        curves = [(run.by_epoch(name), {"color": colour(place)}) for place, run in enumerate(found.runs)]
-        curves += [(published_by_epoch(recipe, name), _dashed(place)) for place, recipe in enumerate(found.recipes)]
-        bands = []
-        for seeds in found.seeds:
-            by_epoch = seeds.over_epochs(name)
-            spread = {epoch: values for epoch, values in by_epoch.items() if len(values) == len(seeds.runs)}
-            if spread:
-                centre = [statistics.mean(values) for values in spread.values()]
-                width = [statistics.stdev(values) for values in spread.values()]
-                low, high = ([c + sign * w for c, w in zip(centre, width)] for sign in (-1, 1))
-                bands.append((list(spread), low, high, colour(found.runs.index(seeds.runs[0]))))
-        if picture := panel(name, curves, band=bands):
-            panels[name] = picture
     return panels
 
 

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval_file import read_detections
 from samdetr.datasets.coco_eval_report import image_f1
 from samdetr.datasets.ground_truth import GroundTruth
+from samdetr.datasets.image_list import spread
 from samdetr.datasets.settings import Data
 from samdetr.datasets.sources import require_split
 from samdetr.datasets.transforms import EvalTransforms
 from samdetr.training.runs import Run
 from samdetr.training.validation_pictures import draw_found, draw_objects
+from samdetr.util.drawing import shrunk
 
-_WIDEST = 1600  # pixels
+_LONGEST = 1600  # pixels
 
 
 def jpeg(picture: Image.Image) -> bytes:
     """As a file that is not too large."""
-    picture, file = picture.convert("RGB"), io.BytesIO()
-    if picture.width > _WIDEST:
-        picture = picture.resize((_WIDEST, max(round(picture.height * _WIDEST / picture.width), 1)))
+    picture, file = shrunk(picture.convert("RGB"), _LONGEST)[0], io.BytesIO()
     picture.save(file, "JPEG", quality=85)
     return file.getvalue()
 
@@ -37,22 +39,16 @@ class Pair:
     """An image twice, as JPEGs: with its objects, with its detections."""
 
     title: str
-    path: Path
     objects: bytes
     detections: bytes
 
 
-def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
-    """By F1 at IoU 0.5 of the detections from the evaluation's best threshold on; of equal ones with most objects.
-
-    Raises ValueError: the data set is not where the evaluation found it, or its files do not belong together.
-    """
-    assert run.evaluation
-    data = Data.pick(run.evaluation.settings)
+def read_images(settings: Mapping[str, Any]) -> tuple[CocoDetection, Annotations]:
+    """The images that a run with these settings evaluates on. Raises ValueError: they are not where it found them."""
+    data = Data.pick(dict(settings))
     source = require_split(data.split, data)
     annotations = source.read()
     annotations.require_valid()
-    found = read_detections(run.folder / "detections.json", annotations)
     images = CocoDetection(
         image_folder=source.folder,
         annotation_file=source.file,
@@ -61,6 +57,26 @@ def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
         annotations=annotations,
         allow_outside=data.allow_outside,
     )
+    return images, annotations
+
+
+def some_images(run: Run, number: int) -> list[Path]:
+    """Files of images that the run evaluates on, from everywhere in the set. Raises ValueError."""
+    try:
+        images, _ = read_images(run.settings)
+    except ValueError as error:
+        raise ValueError(f"the images that it evaluates on are not found from here: {error}") from None
+    return [images.image_path(index) for index in spread(number, len(images))]
+
+
+def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
+    """By F1 at IoU 0.5 of the detections from the evaluation's best threshold on; of equal ones with most objects.
+
+    Raises ValueError: the data set is not where the evaluation found it, or its files do not belong together.
+    """
+    assert run.evaluation
+    images, annotations = read_images(run.evaluation.settings)
+    found = read_detections(run.folder / "detections.json", annotations)
     threshold = run.evaluation.threshold
     f1, objects = image_f1(found, GroundTruth.from_annotations(annotations), threshold=threshold)
     place = {record.id: index for index, record in enumerate(images.images)}
@@ -75,7 +91,7 @@ def best_and_worst(run: Run, number: int) -> tuple[list[Pair], list[Pair]]:
             image = images.read_image(index)
             sides = draw_objects(images, index, image), draw_found(images, found, index, image, threshold=threshold)
             title = f"{images.images[index].file_name}: F1 {f1[row]:.2f}, scores from {threshold:.2f}"
-            pairs.append(Pair(title, images.image_path(index), *map(jpeg, sides)))
+            pairs.append(Pair(title, *map(jpeg, sides)))
         return pairs
 
     return draw(best), draw(worst)

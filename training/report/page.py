@@ -14,10 +14,10 @@ from samdetr.datasets.coco_eval import METRICS
 from samdetr.training.comparison import Comparison
 from samdetr.training.published import departures, recipe_of
 from samdetr.training.report import curves
-from samdetr.training.report.images import best_and_worst, jpeg
+from samdetr.training.report.images import best_and_worst, jpeg, some_images
 from samdetr.training.runs import Run
 from samdetr.util.files import whole_file
-from samdetr.util.logger import printable, shorter
+from samdetr.util.logger import duration, printable, shorter
 from samdetr.util.regular_files import open_regular
 
 MARK = "<!-- samdetr report -->"
@@ -37,11 +37,14 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: 3px 10px; border-bottom: 1px solid #e4e4e7; text-align: right; vertical-align: top;
          overflow-wrap: normal; }
 th:first-child, td:first-child { text-align: left; max-width: 22rem; overflow-wrap: anywhere; min-width: 11rem; }
+table:not(.text) td:nth-child(2) { white-space: nowrap; }
 thead th { border-bottom: 2px solid #a1a1aa; white-space: nowrap; }
 .text td { text-align: left; } .text th { text-align: left; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 10px; }
 .grid img, .wide img { width: 100%; height: auto; display: block; }
 .grid img { max-width: 480px; } .wide { overflow-x: auto; } .wide img { min-width: 640px; max-width: 1000px; }
+.sheets { display: flex; flex-wrap: wrap; gap: 6px 24px; }
+.sheets figure { max-width: 100%; overflow-x: auto; } .sheets img { display: block; max-width: max(100%, 640px); }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: .875rem; }
 .legend svg { vertical-align: middle; margin-right: 6px; }
 .problems { background: #fef3c7; padding: 8px 12px 8px 28px; border-radius: 4px; }
@@ -52,25 +55,28 @@ thead th { border-bottom: 2px solid #a1a1aa; white-space: nowrap; }
 """
 
 
-# Pictures by title of where the network of a run looks in the image of a file; raises ValueError.
-Explain = Callable[[Run, Path], Mapping[str, Image.Image]]
+# Where the network looks in the image of a file: what it found, and pictures by title; None where it has no such thing.
+Look = Callable[[Path], tuple[str, Mapping[str, Image.Image | None]]]
+Explain = Callable[[Run], Look]  # loads the network of a run; both raise ValueError
 
 
-def write_page(found: Comparison, path: Path, *, images: int, explain: Explain) -> None:
-    """Write the report of runs, with so many of the best and the worst images. The caller has checked the place."""
+def write_page(found: Comparison, path: Path, *, images: int, looks: int, explain: Explain) -> None:
+    """Write the report of runs, with so many of the best and the worst images, and `looks` of where networks look.
+    The caller has checked the place."""
     with whole_file(path) as temporary:
-        temporary.write_text(page(found, images, explain), encoding="utf-8")
+        temporary.write_text(page(found, images=images, looks=looks, explain=explain), encoding="utf-8")
 
 
-def page(found: Comparison, images: int, explain: Explain) -> str:
+def page(found: Comparison, *, images: int, looks: int, explain: Explain) -> str:
     """The whole page."""
     title = "Report of " + (found.names[0] if len(found.runs) == 1 else f"{len(found.runs)} runs")
     sections = [
-        _overview(found), _problems(found), _differences(found), _metrics(found),
+        _overview(found), _problems(found), _differences(found), _metrics(found), _time(found),
         _section("AP", _legend(found), _grid(curves.precision(found)), _bands(found)),
-        _section("Losses", _legend(found), _grid(curves.losses(found))),
+        _section("Losses", _legend(found), _grid(curves.losses(found)), _bands(found)),
         *(_section(f"Losses by layer: {text(name)}", _grid(curves.layers(run))) for run, name in _named(found)),
-        *(_evaluation(run, name, images, explain) for run, name in _named(found)),
+        *(_evaluation(run, name, images) for run, name in _named(found)),
+        *(_where_it_looks(run, name, looks, explain) for run, name in _named(found) if looks),
     ]  # fmt: skip
     return (
         f'<!DOCTYPE html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
@@ -117,14 +123,16 @@ def _grid(panels: Mapping[str, bytes]) -> str:
 
 
 def _legend(found: Comparison) -> str:
-    def entry(stroke: str, dash: str, name: str) -> str:
-        line = f'<line x1="0" y1="5" x2="28" y2="5" stroke="{stroke}" stroke-width="3"{dash}/>'
+    def entry(stroke: str, dash: str, name: str, width: int = 3) -> str:
+        line = f'<line x1="0" y1="5" x2="28" y2="5" stroke="{stroke}" stroke-width="{width}"{dash}/>'
         return f'<li><svg width="28" height="10" aria-hidden="true">{line}</svg>{text(name, 80)}</li>'
 
     entries = [entry(curves.colour(place), "", name) for place, name in enumerate(found.names)]
     for place, name in enumerate(found.recipes):
         stroke = ("black", "dimgray", "silver")[place % 3]
         entries.append(entry(stroke, ' stroke-dasharray="6 4"', f"published {name}, COCO"))
+    for place, name in enumerate(_groups(found)):
+        entries.append(entry(curves.seeds_colour(found, place), "", name, 6))
     return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
@@ -167,20 +175,59 @@ def _metrics(found: Comparison) -> str:
         rows += [(name, f"last, {run.last.number}", run.last.metrics)] if run.last else []
         rows += [(name, f"best, {run.best.number}", run.best.metrics)] if run.best else []
         rows += [(name, "eval.json", run.evaluation.metrics)] if run.evaluation else []
-    for seeds in found.seeds:
-        for which, spread in ((f"last, {seeds.epoch}", seeds.last), ("best", seeds.best)):
-            rows.append((f"mean of {len(seeds.runs)} seeds", which, spread.mean))
-            rows.append(("standard deviation", which, spread.deviation))
     if not rows:
         return _section("The 12 COCO figures", "<p>No evaluation yet.</p>")
     cells = [[text(name, 80), text(which), *_figures(metrics, METRICS)] for name, which, metrics in rows]
-    return _section("The 12 COCO figures", _table(["run", "epoch", *METRICS], cells))
+    for seeds, title in zip(found.seeds, _groups(found)):
+        for which, spread in ((f"last, {seeds.epoch}", seeds.last), ("best", seeds.best)):
+            pairs = zip(_figures(spread.mean, METRICS), _figures(spread.deviation, METRICS))
+            cells.append([text(title), which, *(f"{m} ±&nbsp;{d}" if m != "-" else m for m, d in pairs)])
+    note = '<p class="note">Mean ± one standard deviation (n - 1) of runs that differ by seed alone.</p>' * bool(
+        found.seeds
+    )
+    return _section("The 12 COCO figures", _table(["run", "epoch", *METRICS], cells), note)
+
+
+def _groups(found: Comparison) -> list[str]:
+    """Titles of the groups of runs that differ by seed alone."""
+    name = {id(run): name for run, name in _named(found)}
+    return [f"mean of {len(s.runs)} seeds: {', '.join(name[id(run)] for run in s.runs)}" for s in found.seeds]
 
 
 def _bands(found: Comparison) -> str:
     if not found.seeds:
         return ""
-    return '<p class="note">Bands: mean and one standard deviation of runs that differ by seed alone.</p>'
+    return (
+        '<p class="note">Thick lines: mean of runs that differ by seed alone, at epochs that all of them have; bands: '
+        "one standard deviation (n - 1) around it. Thin lines: these runs.</p>"
+    )
+
+
+def _time(found: Comparison) -> str:
+    rows = []
+    for run, name in _named(found):
+        if not (spent := run.spent):
+            rows.append([text(name, 80), *["not recorded" if run.epochs else "-"] * 6])
+            continue
+        parts = (spent.train_images, spent.train_seconds), (spent.test_images, spent.test_seconds)
+        rates = [f"{images / seconds:.1f}" if images and seconds else "-" for images, seconds in parts]
+        spans = [spent.train_seconds, spent.test_seconds, run.seconds_left]
+        hours = ["-" if seconds is None else f"{seconds / 3600:.2f} ({duration(seconds)})" for seconds in spans]
+        rows.append([text(name, 80), *rates, *hours, f"{spent.peak_mib:,.0f} MiB" if spent.peak_mib else "-"])
+    head = [
+        "run",
+        "images/s, training",
+        "images/s, evaluation",
+        "hours of training",
+        "hours of evaluation",
+        "hours left",
+    ]
+    note = (
+        '<p class="note">Hours (and h:mm:ss) of all starts of a run, as far as an epoch ended or the run stopped by '
+        "itself. Hours left: the missing epochs at the mean time of those done. Peak memory: of tensors on a GPU, else "
+        "of the process.</p>"
+    )
+    return _section("Throughput and hours", _table([*head, "peak memory"], rows), note)
 
 
 def _figures(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -188,7 +235,7 @@ def _figures(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [f"{v:.4f}" if isinstance(v, float) and 0 <= v <= 1 else "-" for v in numbers]
 
 
-def _evaluation(run: Run, name: str, images: int, explain: Explain) -> str:
+def _evaluation(run: Run, name: str, images: int) -> str:
     """Classes and pictures that `--eval` wrote."""
     parts = []
     if run.evaluation and run.evaluation.classes:
@@ -206,11 +253,11 @@ def _evaluation(run: Run, name: str, images: int, explain: Explain) -> str:
         if content := _picture(run.folder / file):
             parts.append(f'<h3>{title}</h3><div class="wide" tabindex="0">{_image(content, "png", title)}</div>')
     if run.evaluation and run.evaluation.settings and images:
-        parts.append(_best_and_worst(run, images, explain))
+        parts.append(_best_and_worst(run, images))
     return _section(f"Evaluation: {text(name, 80)}", *parts)
 
 
-def _best_and_worst(run: Run, images: int, explain: Explain) -> str:
+def _best_and_worst(run: Run, images: int) -> str:
     try:
         groups = best_and_worst(run, images)
     except ValueError as error:
@@ -224,14 +271,40 @@ def _best_and_worst(run: Run, images: int, explain: Explain) -> str:
             for pair in pairs
         ]
         parts += [f"<h3>{title}</h3>", f'<div class="pairs">{"".join(figures)}</div>'] if figures else []
-    for pair in groups[0][:1]:
-        try:
-            for title, picture in explain(run, pair.path).items():
-                shown = _image(jpeg(picture), "jpeg", title)
-                parts.append(f'<h3>{title}: {text(pair.path.name)}</h3><div class="wide" tabindex="0">{shown}</div>')
-        except ValueError as error:
-            parts.append(f'<p class="note">Not drawn where queries look: {text(error, 500)}</p>')
     return "".join(parts)
+
+
+def _where_it_looks(run: Run, name: str, number: int, explain: Explain) -> str:
+    """Sheets of points, prior and attention in a few images, or a line that says why there are none."""
+    parts, lacking = ['<p class="note">Of the best detection in an image. Each head has a colour of its own.</p>'], ""
+    try:
+        if not run.settings:
+            raise ValueError("the run's settings are not known")
+        look, files = explain(run), some_images(run, number)
+    except (OSError, ValueError) as error:
+        return _section(f"Where queries look: {text(name, 80)}", _no_sheets(error))
+    for file in files:
+        parts.append(f"<h3>{text(file.name)}</h3>")
+        try:
+            what, pictures = look(file)
+        except (OSError, ValueError) as error:
+            parts.append(_no_sheets(error))
+            continue
+        sheets = (
+            f'<figure tabindex="0"><figcaption>{title}</figcaption>{_image(jpeg(picture), "jpeg", title)}</figure>'
+            for title, picture in pictures.items()
+            if picture
+        )
+        parts.append(f'<p>{text(what)}</p><div class="sheets">{"".join(sheets)}</div>')
+        lacking = "; ".join(title.lower() for title, picture in pictures.items() if not picture)
+    if lacking:
+        model = text(run.settings.get("model", "network"), 60)
+        parts.append(f'<p class="note">Not in this {model}: {lacking}.</p>')
+    return _section(f"Where queries look: {text(name, 80)}", *parts)
+
+
+def _no_sheets(error: Exception) -> str:
+    return f'<p class="note">No sheets: {text(error, 500)}</p>'
 
 
 def _picture(path: Path) -> bytes | None:
