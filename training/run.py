@@ -34,6 +34,7 @@ from samdetr.training.cluster.preemption import shield_worker
 from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.finetune import Pretrained
 from samdetr.training.optim import parameter_groups
+from samdetr.training.parallel import parallel
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
 from samdetr.training.trackers import require_packages
@@ -190,14 +191,11 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     else:
         _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
+    model: nn.Module = network
+    if get_world_size() > 1 and not run.eval:
+        model = parallel(network, criterion, sync_buffers=settings.trunk.backbone_norm == "learned")
     if settings.speed.compile:
         network.compile(dynamic=True)
-    model: nn.Module = network
-    if get_world_size() > 1:
-        # Without auxiliary losses the heads of the earlier layers get no gradient.
-        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not settings.loss.aux_loss)
-        # Frozen norms never differ. PyTorch warns of the argument of this name since 2.14.
-        model.broadcast_buffers = settings.trunk.backbone_norm == "learned"
     return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)
 
 
