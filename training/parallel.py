@@ -50,7 +50,7 @@ def _first_steps(model: nn.Module, network: nn.Module, criterion: SetCriterion) 
     targets = [{"labels": images.new_zeros(1, dtype=torch.int64), "boxes": images.new_full((1, 4), 0.5)}] * 2
     inputs = PaddedImages(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
     # DistributedDataParallel takes outputs that no loss uses for the users of their parameters.
-    unused = {} if criterion.auxiliary else {"aux_outputs": []}
+    unused: dict[str, list] = {} if criterion.auxiliary else {"aux_outputs": []}
     hook = network.register_forward_hook(lambda module, inputs, outputs: {**outputs, **unused})
     for _ in range(2):  # the parameters that have a gradient; their order
         noised = criterion.noised(targets)

@@ -21,7 +21,7 @@ from samdetr.datasets.check.splits import Split
 from samdetr.datasets.check.start import check_loaded, start_lines
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval import CocoEvaluator
-from samdetr.datasets.sampler import TrainSampler, evaluation_batches
+from samdetr.datasets.sampler import Buckets, TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import check_memory, check_network, chosen_weights, load_backbone_weights
@@ -319,10 +319,24 @@ def build_loaders(
     if line := shared_memory_warning(num_workers=settings.data.num_workers, batch_bytes=bytes_of_batch):
         log(line)
     shuffled = TrainSampler(
-        length=len(train_set) * repeats, batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
-    )
+        length=len(train_set) * repeats, batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed,
+        buckets=_buckets(train_set, repeats, settings),
+    )  # fmt: skip
     images: Dataset = ConcatDataset([train_set] * repeats) if repeats > 1 else train_set
     return Loader(images, batch_size=batch_size, sampler=shuffled, **options), val_loader
+
+
+def _buckets(images: CocoDetection, repeats: int, settings: RunSettings) -> Buckets | None:
+    """Those of `size_buckets`, if any. Raises ValueError: the sizes of images are not known."""
+    if settings.data.size_buckets < 2:
+        return None
+    ratios = images.images.ratios()
+    if unknown := ratios.count(0):
+        raise ValueError(
+            f"`size_buckets` {settings.data.size_buckets}: {images.annotation_file} has no width and height of "
+            f"{unknown} images, such as image id {images.images[ratios.index(0)].id}; add them, or leave the flag out"
+        )
+    return Buckets(ratios=ratios * repeats, number=settings.data.size_buckets, group=settings.optimisation.batch_size)
 
 
 def _init_worker(number: int) -> None:
