@@ -1,6 +1,6 @@
 """How much of the training batches is padding, with and without --size_buckets.
 
-python benchmarks/padding.py [--coco_path FOLDER] [--batch_size 2 4] [--epochs 1]
+    python benchmarks/padding.py [--coco_path FOLDER] [--batch_size 2 4] [--epochs 1]
 
 Prints the share of padded pixels for a made-up list with the sizes that are common in COCO, or for a data set. Sizes
 are those after augmentation by the transforms of main.py, which run without pixels.
