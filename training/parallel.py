@@ -15,22 +15,30 @@ from samdetr.util.padded_images import PaddedImages
 SIDE = 64  # of the images of the first steps
 
 
-def parallel(network: Detector, criterion: SetCriterion, *, sync_buffers: bool) -> DistributedDataParallel:
+def parallel(
+    network: Detector, criterion: SetCriterion, *, sync_buffers: bool, compiled: bool = False
+) -> DistributedDataParallel:
     """The network, which is on its device and not compiled yet, for training in several processes.
 
     Every process must call this. Weights, buffers and random numbers of the main process stay as they are.
 
     Args:
         sync_buffers: whether all processes use the main process's statistics of norms; frozen ones never differ.
+        compiled: whether the network will be compiled.
     """
     for weight in network.parameters():
         if weight.requires_grad and 1 in weight.shape:
             weight.register_hook(_Strides(weight))
     # A static graph, because parameters without gradient, such as heads of earlier layers without auxiliary losses, are
     # then looked for once and not in every step.
-    model = DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
+    # A compiled graph may give these a gradient of 0 where the steps below give none, so there they are looked for.
+    static = criterion.auxiliary or not compiled
+    model = DistributedDataParallel(
+        network, gradient_as_bucket_view=True, static_graph=static, find_unused_parameters=not static
+    )
     model.broadcast_buffers = sync_buffers  # PyTorch warns of the argument of this name since 2.14
-    _first_steps(model, network, criterion)
+    if static:
+        _first_steps(model, network, criterion)
     return model
 
 

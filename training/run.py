@@ -193,7 +193,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     place(network, device, channels_last=settings.speed.channels_last)
     model: nn.Module = network
     if get_world_size() > 1 and not run.eval:
-        model = parallel(network, criterion, sync_buffers=settings.trunk.backbone_norm == "learned")
+        learned = settings.trunk.backbone_norm == "learned"
+        model = parallel(network, criterion, sync_buffers=learned, compiled=settings.speed.compile)
     if settings.speed.compile:
         network.compile(dynamic=True)
     return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)
