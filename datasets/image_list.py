@@ -42,6 +42,11 @@ class ImageList:
         """The indices, sorted by the ids."""
         return self._ids.argsort().tolist()
 
+    def ratios(self) -> list[float]:
+        """Width by height of each image; 0 where the annotation file has no size."""
+        width, height = self._sizes.unbind(1)
+        return (width / height.clamp(min=1)).tolist()
+
     def __iter__(self) -> Iterator[ImageRecord]:
         return map(self.__getitem__, range(len(self)))
 

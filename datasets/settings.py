@@ -40,3 +40,10 @@ class Data(Settings):
     pad_to_multiple: int = flag(
         1, "pad batches to multiples of this many pixels", least=1, most=2**14, metavar="PIXELS"
     )
+    size_buckets: int = flag(
+        0,
+        "train on batches of like aspect ratio, from N buckets, so that less is padded; 0 or 1: off",
+        least=0,
+        most=2**14,
+        metavar="N",
+    )

@@ -154,6 +154,15 @@ def test_two_processes_of_which_one_is_killed(killed, faults, forks, pair, tmp_p
     assert_same(output, pair)
 
 
+def test_four_processes_that_are_stopped(forks, tmp_path, tmp_path_factory):
+    """More than two may sum in more than one order; batches of like images, too, and parameters without gradient."""
+    flags = shlex.split("--size_buckets 3 --no_aux_loss")
+    output, wanted = tmp_path / "output", straight(forks, tmp_path_factory, *flags, ranks=4)
+    assert forks.run(output, *flags, faults=[("step", 6, "SIGTERM")], ranks=4) == [75] * 4
+    assert forks.run(output, *flags, ranks=4) == [0] * 4
+    assert_same(output, wanted)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_processes(before, after, forks, tmp_path, tmp_path_factory):
     """Without dropout, which each process draws for itself, and with norms that know nothing of the batch."""

@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers import settings
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import model
 from samdetr.inference.plain import PLAIN, PlainMatcher, plain
 from samdetr.models.build import build_model
-from samdetr.util.padded_images import pad_images
+from samdetr.util.padded_images import PaddedImages, pad_images
 
 TINY = (
     "--backbone resnet50 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 3 --num_queries 12"
@@ -128,3 +129,27 @@ def test_the_benchmark_measures_in_a_process_of_its_own():
         "R50", paths=["plain", "fast"], task="evaluate", rounds=1, device="cpu", size=(64, 96), batch=1
     )
     assert {path: len(values) for path, values in times.items()} == {"plain": 1, "fast": 1}
+
+
+def largest_kept(flags: str, *, path: str) -> int:
+    """Bytes of the largest tensor that forward keeps for backward of one image of 800 x 1120, with fake tensors."""
+    found = settings(flags).replace(num_classes=91)
+    with torch.device("meta"):
+        network = build_model(found.trunk, found.family, found.loss)[0].train()
+        network = plain(network) if path == "plain" else network
+    kept = []
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without work, and the attention that a CPU would take
+        network.to_empty(device="cpu")
+        images = PaddedImages(torch.empty(1, 3, 800, 1120), torch.zeros(1, 800, 1120, dtype=torch.bool))
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel() * x.element_size()) or x, id)
+        with hooks:
+            network(images)
+    return max(kept)
+
+
+def test_no_large_tensor_is_kept_for_backward():
+    """R50-DC5: the plain path keeps the encoder's weights of 3,500 positions for as many in 8 heads, the other one at
+    most an activation of the first stage, 256 channels of 200 x 280."""
+    wanted = {"plain": 4 * 8 * 3500**2, "fast": 4 * 256 * 200 * 280}
+    assert {path: largest_kept("--dilation --smca", path=path) for path in wanted} == wanted
+    assert wanted["fast"] <= 0.4 * wanted["plain"]

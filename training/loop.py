@@ -64,6 +64,7 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> int:
         extras={"bad_steps": update.guard, **({"clock": clock} if clock else {})},
         seed=settings.run.seed,
         batch=data.sampler.batch,
+        grouping=data.sampler.grouping,
         facts={"settings": saved_settings, "categories": parts.data.categories.to_list()},
         epoch=resume.epoch,
     )

@@ -35,6 +35,14 @@ AS_TRAINED = ("batch_size", "pad_to_multiple", "amp")
 # Settings of that run which are read, beside those of the network: the rates say how its optimiser's state is grouped.
 READ_LATER = (*AS_TRAINED, "lr", "lr_backbone", "lr_linear_proj_names", "lr_linear_proj_mult")
 
+# What the order of images within an epoch follows from, as a checkpoint holds it.
+ORDER = {
+    "seed": "`seed`",
+    "batch": "images per step (processes x `batch_size` x `accumulate`)",
+    "buckets": "`size_buckets`",
+    "group": "batches of like images (`size_buckets`) of `batch_size`",
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -58,7 +66,8 @@ class Source:
             return settings.replace(resume=self.path)
         saved: dict[str, Any] = {}
         if "sampler" in self.checkpoint:
-            saved["seed"] = self.checkpoint["sampler"]["seed"]
+            order = self.checkpoint["sampler"]
+            saved |= {"seed": order["seed"], "size_buckets": order.get("buckets", 0)}
         if settings.run.eval:
             found = self.checkpoint["run_settings"]
             saved |= {name: found[name] for name in AS_TRAINED if name in found}
@@ -193,12 +202,14 @@ def plan(
         if unlogged and step is not None:
             return Resume(source, epoch, sampler.steps)
         return Resume(source, epoch + 1, None)
-    for name, here in (("seed", sampler.seed), ("batch", sampler.batch)):
-        if order[name] != here:
-            what = "`seed`" if name == "seed" else "images per step (processes x `batch_size` x `accumulate`)"
+    grouped = {"buckets": 0, "group": settings.optimisation.batch_size}
+    here = {"seed": sampler.seed, "batch": sampler.batch, **grouped, **sampler.grouping}
+    there = {**grouped, **order}
+    for name, what in ORDER.items():
+        if there[name] != here[name]:
             raise ValueError(
-                f"{source.path} is in the middle of epoch {epoch} of a run with {what} {order[name]}, here {here}: "
-                "resume with the same, or from a checkpoint at the end of an epoch"
+                f"{source.path} is in the middle of epoch {epoch} of a run with {what} {there[name]}, here "
+                f"{here[name]}: resume with the same, or from a checkpoint at the end of an epoch"
             )
     return Resume(source, epoch, step)
 

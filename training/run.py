@@ -21,7 +21,7 @@ from samdetr.datasets.check.splits import Split
 from samdetr.datasets.check.start import check_loaded, start_lines
 from samdetr.datasets.coco import CocoDetection
 from samdetr.datasets.coco_eval import CocoEvaluator
-from samdetr.datasets.sampler import TrainSampler, evaluation_batches
+from samdetr.datasets.sampler import Buckets, TrainSampler, evaluation_batches
 from samdetr.engine import evaluate
 from samdetr.models.build import build_model
 from samdetr.models.checkpoints import check_memory, check_network, chosen_weights, load_backbone_weights
@@ -35,6 +35,7 @@ from samdetr.training.cluster.watchdog import Watchdog
 from samdetr.training.finetune import Pretrained
 from samdetr.training.judge import published_name
 from samdetr.training.optim import parameter_groups
+from samdetr.training.parallel import parallel
 from samdetr.training.resume import Source, claim_folder, find_checkpoint, is_auto
 from samdetr.training.settings import RunSettings
 from samdetr.training.trackers import require_packages
@@ -193,14 +194,12 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     else:
         _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
+    model: nn.Module = network
+    if get_world_size() > 1 and not run.eval:
+        learned = settings.trunk.backbone_norm == "learned"
+        model = parallel(network, criterion, sync_buffers=learned, compiled=settings.speed.compile)
     if settings.speed.compile:
         network.compile(dynamic=True)
-    model: nn.Module = network
-    if get_world_size() > 1:
-        # Without auxiliary losses the heads of the earlier layers get no gradient.
-        model = nn.parallel.DistributedDataParallel(network, find_unused_parameters=not settings.loss.aux_loss)
-        # Frozen norms never differ. PyTorch warns of the argument of this name since 2.14.
-        model.broadcast_buffers = settings.trunk.backbone_norm == "learned"
     return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)
 
 
@@ -324,10 +323,24 @@ def build_loaders(
     if line := shared_memory_warning(num_workers=settings.data.num_workers, batch_bytes=bytes_of_batch):
         log(line)
     shuffled = TrainSampler(
-        length=len(train_set) * repeats, batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed
-    )
+        length=len(train_set) * repeats, batch=batch, rank=rank, world_size=world_size, seed=settings.run.seed,
+        buckets=_buckets(train_set, repeats, settings),
+    )  # fmt: skip
     images: Dataset = ConcatDataset([train_set] * repeats) if repeats > 1 else train_set
     return Loader(images, batch_size=batch_size, sampler=shuffled, **options), val_loader
+
+
+def _buckets(images: CocoDetection, repeats: int, settings: RunSettings) -> Buckets | None:
+    """Those of `size_buckets`, if any. Raises ValueError: the sizes of images are not known."""
+    if settings.data.size_buckets < 2:
+        return None
+    ratios = images.images.ratios()
+    if unknown := ratios.count(0):
+        raise ValueError(
+            f"`size_buckets` {settings.data.size_buckets}: {images.annotation_file} has no width and height of "
+            f"{unknown} images, such as image id {images.images[ratios.index(0)].id}; add them, or leave the flag out"
+        )
+    return Buckets(ratios=ratios * repeats, number=settings.data.size_buckets, group=settings.optimisation.batch_size)
 
 
 def _init_worker(number: int) -> None:

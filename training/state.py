@@ -50,7 +50,10 @@ RULES = record(
     optional={
         "iteration": maybe(_COUNT),
         "samples_seen": _COUNT,
-        "sampler": record({"seed": _COUNT, "batch": number(least=1, most=2**62), "position": _COUNT}),
+        "sampler": record(
+            {"seed": _COUNT, "batch": number(least=1, most=2**62), "position": _COUNT},
+            optional={"buckets": number(least=2, most=2**14), "group": number(least=1, most=2**62)},
+        ),
         "random_states": listed(RANDOM_RULE, least=1),
         "averages": listed(record({"sums": each(_real), "counts": each(number(least=0, whole=False))}), least=1),
         "extras": record(
@@ -114,6 +117,7 @@ class TrainingState:
     scheduler: LRScheduler
     seed: int  # of the order of the images, which is a function of it and the epoch
     batch: int  # images per step, over all processes
+    grouping: dict[str, int] = field(default_factory=dict)  # of the order of the images, too
     ema: WeightAverage | None = None
     scaler: GradScaler | None = None
     keep_gradients: bool = False  # whether the next step adds to the gradients of the last one
@@ -139,7 +143,12 @@ class TrainingState:
             "epoch": self.epoch,
             "iteration": self.iteration,
             "samples_seen": self.samples_seen,
-            "sampler": {"seed": self.seed, "batch": self.batch, "position": self.iteration * self.batch},
+            "sampler": {
+                "seed": self.seed,
+                "batch": self.batch,
+                "position": self.iteration * self.batch,
+                **self.grouping,
+            },
             "random_states": [rank["random"] for rank in ranks],
             "averages": [rank["averages"] for rank in ranks],
             "extras": {name: part.state_dict() for name, part in self.extras.items()},
