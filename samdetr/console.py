@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -43,10 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:{width}}  {text}\n" for name, (_, _, text) in COMMANDS.items()]
-        print(
+        text = (
             f"usage: samdetr COMMAND [FLAGS]\n\n{''.join(lines)}\n"
             "samdetr COMMAND --help lists the flags of a command, samdetr --version the version."
         )
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # nobody reads the rest: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+            return 141
     elif command == "--version":
         print(samdetr.__version__)
     elif command in COMMANDS:

@@ -3,6 +3,7 @@
 Every test runs other processes, most of them outside the repository.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,15 @@ def test_bare_copy_runs_from_any_folder(copy, tmp_path):
 def test_importing_the_name_alone_is_cheap(copy):
     code = "import sys, samdetr; assert 'torch' not in sys.modules; assert 'load' in dir(samdetr); samdetr.__version__"
     check(sys.executable, "-c", code, folder=copy)
+
+
+def test_help_that_nobody_reads(copy):
+    """`samdetr --help | head`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "-m", "samdetr"], cwd=copy, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, b"")
 
 
 # test_ops.py runs all checks.
