@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samdetr.inference.watch import watch
+from samdetr.models.attention import LevelAttention
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.deformable_detr.decoder import DeformableDecoderLayer
 from samdetr.models.detector import Detector
@@ -108,8 +109,7 @@ class Measures:
             enter(watch(decoder, kind, lambda _, given, __, name=name: self._see(content=given[name])))
         enter(watch(decoder, SemanticsAligner, lambda module, _, found: self._see(aligner=module, aligned=found)))
         enter(watch(decoder, MSDeformAttn, lambda module, given, _: self._see(deformable=module, sampled=given)))
-        for module in (sam, sap):  # query, key, padding and prior of their cross-attention
-            enter(patch.object(module, "prior_attention", self._spy(module.prior_attention)))
+        enter(patch.object(LevelAttention, "attend", self._spy(LevelAttention.attend)))
         for kind in (sam.SAMDecoderLayer, sap.SAPDecoderLayer, DeformableDecoderLayer):
             enter(watch(decoder, kind, lambda _, given, __: self._end_layer(given)))
         enter(
@@ -137,9 +137,9 @@ class Measures:
         self._now |= what
 
     def _spy(self, attend: Any) -> Any:
-        def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-            self._see(query=query, key=key, **options)
-            return attend(query, key, value, **options)
+        def spy(module: LevelAttention, query: Tensor, key: Tensor, level: FeatureLevel, prior: Any) -> Tensor:
+            self._see(query=query, key=key, padding=level.token_padding, prior=prior)
+            return attend(module, query, key, level, prior)
 
         return spy
 
