@@ -136,6 +136,15 @@ def test_in_training(shapes, capsys):
     assert "note: --compare has no effect with --overfit" in capsys.readouterr().out
 
 
+def test_auto_looks_at_the_network_of_the_checkpoint(shapes, trained, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(judge, "recipe_of", asked.append)
+    words = ["--resume", str(trained / "checkpoint.pth"), "--compare", "auto"]
+    assert call_main(shapes, *words, network=[]) == 2
+    assert "--compare auto" in error_line(capsys.readouterr().err)
+    assert [(each["num_queries"], each["backbone"]) for each in asked] == [(10, "resnet18")]
+
+
 def test_what_is_not_finite_is_outside():
     assert outside({"train_loss": float("nan"), "AP": 0.1}, 0, "r50_e12") == {"train_loss"}
     assert judge.verdict({"train_loss": 1.0}, 12, name="r50_e12") == []

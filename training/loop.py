@@ -83,7 +83,7 @@ def train(parts: Parts, given: Mapping[str, Any], signals: Signals) -> int:
     run = settings.run
     trackers = Trackers(folder, run.track, last=done, settings=saved_settings, every=run.print_every)
     trainer = Trainer(parts, state, update, signals, clock, earlier, trackers)
-    if name := trainer.rival:
+    if name := settings.run.compare:
         classes = len(parts.data.categories.names)
         log(judge.introduction(settings, name=name, images_per_step=data.sampler.batch, classes=classes))
     try:
@@ -156,8 +156,6 @@ class Trainer:
         self.saved_at = time.monotonic()
         self.about = about(device=parts.device, data=parts.settings.data) if self.folder and is_main() else {}
         self.metrics: list[float] | None = None  # of the last evaluation
-        name, flat = self.settings.compare, parts.settings.with_resolved_norm().flat()
-        self.rival = judge.published_name(name, flat) if name and not self.settings.overfit else None
         self._arrived = 0  # batches of this epoch
         self._tables = ""  # of the last evaluation
         # Images and seconds of this epoch, since it started or was resumed.
@@ -195,9 +193,9 @@ class Trainer:
             seconds = (time.monotonic() - start) / (epoch + 1 - first) * (epochs - epoch - 1)
             best, where = self._best(), self.folder.path / BEST if self.folder else None
             log(epoch_line(line, metrics=coco_metrics(line), best=best, where=where, epoch=epoch, seconds_left=seconds))
-            if self.rival:
+            if name := self.settings.compare:
                 ap = average_precision(line)
-                for text in judge.verdict(line if ap is None else {**line, "AP": ap}, epoch, name=self.rival):
+                for text in judge.verdict(line if ap is None else {**line, "AP": ap}, epoch, name=name):
                     log(text)
         log(f"{self._tables}training took {timedelta(seconds=round(time.monotonic() - start))}")
 

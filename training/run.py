@@ -127,8 +127,6 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`eval` needs a model: pass `resume` CHECKPOINT (or `detections` FILE, which needs none)")
     if settings.data.split != "val" and not run.eval:
         raise ValueError(f"`split` {settings.data.split} is for `eval`; training evaluates on val: leave it out")
-    if run.compare and not run.eval:
-        published_name(run.compare, settings.with_resolved_norm().flat())
     if run.track and not run.eval and not run.overfit:
         if not run.output_dir:
             raise ValueError("`track` writes into the output folder: pass `output_dir`")
@@ -170,6 +168,10 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     settings.check_family(given)
     if run.overfit:
         settings = overfit.applied(settings, given)
+    if run.compare:  # by the network that a checkpoint may have chosen, and before the folder is touched
+        trains = not run.eval and not run.overfit
+        name = published_name(run.compare, settings.with_resolved_norm().flat()) if trains else ""
+        settings = settings.replace(compare=name)
     if folder and not run.eval:
         claim_folder(source, folder, overwrite=run.overwrite)
     data = load_data(settings, source, given, folder)
