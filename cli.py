@@ -211,7 +211,7 @@ def _spellings() -> dict[str, str]:
 
 
 def program_parser(file: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
-    """The parser of a program with a few flags of its own, whose docstring is shown as it is written."""
+    """The parser of a program that has few flags. `description`, its docstring, keeps its line breaks."""
     return argparse.ArgumentParser(
         program_name(file),
         description=description,

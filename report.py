@@ -58,11 +58,12 @@ def where_it_looks(run: Run) -> Look:
         predictor = load(str(source), device="cpu")
     except ValueError as error:
         raise ValueError(str(error).replace("`source` ", "")) from None
+    kinds: dict[str, Any] = {"salient_points": True, "sampling_points": "best", "attention": True}
     wanted: dict[str, Any] = {}
-    for kind in ({"salient_points": True}, {"sampling_points": "best"}, {"attention": True}):
+    for name, value in kinds.items():
         with suppress(ValueError):  # the network has none
-            check_points(predictor, **kind)  # type: ignore[arg-type]
-            wanted |= kind
+            check_points(predictor, **{name: value})
+            wanted[name] = value
 
     def look(image: Path) -> tuple[str, dict[str, Image.Image | None]]:
         found, pictures = explain(predictor, str(image), threshold=0, most=1, **wanted)

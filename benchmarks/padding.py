@@ -94,10 +94,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     options = parser.parse_args()
     data = Data(coco_path=options.coco_path or "")
-    sizes = coco_sizes()
     if options.coco_path:
         found = [image_size(entry) for entry in read_split("train", data).images]
         sizes = [(int(size[1]), int(size[0])) for size in found if size]
+    else:
+        sizes = coco_sizes()
     print(f"{len(sizes)} images, {options.epochs} epoch(s)")
     print("\n".join(table(sizes, batch_sizes=options.batch_size, epochs=options.epochs, data=data)))
 

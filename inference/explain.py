@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,26 +65,25 @@ def explain(
     pictures: dict[str, Image.Image] = {}
     if salient_points and len(found):
         pictures["points"] = draw_points(found, layers, most=most)
-    wanted = sampling_points is not None and (sampling_points != "best" or len(found)), attention and len(found)
-    if not any(wanted):
+    position = sampling_points
+    if isinstance(position, str):
+        position = tuple((found.boxes[0].view(2, 2).mean(0) / torch.tensor(found.size)).tolist()) if found else None
+    if position is None and not (attention and found):
         return found, pictures
-    position = sampling_points if isinstance(sampling_points, tuple) else (0.5, 0.5)
-    if sampling_points == "best" and len(found):
-        position = tuple((found.boxes[0].view(2, 2).mean(0) / torch.tensor(found.size)).tolist())
     assert isinstance(predictor.model, Detector)
     # A second pass, because the positions and queries to observe are known only now, and all would be too many.
     best, decoder = found.queries[:most], predictor.model.decoder
     with (
-        watch_sampling(predictor.model.encoder, cell_of(position)) as encoder_layers,
+        watch_sampling(predictor.model.encoder, cell_of(position)) if position else nullcontext([]) as encoder_layers,
         watch_sampling(decoder, lambda *_: best) as decoder_layers,
         watch_maps(decoder, best[:1]) as maps,
     ):
         predictor.predict(found.source)
-    if wanted[0]:
+    if position:
         pictures["sampling"] = draw_sampling(found.image, encoder_layers)
         if decoder_layers and len(best):
             pictures["sampling_queries"] = draw_query_sampling(found, decoder_layers)
-    if wanted[1]:
+    if attention and found:
         pictures |= draw_maps(found, maps)
     return found, pictures
 

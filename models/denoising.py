@@ -93,7 +93,7 @@ class Denoising:
     contrastive: bool
 
     def known(self, counts: Sequence[int], device: torch.device) -> Known:
-        """Where the copies of the objects stand, if the images have so many."""
+        """Where the copies stand; `counts` are the numbers of objects of the images."""
         return _known(self.groups, self.contrastive, tuple(counts), device)
 
     @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else "--help"
+    text = None
     if command in ("--help", "-h", "help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:{width}}  {text}\n" for name, (_, _, text) in COMMANDS.items()]
@@ -48,13 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"usage: samdetr COMMAND [FLAGS]\n\n{''.join(lines)}\n"
             "samdetr COMMAND --help lists the flags of a command, samdetr --version the version."
         )
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # nobody reads the rest: `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-            return 141
     elif command == "--version":
-        print(samdetr.__version__)
+        text = samdetr.__version__
     elif command in COMMANDS:
         module, flags, _ = COMMANDS[command]
         sys.argv = [f"samdetr {command}", *flags, *words[1:]]
@@ -64,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
         print(f"samdetr: error: {command} is no command; {hint}", file=sys.stderr)
         return 2
+    if text is not None:
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `| head`
+            from samdetr.util.command_line import give_up_output  # seconds to import
+
+            return give_up_output()
     return 0
 
 

@@ -19,7 +19,6 @@ KEYS = {
     "test_loss": "test loss", "AP": "AP",
 }  # fmt: skip
 _REPEATED = (("r50_ms_e12", "r50_ms_e50"), ("r50_ms_smca_e12", "r50_ms_smca_e50"))  # alike up to the first drop
-_DROP = {12: 10, 50: 40}  # of the learning rate, after this many epochs, by the epochs of a run
 _CLASSES = 80  # of COCO
 
 
@@ -64,11 +63,13 @@ def allowed(key: str) -> float:
     thirds, repeats = [], []
     scale = (lambda value: value) if key == "AP" else math.log
     for name in published():
-        curve = [scale(value) for value in published_by_epoch(name, key).values()][: _DROP[int(name.split("_e")[-1])]]
+        values = list(published_by_epoch(name, key).values())[: recipe(name).optimisation.lr_drop]
+        curve = list(map(scale, values))
         thirds += [abs(d - 3 * c + 3 * b - a) for a, b, c, d in zip(curve, curve[1:], curve[2:], curve[3:])][2:]
     for first, second in _REPEATED:
         one, other = published_by_epoch(first, key), published_by_epoch(second, key)
-        repeats += [Difference(key, other[epoch], one[epoch], 0).change for epoch in range(_DROP[12])]
+        drop = recipe(first).optimisation.lr_drop
+        repeats += [Difference(key, other[epoch], one[epoch], 0).change for epoch in range(drop)]
     deviation = statistics.median(thirds) / (0.6745 * math.sqrt(20))  # 0.6745: median of |x| of a normal distribution
     return max(5 * deviation, 1.25 * max(map(abs, repeats)))
 

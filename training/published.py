@@ -60,7 +60,7 @@ def departures(settings: Mapping[str, Any], name: str) -> list[str]:
     """Settings of network, optimisation, losses and images in which a run differs from a published one:
     "lr 0.001 (0.0001)"."""
     wanted = recipe(name)
-    parts = (wanted.trunk, wanted.family, wanted.optimisation, wanted.loss)
-    flat = {**{k: v for part in parts for k, v in part.flat().items()}, **{n: wanted.flat()[n] for n in _IMAGES}}
-    del flat["batch_size"]  # together with the number of GPUs it is the same
-    return [f"{each} {settings[each]} ({value})" for each, value in flat.items() if settings.get(each, value) != value]
+    flat, parts = wanted.flat(), (wanted.trunk, wanted.family, wanted.optimisation, wanted.loss)
+    names = [*(each for part in parts for each in part.flat()), *_IMAGES]
+    names.remove("batch_size")  # together with the number of GPUs it is the same
+    return [f"{n} {settings[n]} ({flat[n]})" for n in names if settings.get(n, flat[n]) != flat[n]]

@@ -235,8 +235,8 @@ class Trackers:
         self._hand_on("draw", step, pictures)
 
     def flush(self) -> None:
-        """Hand on all steps until now. Before a checkpoint, too: for a killed run that goes on there, they do not come
-        again."""
+        """Pass on the steps that wait. Also called before a checkpoint: a run that is killed and resumed there does not
+        repeat them."""
         if not self._steps:
             return
         on_device = [

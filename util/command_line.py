@@ -50,8 +50,7 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
         output.register(sys.stdout, 0)
         if not any(event & select.POLLERR for _, event in output.poll(0)):
             raise  # another pipe is broken
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-        return _NOBODY_READS
+        return give_up_output()
     except RecursionError:
         _print_error(file, "the data or settings are nested too deeply to be read or written")
         return 2
@@ -72,6 +71,12 @@ def run_command(file: str, function: Callable[[], int | None], describe: Callabl
         text = str(error).rsplit("ValueError: ", 1)[-1] if _IN_WORKER in str(error) else str(error)
         _print_error(file, describe(" ".join(text.split())))
         return 2
+
+
+def give_up_output() -> int:
+    """After nobody reads stdout any more. Returns the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+    return _NOBODY_READS
 
 
 def _print_error(file: str, message: str) -> None:

@@ -92,7 +92,7 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[Sequ
 
 
 def shrunk(image: Image.Image, longest: int) -> tuple[Image.Image, float]:
-    """The image, at most so many pixels long, and by how much it is reduced."""
+    """The image, its longer side reduced to at most `longest` pixels, and the factor."""
     factor = min(longest / max(image.size), 1)
     return image.resize((max(round(image.width * factor), 1), max(round(image.height * factor), 1))), factor
 

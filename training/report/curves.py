@@ -83,7 +83,7 @@ def _all_runs(found: Comparison, keys: Sequence[str]) -> dict[str, bytes]:
             (run.by_epoch(key), {"color": colour(place), **(THIN if id(run) in alike else {})})
             for place, run in enumerate(found.runs)
         ]
-        curves += [(published_by_epoch(recipe, key), _dashed(place)) for place, recipe in enumerate(found.recipes)]
+        curves += [(published_by_epoch(recipe, key), dashed(place)) for place, recipe in enumerate(found.recipes)]
         bands = []
         for place, seeds in enumerate(found.seeds):
             of_all = {epoch: v for epoch, v in seeds.over_epochs(key).items() if len(v) == len(seeds.runs)}
@@ -126,5 +126,6 @@ def layers(run: Run) -> dict[str, bytes]:
     return panels
 
 
-def _dashed(place: int) -> dict[str, Any]:
+def dashed(place: int) -> dict[str, Any]:
+    """Style of the curve of a published run."""
     return {"color": ("black", "dimgray", "silver")[place % 3], "linestyle": "--", "marker": ""}

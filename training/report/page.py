@@ -61,8 +61,8 @@ Explain = Callable[[Run], Look]  # loads the network of a run; both raise ValueE
 
 
 def write_page(found: Comparison, path: Path, *, images: int, looks: int, explain: Explain) -> None:
-    """Write the report of runs, with so many of the best and the worst images, and `looks` of where networks look.
-    The caller has checked the place."""
+    """Write the report of runs. `images`: number of best images, and of worst ones; `looks`: number of images in which
+    it shows where queries look. The caller has checked the place."""
     with whole_file(path) as temporary:
         temporary.write_text(page(found, images=images, looks=looks, explain=explain), encoding="utf-8")
 
@@ -129,8 +129,7 @@ def _legend(found: Comparison) -> str:
 
     entries = [entry(curves.colour(place), "", name) for place, name in enumerate(found.names)]
     for place, name in enumerate(found.recipes):
-        stroke = ("black", "dimgray", "silver")[place % 3]
-        entries.append(entry(stroke, ' stroke-dasharray="6 4"', f"published {name}, COCO"))
+        entries.append(entry(curves.dashed(place)["color"], ' stroke-dasharray="6 4"', f"published {name}, COCO"))
     for place, name in enumerate(_groups(found)):
         entries.append(entry(curves.seeds_colour(found, place), "", name, 6))
     return f'<ul class="legend">{"".join(entries)}</ul>'
@@ -276,7 +275,7 @@ def _best_and_worst(run: Run, images: int) -> str:
 
 def _where_it_looks(run: Run, name: str, number: int, explain: Explain) -> str:
     """Sheets of points, prior and attention in a few images, or a line that says why there are none."""
-    parts, lacking = ['<p class="note">Of the best detection in an image. Each head has a colour of its own.</p>'], ""
+    parts, lacking = ['<p class="note">For the best detection in each image. Colours are those of heads.</p>'], ""
     try:
         if not run.settings:
             raise ValueError("the run's settings are not known")
