@@ -1,13 +1,14 @@
 """Does semantic-aligned matching make training converge faster, and is it alignment? docs/convergence.md answers.
 
     python benchmarks/convergence.py --output output/convergence
-    python benchmarks/convergence.py --output output/convergence --rows off aligner --seeds 1 2 3 --size 128 --lr 3e-4
+    python benchmarks/convergence.py --output output/convergence --rows off aligner --seeds 4 5 --size 160
     python benchmarks/convergence.py --output output/convergence --report
 
 Trains small networks that differ in one thing, ROWS, on equal data with an equal schedule, as main.py trains them, and
 measures each after every epoch (benchmarks/study/measures.py). A finished run is a file in OUTPUT/results, which is
-never computed again; Ctrl-C or SIGTERM interrupts, the same command continues. Flags that are not listed below go to
-every run. Tables and figures are made of the result files alone.
+never computed again; Ctrl-C or SIGTERM interrupts, the same command continues. Started once more beside itself, the
+program shares the queue: one process a core. Flags that are not listed below go to every run. Tables and figures are
+made of the result files alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from samdetr.util.files import append_json_line, read_json_lines, write_json
 COMMON = shlex.split(
     "--backbone resnet18 --backbone_level 3 --backbone_norm learned --backbone_weights none --hidden_dim 128 "
     "--nheads 4 --dim_feedforward 256 --enc_layers 1 --dec_layers 3 --num_queries 16 --dropout 0 --no_crop "
-    "--batch_size 4 --lr 4e-4 --lr_backbone 4e-4 --lr_schedule onecycle --num_workers 0 --device cpu --keep 0 "
+    "--batch_size 16 --lr 6e-4 --lr_backbone 6e-4 --lr_schedule onecycle --num_workers 0 --device cpu --keep 0 "
     "--print_every 1000"
 )
 SAP = "--model sap_detr --newconvinit --sdg --bbox_embed_diff_each_layer --warmup_iters 0"
@@ -55,8 +56,6 @@ ROWS = {
     "off": "--sam_resample off",
     "aligner": "",
     "smca": "--smca",
-    "aligner-slow": SLOW,
-    "smca-slow": f"--smca {SLOW}",
     "average": "--sam_resample average",
     "maximum": "--sam_resample maximum",
     "point": "--sam_points 1",
@@ -66,12 +65,19 @@ ROWS = {
     "deformable-aligner": f"{DEFORMABLE} --aligner",
     "sap": SAP,
     "multiscale": "--multiscale --backbone_level 5",
+    "aligner-slow": SLOW,
+    "smca-slow": f"--smca {SLOW}",
     "off-dropout": "--sam_resample off --dropout 0.1",
     "aligner-dropout": "--dropout 0.1",
     "smca-dropout": "--smca --dropout 0.1",
     "off-denoising": "--sam_resample off --denoising 5",
     "aligner-denoising": "--denoising 5",
     "smca-denoising": "--smca --denoising 5",
+    "aligner-box_noise": "--denoising 5 --denoising_label_noise 0",
+    "aligner-label_noise": "--denoising 5 --denoising_box_noise 0",
+    "smca-ia_bce": "--smca --class_loss ia_bce",
+    "smca-mal": "--smca --class_loss mal",
+    "smca-position": "--smca --class_cost position",
 }
 HEADLINE = ("off", "aligner", "smca")
 FIRST_SEEDS = 3  # of the headline rows come before all other rows
@@ -191,34 +197,42 @@ def jobs(options: argparse.Namespace, further: Sequence[str], *, data: Path, kin
 def train_all(options: argparse.Namespace, further: Sequence[str]) -> int:
     """Work through the queue. Returns an exit status. Raises ValueError."""
     output: Path = options.output
-    with FolderLock(output):
-        (output / "results").mkdir(exist_ok=True)
-        if options.coco_path:
-            data, kind = options.coco_path, options.coco_path.resolve().name
-        else:
-            data, kind = output / "data" / f"shapes{options.size}-{options.images}", "shapes"
-            drawn = {"size": options.size, "num_train": options.images, "num_val": options.val_images}
+    (output / "results").mkdir(parents=True, exist_ok=True)
+    if options.coco_path:
+        data, kind = options.coco_path, options.coco_path.resolve().name
+    else:
+        data, kind = output / "data" / f"shapes{options.size}-{options.images}", "shapes"
+        drawn = {"size": options.size, "num_train": options.images, "num_val": options.val_images}
+        with FolderLock(output / "data"):
             if status := shapes.main([f"--output={data}", *(f"--{name}={value}" for name, value in drawn.items())]):
                 return status
-        failed: list[str] = []
-        deadline = time.monotonic() + 3600 * options.budget
-        todo = jobs(options, further, data=data, kind=kind)
-        for number, job in enumerate(todo, 1):
-            if is_done(output, job):
+    failed: list[str] = []
+    deadline = time.monotonic() + 3600 * options.budget
+    todo = jobs(options, further, data=data, kind=kind)
+    for number, job in enumerate(todo, 1):
+        if is_done(output, job):
+            continue
+        if time.monotonic() >= deadline:
+            left = sum(not is_done(output, one) for one in todo[number - 1 :])
+            print(f"--budget is used up; the same command goes on with the runs that are left: {left}", flush=True)
+            break
+        print(f"run {number} of {len(todo)}: {job.name}", flush=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(FolderLock(output / "locks" / job.name))
+            except ValueError:
+                print("another process is at it", flush=True)
                 continue
-            if time.monotonic() >= deadline:
-                left = sum(not is_done(output, one) for one in todo[number - 1 :])
-                print(f"--budget is used up; the same command goes on with the runs that are left: {left}", flush=True)
-                break
-            print(f"run {number} of {len(todo)}: {job.name}", flush=True)
+            if is_done(output, job):  # meanwhile
+                continue
             status = run(job, output, measure=not options.no_measures)
-            if status in (PREEMPTED, INTERRUPTED):
-                return status
-            if status:
-                failed.append(job.name)
-        if failed:
-            print(f"not finished: {', '.join(failed)}", file=sys.stderr)
-        return int(bool(failed))
+        if status in (PREEMPTED, INTERRUPTED):
+            return status
+        if status:
+            failed.append(job.name)
+    if failed:
+        print(f"not finished: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def is_done(output: Path, job: Job) -> bool:
@@ -244,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of data, runs, results, tables and figures")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", type=positive, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--size", type=positive, default=128, help="side of the images in pixels")
-    parser.add_argument("--images", type=positive, default=500, help="drawn to train on")
+    parser.add_argument("--size", type=positive, default=96, help="side of the images in pixels")
+    parser.add_argument("--images", type=positive, default=1500, help="drawn to train on")
     parser.add_argument("--val_images", type=positive, default=150, help="drawn to evaluate and measure on")
     parser.add_argument("--coco_path", type=Path, help="a data set in COCO format instead of drawn shapes")
     parser.add_argument("--epochs", type=positive, default=8)

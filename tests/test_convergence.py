@@ -16,6 +16,7 @@ from samdetr.models.ops.module import MSDeformAttn
 from samdetr.models.ops.prior_attention.plain import plain_prior_attention
 from samdetr.models.sam_detr.decoder import SAMDecoder
 from samdetr.models.spatial_prior import SeparablePrior
+from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.util.padded_images import pad_images
 
 SMALL = shlex.split(
@@ -164,8 +165,20 @@ def test_interrupted_runs_go_on_and_finished_ones_are_not_repeated(tmp_path, mon
     assert convergence.main(["--output", str(output), *words]) == 0
     assert results(output) == before
     assert convergence.main(["--output", str(output), *words, "--lr", "1e-3"]) == 2
-    assert "other settings (--lr 0.0004, now 0.001)" in capsys.readouterr().err
+    assert "other settings (--lr 0.0006, now 0.001)" in capsys.readouterr().err
     assert "| aligner + SMCA | 1 |" in (output / "report.md").read_text()
+
+
+def test_processes_share_the_queue(tmp_path, capsys):
+    """While another one is at the first run, a process goes on with the next and leaves that one alone."""
+    words = ["--output", str(tmp_path), *SMALL, "--epochs", "1", "--no_measures", "--rows", "off", "aligner"]
+    with FolderLock(tmp_path / "locks/shapes-64px-16i-1e-off-s1"):
+        assert convergence.main(words) == 0
+        assert "another process is at it" in capsys.readouterr().out
+        assert list(results(tmp_path)) == ["shapes-64px-16i-1e-aligner-s1.json"]
+    assert not (tmp_path / "locks").exists()
+    assert convergence.main(words) == 0
+    assert len(results(tmp_path)) == 2
 
 
 def test_rows_and_flags_that_are_not_known(tmp_path, monkeypatch, capsys):

@@ -26,7 +26,15 @@ LABELS = {
     "sap": "SAP-DETR",
     "multiscale": "multi-scale",
 }
-CHANGES = {"slow": "slow points", "dropout": "dropout 0.1"}  # after a dash, of the rows above
+CHANGES = {  # after a dash, of the rows above
+    "slow": "slow points",
+    "dropout": "dropout 0.1",
+    "box_noise": "denoising of boxes alone",
+    "label_noise": "denoising of labels alone",
+    "ia_bce": "IA-BCE",
+    "mal": "MAL",
+    "position": "cost by position",
+}
 COLOURS = {
     "off": "#555555",
     "aligner": "#1f4e79",
