@@ -51,4 +51,6 @@ def build_model(
         raise ValueError(f"a {trunk.model} takes a {family.config.__module__}.Config, not {type(config).__module__}'s")
     criterion = family.criterion(loss or family.loss(), config)
     criterion.denoising = config.denoising_of(trunk.num_classes)
-    return family.build(trunk, config), criterion, partial(postprocess, top_k=config.top_k)
+    network = family.build(trunk, config)
+    network.auxiliary = criterion.auxiliary
+    return network, criterion, partial(postprocess, top_k=config.top_k)

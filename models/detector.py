@@ -35,6 +35,7 @@ class Detector(nn.Module):
         self.projection = projection
         self.encoder = encoder
         self.decoder = decoder
+        self.auxiliary = True  # whether the predictions of earlier decoder layers are handed out, for their losses
 
     def train(self, mode: bool = True) -> "Detector":
         """As of nn.Module, but BatchNorms whose scales are frozen keep their statistics, too."""
@@ -52,12 +53,12 @@ class Detector(nn.Module):
             The dict, which alone matcher, criterion and post-processing depend on:
             `pred_logits` (B, Q, classes), before the sigmoid; `pred_boxes` (B, Q, 4), as centre x, centre y, width,
             height relative to the image without its padding, in [0, 1]; `aux_outputs`, a list of the same for the
-            earlier decoder layers. Decoders may predict more, as `pred_*`. If queries were chosen from proposals,
-            `enc_outputs` has the same predictions for all of these. Those of denoising queries are under `denoising`,
-            in each layer's dict.
+            earlier decoder layers, empty without `auxiliary`. Decoders may predict more, as `pred_*`. If queries were
+            chosen from proposals, `enc_outputs` has the same predictions for all of these. Those of denoising queries
+            are under `denoising`, in each layer's dict.
         """
         maps = self.backbone(batch.images)
         levels = self.projection(maps, batch.padding)
         levels = self.encoder(levels)
         *auxiliary, final = self.decoder(levels) if noised is None else self.decoder(levels, noised)
-        return {**final, "aux_outputs": auxiliary}
+        return {**final, "aux_outputs": auxiliary if self.auxiliary else []}

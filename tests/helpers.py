@@ -134,7 +134,7 @@ def build_tiny(*flags: str, network: list[str] = TINY, num_classes: int = 6) -> 
     """A network with random weights everywhere, and its settings. 6 classes: the largest id of the shapes is 5."""
     found = settings([*network, *flags]).replace(num_classes=num_classes).with_resolved_norm()
     torch.manual_seed(0)
-    detector = build_model(found.trunk, found.family)[0]
+    detector = build_model(found.trunk, found.family, found.loss)[0]
     with torch.no_grad():
         for parameter in detector.parameters():  # the last layers of the box heads are 0 otherwise
             parameter += 0.02 * torch.randn_like(parameter)

@@ -15,30 +15,22 @@ from samdetr.util.padded_images import PaddedImages
 SIDE = 64  # of the images of the first steps
 
 
-def parallel(
-    network: Detector, criterion: SetCriterion, *, sync_buffers: bool, compiled: bool = False
-) -> DistributedDataParallel:
+def parallel(network: Detector, criterion: SetCriterion, *, sync_buffers: bool) -> DistributedDataParallel:
     """The network, which is on its device and not compiled yet, for training in several processes.
 
     Every process must call this. Weights, buffers and random numbers of the main process stay as they are.
 
     Args:
         sync_buffers: whether all processes use the main process's statistics of norms; frozen ones never differ.
-        compiled: whether the network will be compiled.
     """
     for weight in network.parameters():
         if weight.requires_grad and 1 in weight.shape:
             weight.register_hook(_Strides(weight))
     # A static graph, because parameters without gradient, such as heads of earlier layers without auxiliary losses, are
     # then looked for once and not in every step.
-    # A compiled graph may give these a gradient of 0 where the steps below give none, so there they are looked for.
-    static = criterion.auxiliary or not compiled
-    model = DistributedDataParallel(
-        network, gradient_as_bucket_view=True, static_graph=static, find_unused_parameters=not static
-    )
+    model = DistributedDataParallel(network, gradient_as_bucket_view=True, static_graph=True)
     model.broadcast_buffers = sync_buffers  # PyTorch warns of the argument of this name since 2.14
-    if static:
-        _first_steps(model, network, criterion)
+    _first_steps(model, network, criterion)
     return model
 
 
@@ -57,15 +49,11 @@ def _first_steps(model: nn.Module, network: nn.Module, criterion: SetCriterion) 
     images = weight.new_zeros(2, 3, SIDE, SIDE)
     targets = [{"labels": images.new_zeros(1, dtype=torch.int64), "boxes": images.new_full((1, 4), 0.5)}] * 2
     inputs = PaddedImages(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
-    # DistributedDataParallel takes outputs that no loss uses for the users of their parameters.
-    unused: dict[str, list] = {} if criterion.auxiliary else {"aux_outputs": []}
-    hook = network.register_forward_hook(lambda module, inputs, outputs: {**outputs, **unused})
     for _ in range(2):  # the parameters that have a gradient; their order
         noised = criterion.noised(targets)
         outputs = model(inputs) if noised is None else model(inputs, noised)
         compute_losses(criterion, outputs, targets)[0].backward()
         network.zero_grad(set_to_none=True)
-    hook.remove()
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
