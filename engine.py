@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from samdetr.datasets.coco_eval import CocoEvaluator
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.denoising import Noised
+from samdetr.util.cuda_graphs import GraphedNetwork
 from samdetr.util.distributed import all_gather_object
 from samdetr.util.logger import MetricAverager, MovingMean, log, progress
 from samdetr.util.prefetch import on_device
@@ -107,10 +108,14 @@ def evaluate(
     evaluator: CocoEvaluator,
     device: torch.device,
     amp: torch.dtype | None = None,
+    cuda_graphs: bool = False,
     on_batch: Callable[[TargetBatch | None], None] = ignore,
     print_every: int,
 ) -> dict[str, Any]:
     """Losses, and COCO metrics of the detections, on every batch of `loader`. Arguments as of `train_one_epoch`.
+
+    Args:
+        cuda_graphs: record the network for the sizes of batches, on a GPU.
 
     Returns:
         Averages as of `train_one_epoch`, and `coco_eval_bbox`, the 12 metrics in pycocotools' order. `evaluator` holds
@@ -127,6 +132,8 @@ def evaluate(
         # Learned norms have seen other batches in each process. All evaluate with those of rank 0, which are saved.
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, src=0)
+    if cuda_graphs:
+        network = GraphedNetwork(network)
     groups = _groups(on_device(loader, device), 1, on_batch)
     for ((images, packed),) in progress(groups, description="evaluation", total=len(loader), every=print_every):
         targets = packed.unpack()

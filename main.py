@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from samdetr.cli import CommandLine, parse
+from samdetr.models.ops import kernels
 from samdetr.training import replay, trackers
 from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED, Signals, Stopped, end_now
@@ -71,6 +72,7 @@ def run(command: CommandLine) -> int:
     if settings.run.replay:
         return replay.run(settings.run.replay, device=device)
     set_arithmetic(tf32=settings.speed.tf32, deterministic=settings.speed.deterministic)
+    kernels.choose(settings.speed.ops)
     ranks = init_distributed(
         dist_url=settings.run.dist_url,
         world_size=settings.run.world_size,

@@ -41,6 +41,7 @@ from benchmarks import gpu_report, model, ms_deform_attn, report
 from samdetr.engine import predict
 from samdetr.models.ops import kernels, test as checks
 from samdetr.util.checkpoint import read_file
+from samdetr.util.cuda_graphs import GraphedNetwork
 from samdetr.util.device import set_arithmetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +156,29 @@ def official(family: str, variant: str, *, dtype: str, compiled: bool, device: s
 
 def step(device: str) -> dict:
     families = of_tests("test_speed").FAMILY if device == "cuda" else ["sam"]
-    return {"checks": {family: attempt(partial(waits, family, device)) for family in families}}
+    found = {family: attempt(partial(waits, family, device)) for family in families}
+    if device == "cuda":
+        for name in of_tests("test_cuda_graphs").NETWORKS:
+            found[f"evaluation as a CUDA graph: {name}"] = attempt(partial(graphs, name))
+        found["evaluation as a CUDA graph: time"] = attempt(time_of_graphs)
+    return {"checks": found}
+
+
+def graphs(name: str) -> str:
+    for amp in (None, torch.bfloat16):
+        of_tests("test_cuda_graphs").test_replays_equal_the_network(name, amp)
+    return "equal to the network"
+
+
+@torch.no_grad()
+def time_of_graphs() -> str:
+    """One image, where the host has the least to do at once."""
+    bench = model.Bench("R50_SMCA", path="fast", device="cuda", size=(800, 1066), batch=1, amp=torch.bfloat16)
+    network = bench.network.eval()
+    times = []
+    for one in (network, GraphedNetwork(network)):
+        times.append(timed(partial(predict, one, bench.batch, bench.amp), "cuda", seconds=2, least=5)[1])
+    return "R50 + SMCA, one image, bf16: {:.1f} ms, as a graph {:.1f} ms".format(*(1e3 * t for t in times))
 
 
 def waits(family: str, device: str) -> str:
@@ -208,9 +231,7 @@ def wait(device: str) -> None:
 
 def operator_rows(device: str) -> Iterator[dict]:
     shapes = ms_deform_attn.SHAPES if device == "cuda" else {"small": ([(5, 4), (2, 3)], None)}
-    paths = ["compiled", "ordered", "plain", "autograd"] if device == "cuda" else ["compiled", "plain"]
-    if kernels.why_not(device, 0 if device == "cuda" else None):
-        paths = [path for path in paths if path in ("plain", "autograd")]
+    paths = [path for path in ms_deform_attn.paths_here(device) if device == "cuda" or path in ("compiled", "plain")]
     for name, (levels, queries) in shapes.items():
         for dtype in ("float32", "bfloat16", "float16") if device == "cuda" else ("float32",):
             inputs = ms_deform_attn.example(levels, queries, batch=2, device=device, dtype=getattr(torch, dtype))

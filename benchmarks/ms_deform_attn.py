@@ -6,6 +6,7 @@ time in relation to the speed at which this device copies a large tensor: 100% i
 
     compiled   the kernel of this device
     ordered    the same with a backward whose sums have one fixed order (CUDA; the CPU's always has)
+    deformops  the kernels of that package, where it is installed (`--ops deformops`)
     plain      grid_sample, the path taken where nothing is compiled; samples again in backward
     autograd   the same formula differentiated by autograd, which keeps the samples instead
 """
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from samdetr.models.ops import kernels
 from samdetr.models.ops.kernels import plain_path
-from samdetr.models.ops.ms_deform_attn import ms_deform_attn
+from samdetr.models.ops.ms_deform_attn import by_deformops, ms_deform_attn
 from samdetr.models.ops.ms_deform_attn.plain import coordinate_dtype, plain_ms_deform_attn
 
 # An image of 800 x 1066 pixels: strides 8, 16, 32, and 64 in Deformable DETR.
@@ -75,9 +76,23 @@ def fixed_order():
 PATHS = {
     "compiled": (ms_deform_attn, contextlib.nullcontext),
     "ordered": (ms_deform_attn, fixed_order),
+    "deformops": (ms_deform_attn, lambda: kernels.path("deformops")),
     "plain": (ms_deform_attn, plain_path),
     "autograd": (by_autograd, contextlib.nullcontext),
 }
+
+
+def paths_here(device: str) -> list[str]:
+    """Those that this machine can run."""
+    index = 0 if device == "cuda" else None
+    missing = set() if kernels.why_not(device, index) is None else {"compiled", "ordered"}
+    if device != "cuda":
+        missing.add("ordered")
+    try:
+        by_deformops.package()
+    except ValueError:
+        missing.add("deformops")
+    return [path for path in PATHS if path not in missing]
 
 
 class Memory:
@@ -196,7 +211,7 @@ def main() -> None:
 
     cuda = args.device == "cuda"
     reason = kernels.why_not(args.device, 0 if cuda else None)
-    paths = [*([] if reason else ["compiled", *(["ordered"] if cuda else [])]), "plain", "autograd"]
+    paths = paths_here(args.device)
     speed = copy_speed(args.device, args.repeats)
     where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {args.device} ({where}), copies {speed / 1e9:.1f} GB/s, batch {args.batch}")

@@ -21,7 +21,7 @@ RECORDED = json.loads(gzip.decompress(Path(__file__).with_name("resolved_setting
 # Settings that came later, with their defaults, and defaults that were changed on purpose.
 ADDED: dict[str, object] = {"allow_outside": False, "plugin": "", "overwrite": False, "verbose": False}
 ADDED |= {"data_format": "auto", "train_images": "", "train_annotations": "", "val_images": "", "val_annotations": ""}
-ADDED |= {"val_fraction": 0.0, "split": "val", "size_buckets": 0}
+ADDED |= {"val_fraction": 0.0, "split": "val", "size_buckets": 0, "ops": "auto", "cuda_graphs": False}
 ADDED |= {"pretrained": "", "freeze": [], "set_cost_alpha": 0.25, "allow_nonfinite": False, "allow_http": False}
 ADDED |= {"detections": "", "annotations": "", "track": [], "compare": ""}
 ADDED |= {"preset": "none", "scale_lr": False, "overfit": 0}

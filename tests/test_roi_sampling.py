@@ -157,7 +157,7 @@ def test_only_gradients_that_are_asked_for_are_computed(monkeypatch):
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_boxes_get_no_gradient(plain, monkeypatch):
-    monkeypatch.setattr(kernels, "_plain_wanted", plain)
+    monkeypatch.setattr(kernels, "_wanted", "plain" if plain else "auto")
     edges = boxes(1, 3, 5, 6, torch.float32).requires_grad_()
     cells, points = torch.randn(1, 5, 6, 8, requires_grad=True), torch.rand(1, 3, 2, 2)
     (roi_sampling(cells, edges).sum() + roi_sampling(cells, edges, points).sum()).backward()
@@ -201,7 +201,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_numerical_gradients(plain, monkeypatch):
-    monkeypatch.setattr(kernels, "_plain_wanted", plain)
+    monkeypatch.setattr(kernels, "_wanted", "plain" if plain else "auto")
     cells, edges = torch.randn(1, 4, 5, 3, dtype=torch.float64, requires_grad=True), boxes(1, 6, 4, 5)
     points = (2.4 * torch.rand(1, 6, 2, 2, dtype=torch.float64) - 1.2).requires_grad_()
     torch.autograd.gradcheck(lambda cells: roi_sampling(cells, edges), cells)

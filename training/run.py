@@ -27,6 +27,8 @@ from samdetr.models.build import build_model
 from samdetr.models.checkpoints import check_memory, check_network, chosen_weights, load_backbone_weights
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
+from samdetr.models.ops.module import MSDeformAttn
+from samdetr.models.ops.ms_deform_attn import by_deformops
 from samdetr.training import learning_rate, overfit
 from samdetr.training.checkpoints import CheckpointFolder
 from samdetr.training.cluster.folder_lock import leave_lock_to_parent
@@ -103,8 +105,8 @@ class Parts:
         self.watchdog.begin_round()
         metrics = evaluate(
             model=self.model, criterion=self.criterion, postprocess=self.postprocess, loader=self.data.val_loader,
-            evaluator=evaluator, device=self.device, amp=self.amp, on_batch=self.watchdog.on_batch,
-            print_every=self.settings.run.print_every,
+            evaluator=evaluator, device=self.device, amp=self.amp, cuda_graphs=self.settings.speed.cuda_graphs,
+            on_batch=self.watchdog.on_batch, print_every=self.settings.run.print_every,
         )  # fmt: skip
         return metrics, evaluator
 
@@ -142,6 +144,12 @@ def check_settings(settings: RunSettings) -> None:
         raise ValueError("`resume` auto looks for checkpoints in `output_dir`: pass the folder")
     if is_auto(run.resume) and run.overwrite:
         raise ValueError("`overwrite` starts anew, `resume` auto continues: pass one of them")
+    if settings.speed.cuda_graphs and settings.speed.compile:
+        raise ValueError("`cuda_graphs` records the network as it is, `compile` makes another one: pass one of them")
+    if settings.speed.ops == "deformops":
+        if settings.speed.deterministic:
+            raise ValueError("`ops` deformops sums in any order, `deterministic` wants one: leave one of them out")
+        by_deformops.package()
     if run.output_dir:
         folder = Path(run.output_dir).absolute()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
@@ -156,6 +164,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     can use.
     """
     device, run = choose_device(settings.run.device), settings.run
+    if settings.speed.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"`cuda_graphs` needs a GPU, and the run is on {device.type}: leave it out")
     folder = None
     if run.output_dir and not run.overfit:
         folder = CheckpointFolder(run.output_dir, keep=None if run.keep == -1 else run.keep)
@@ -190,6 +200,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     if weights is not None:
         check_network(settings.trunk, settings.family, weights, source=source.path)
     network, criterion, postprocess = build_network(settings)
+    if settings.speed.ops == "deformops" and not any(isinstance(part, MSDeformAttn) for part in network.modules()):
+        raise ValueError("`ops` deformops: this network has no deformable attention; leave it out")
     if weights is not None:
         load_weights(network, weights, source=source.path)
         _say_denoising(network, weights, path=source.path, training=not run.eval)
@@ -199,7 +211,7 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
     model: nn.Module = network
     if get_world_size() > 1 and not run.eval:
         learned = settings.trunk.backbone_norm == "learned"
-        model = parallel(network, criterion, sync_buffers=learned, compiled=settings.speed.compile)
+        model = parallel(network, criterion, sync_buffers=learned)
     if settings.speed.compile:
         network.compile(dynamic=True)
     return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)

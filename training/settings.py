@@ -9,6 +9,7 @@ from typing import Any
 
 from samdetr.datasets.settings import Data
 from samdetr.models.build import FAMILIES
+from samdetr.models.ops.kernels import PATHS
 from samdetr.models.settings import FamilyConfig, Loss, Trunk
 from samdetr.training.optim import SCHEDULES
 from samdetr.training.presets import PRESETS
@@ -58,6 +59,12 @@ class Speed(Settings):
         "off", "16-bit arithmetic in the network; matching and losses stay float32", choices=("off", "bf16", "fp16")
     )
     compile: bool = flag(False, "torch.compile the network, for any size of image")
+    ops: str = flag(
+        "auto",
+        "kernels: auto, ours where they run; plain, PyTorch alone; deformops, deformable attention by that package",
+        choices=PATHS,
+    )
+    cuda_graphs: bool = flag(False, "on a GPU: evaluate sizes of batches that come again as CUDA graphs")
     tf32: bool = flag(False, "round products of float32 to 10 bits on recent GPUs", off=("--no_tf32",))
     channels_last: bool | None = flag(
         None, "memory format of images; default on a CPU", on=("--channels_last",), off=("--no_channels_last",)

@@ -81,18 +81,38 @@ def _warn(message: str) -> None:
         warnings.warn(f"{message}\n({hint})", stacklevel=3)
 
 
-_plain_wanted = False
+PATHS = ("auto", "plain", "deformops")
+_wanted = "auto"
+
+
+@torch.compiler.assume_constant_result
+def wanted() -> str:
+    """The path that is asked for: "auto", our kernels where they run; "plain", PyTorch alone; "deformops", deformable
+    attention by that package, the rest as in "auto"."""
+    return _wanted
+
+
+def choose(path: str) -> None:
+    """Ask for a path, in this process from now on."""
+    global _wanted
+    assert path in PATHS, path
+    _wanted = path
 
 
 @contextlib.contextmanager
-def plain_path() -> Iterator[None]:
-    """Runs the plain path inside, for comparisons: `with plain_path(): model(images)`. For the whole process."""
-    global _plain_wanted
-    before, _plain_wanted = _plain_wanted, True
+def path(name: str) -> Iterator[None]:
+    """Ask for a path inside, for the whole process."""
+    before = _wanted
+    choose(name)
     try:
         yield
     finally:
-        _plain_wanted = before
+        choose(before)
+
+
+def plain_path() -> contextlib.AbstractContextManager[None]:
+    """Runs the plain path inside, for comparisons: `with plain_path(): model(images)`. For the whole process."""
+    return path("plain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +124,7 @@ class Kernels:
         compiled, plain: the operator by its kernels, and in plain PyTorch; both take the same arguments.
         examples: small arguments for a dtype, on the CPU; what the kernels are checked with.
         dtypes: of the tensors that the kernels take, by type of device.
+        own: whether they are in the library of this project.
     """
 
     name: str
@@ -111,6 +132,7 @@ class Kernels:
     plain: Callable[..., Tensor]
     examples: Callable[[torch.dtype], list[tuple]]
     dtypes: dict[str, tuple[torch.dtype, ...]]
+    own: bool = True
 
     def take(self, *tensors: Tensor | None) -> bool:
         """Whether they run on tensors like these, which must be of one device and dtype."""
@@ -151,9 +173,10 @@ def _with_gradients(function: Callable[..., Tensor], arguments: list) -> list[Te
 
 @torch.compiler.assume_constant_result
 def _run(name: str, device_type: str, index: int | None, dtype: torch.dtype) -> bool:
-    if _plain_wanted or exporting() or _transformed() or dtype not in OPERATORS[name].dtypes.get(device_type, ()):
+    kernels = OPERATORS[name]
+    if _wanted == "plain" or exporting() or _transformed() or dtype not in kernels.dtypes.get(device_type, ()):
         return False
-    return available(device_type, index) and correct(name, device_type, index, dtype)
+    return (not kernels.own or available(device_type, index)) and correct(name, device_type, index, dtype)
 
 
 def _transformed() -> bool:

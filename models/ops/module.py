@@ -96,7 +96,8 @@ class MSDeformAttn(nn.Module):
         offsets = offsets.to(dtype).unflatten(-1, (self.num_heads, self.num_levels, self.num_points, 2))
         reference = reference.to(dtype)[:, :, None, :, None]  # (B, Q, 1, levels, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            if exporting():  # a tensor of them would fix the sizes
+            # An exported file may take other sizes; a CUDA graph cannot read memory of the host again.
+            if exporting() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
                 one = offsets.new_ones(())
                 sizes = torch.stack([one * size for height, width in level_shapes for size in (width, height)])
                 return reference + offsets / sizes.view(-1, 2)[:, None]

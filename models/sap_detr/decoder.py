@@ -213,7 +213,8 @@ class SAPDecoder(nn.Module):
         start = self.points.sigmoid().expand(batch, -1, -1)  # (B, Q, 2)
         distances = self.distances.sigmoid().expand(batch, -1, -1)  # (B, Q, 4)
         queries = self._start(level, start)
-        cell, head_cell = start.new_tensor(self.cell), start.new_tensor(self.head_cell)
+        # Filled on the device: a copy from the host would wait there, and a CUDA graph could not repeat it.
+        cell, head_cell = (torch.stack([start.new_full((), side) for side in c]) for c in (self.cell, self.head_cell))
 
         points, head_points, head_distances = start, start, distances
         predictions = []

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from samdetr.models.ops import kernels
 from samdetr.models.ops.ms_deform_attn.binding import KERNELS
+from samdetr.models.ops.ms_deform_attn.by_deformops import DEFORMOPS
 from samdetr.models.ops.ms_deform_attn.launch import MAX_LEVELS
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -18,6 +20,7 @@ def ms_deform_attn(
     """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021, eq. 3), without its projections.
 
     Compiled where a compiler is found (CPU, CUDA), else plain PyTorch; see models/ops/doctor.py. Differentiable once.
+    `--ops` asks for another path.
 
     Args:
         value: (B, L, heads, channels), the levels' cells in rows, one level after the other. Sums are in float32
@@ -37,6 +40,8 @@ def ms_deform_attn(
     autocast = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
     if autocast and value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device_type))
+    if kernels.wanted() == "deformops" and DEFORMOPS.take(value):
+        return DEFORMOPS.compiled(value, sizes, locations, weights)
     if KERNELS.take(value) and len(level_shapes) <= MAX_LEVELS:
         return KERNELS.compiled(value, sizes, locations, weights)
     if not torch.is_grad_enabled():

@@ -119,7 +119,7 @@ forward.register_autograd(_differentiate, setup_context=_setup_context)
 kernels.first_derivatives_only(backward, "ms_deform_attn")
 
 
-def _examples(dtype: torch.dtype) -> list[tuple]:
+def examples(dtype: torch.dtype) -> list[tuple]:
     """Three levels, one of a single cell; a third of the points lie outside."""
     generator = torch.Generator().manual_seed(0)
     locations = 0.5 + 0.4 * torch.randn(1, 6, 2, 3, 2, 2, generator=generator, dtype=torch.float64)
@@ -133,6 +133,6 @@ KERNELS = kernels.register(
     "ms_deform_attn",
     compiled=forward,
     plain=plain_ms_deform_attn,
-    examples=_examples,
+    examples=examples,
     dtypes={"cpu": tuple(VALUES), "cuda": tuple(VALUES)},
 )
