@@ -7,6 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from samdetr.inference.predictor import Predictor, load
 from samdetr.util.checkpoint import SCHEMA_VERSION, save_slim
 
@@ -18,6 +21,7 @@ def slim(
     path: str | Path,
     *,
     raw: bool = False,
+    half: bool = False,
     overwrite: bool = False,
     allow_http: bool = False,
 ) -> Path:
@@ -26,6 +30,7 @@ def slim(
     Args:
         source: a checkpoint, as of `load`, or a predictor.
         raw: whether to take the trained weights of a file that also has averaged ones.
+        half: whether matrices and kernels are stored in 16 bits, half the size; networks compute as before.
         overwrite: whether a file that is there is replaced.
         allow_http: whether a URL may be http to another machine.
 
@@ -43,7 +48,7 @@ def slim(
     content = {
         "schema_version": SCHEMA_VERSION,
         "settings": {**predictor.run_settings, **predictor.settings},
-        "model": predictor.model.state_dict(),
+        "model": _halved(predictor.model.state_dict()) if half else predictor.model.state_dict(),
     }
     if predictor.has_names:
         content["categories"] = predictor.categories.to_list()
@@ -53,6 +58,14 @@ def slim(
     except (ImportError, OSError) as error:
         raise ValueError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return path
+
+
+def _halved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors stay as they are: they are small, and variances may leave the range of 16 bits."""
+    return {
+        name: value.half() if value.dtype == torch.float32 and value.ndim > 1 else value
+        for name, value in weights.items()
+    }
 
 
 def save_pretrained(source: str | Path | Predictor, folder: str | Path, *, overwrite: bool = False) -> Path:

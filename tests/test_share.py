@@ -62,6 +62,26 @@ def test_same_detections_from_a_third_of_the_size(trained, slimmed, shapes, tmp_
     assert str(trained.parent) not in json.dumps(values)
 
 
+def test_half_of_it(trained, slimmed, tmp_path):
+    """Matrices and kernels in 16 bits, vectors (a variance of 1e6 among them) as they were; a network of float32."""
+    predictor = load(str(slimmed), device="cpu")
+    weights = predictor.model.state_dict()
+    norm = next(value for name, value in weights.items() if name.endswith("running_var"))
+    norm[0] = 1e6
+    slim(predictor, tmp_path / "whole.safetensors")
+    slim(predictor, tmp_path / "half.safetensors", half=True)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 0.5 < sizes[1] / sizes[0] < 0.62  # a small network's names and vectors weigh something
+    found = load(str(tmp_path / "half.safetensors"), device="cpu").model.state_dict()
+    assert found.keys() == weights.keys()
+    for name, value in found.items():
+        assert value.dtype == weights[name].dtype
+        bound = 5e-4 if value.ndim > 1 else 0  # 11 bits
+        torch.testing.assert_close(value, weights[name], rtol=bound, atol=1e-7 if bound else 0)
+    assert program.main([str(trained / "checkpoint.pth"), str(tmp_path / "c.safetensors"), "--half"]) == 0
+    assert (tmp_path / "c.safetensors").stat().st_size == pytest.approx(sizes[1], rel=0.02)
+
+
 def test_training_starts_from_it(slimmed, shapes, tmp_path, capsys):
     out = str(tmp_path / "resumed")
     assert call_main(shapes, "--resume", str(slimmed), "--epochs", "1", "--output_dir", out, network=[]) == 0
