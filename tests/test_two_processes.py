@@ -199,3 +199,20 @@ def test_bad_input_ends_all_processes(fault, own_shapes, tmp_path):
     assert run.returncode != 0
     assert f"{image} (image id 1) cannot be used" in run.stderr
     assert os.listdir(tmp_path / "output") == ["bad_images.txt"]
+
+
+def test_the_same_error_in_all_processes_is_shown(shapes, tmp_path):
+    """The launcher ends all processes as soon as one has ended: the first must not end before another has said why."""
+    plugin = tmp_path / "faulty.py"
+    plugin.write_text(
+        "import os, time\n"
+        "from samdetr import engine\n"
+        "def fails(*_, **__):\n"
+        "    time.sleep(int(os.environ['RANK']))\n"
+        "    raise RuntimeError('the same in both')\n"
+        "engine.compute_losses = fails\n"
+    )
+    flags = ["--batch_size", "2", "--plugin", str(plugin), "--backbone_norm", "frozen", "--output_dir", str(tmp_path)]
+    run = run_process([*TORCHRUN, *command(shapes, *flags)])
+    assert run.returncode != 0
+    assert "RuntimeError: the same in both" in run.stderr

@@ -79,6 +79,7 @@ class Watchdog:
             barrier()  # the store may live in the main process
             return
         if isinstance(error, RuntimeError) and (fault := self._blame()):  # of an exchange with a process that is gone
+            self._let_it_show(fault)  # which may be the same error: a launcher ends all as soon as one has ended
             self._end(fault)
         self._ending.acquire()
         if isinstance(error, ValueError):
@@ -173,13 +174,17 @@ class Watchdog:
                 fault = self._note() or self._silent(limit) or self._behind(limit)
             except RuntimeError:
                 fault = _NO_STORE
-            if fault and fault.reported and fault.status not in (PREEMPTED, INTERRUPTED):
-                # The main thread may end by itself, or finish what it writes.
-                self._stop.wait(min(_GRACE, self.timeout / 2))
+            if fault:  # the main thread may end by itself, or finish what it writes
+                self._let_it_show(fault)
             if self._stop.is_set():
                 return
             if fault:
                 self._end(fault)
+
+    def _let_it_show(self, fault: Fault) -> None:
+        """Leave another process that has failed the time to say why."""
+        if fault.reported and fault.status not in (PREEMPTED, INTERRUPTED):
+            self._stop.wait(min(_GRACE, self.timeout / 2))
 
     def _end(self, fault: Fault) -> None:
         """End this process because of another one."""
