@@ -16,7 +16,7 @@ SIDE = 64  # of the images of the first steps
 
 
 def parallel(network: Detector, criterion: SetCriterion, *, sync_buffers: bool) -> DistributedDataParallel:
-    """The network, which is on its device and not compiled yet, for training in several processes.
+    """The network, which is on its device, for training in several processes.
 
     Every process must call this. Weights, buffers and random numbers of the main process stay as they are.
 

@@ -209,10 +209,15 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
         _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     model: nn.Module = network
+    # A graph gives parameters without gradient one that is undefined, which counts as one: where there are such
+    # parameters, the first steps of `parallel` must be those of the graph. Else they need not wait for one.
+    compiles, early = settings.speed.compile, not criterion.auxiliary
+    if compiles and early:
+        network.compile(dynamic=True)
     if get_world_size() > 1 and not run.eval:
         learned = settings.trunk.backbone_norm == "learned"
         model = parallel(network, criterion, sync_buffers=learned)
-    if settings.speed.compile:
+    if compiles and not early:
         network.compile(dynamic=True)
     return Parts(settings, source, data, device, network, model, criterion, postprocess, folder, watchdog)
 
