@@ -5,6 +5,7 @@
     step     how often a training step waits for the GPU
     speed    deformable attention by path; training and evaluation of whole models by precision
     resume   a run with --deterministic that was killed ends with the same bits as one that was not
+    ddp      the losses of all GPUs together, by NCCL, are those of one; on a CPU two processes by gloo
 
 Each part is a process of its own with a time limit. Its result is OUT/parts/PART.json, written when it is done; a part
 whose file is there, of this GPU, is not run again. report.json and report.md hold all that is done, and are written
@@ -47,7 +48,7 @@ from samdetr.util.device import set_arithmetic
 ROOT = Path(__file__).resolve().parents[1]
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds on a GPU: 25 minutes in all. "speed" ends by itself before its limit, and says what it left out.
-LIMITS = {"ops": 180, "parity": 240, "step": 90, "speed": 780, "resume": 180}
+LIMITS = {"ops": 180, "parity": 240, "step": 140, "speed": 650, "resume": 170, "ddp": 120}
 IMAGES, EPOCHS = 118_287, (12, 50)  # COCO train2017
 # Published models by family; the first of each also compiled.
 PARITY = {
@@ -343,6 +344,30 @@ def resume(device: str, folder: Path) -> dict:
     return {"checks": {"killed and resumed": {"ok": same and was_running, "text": text}}}
 
 
+def ddp(device: str, folder: Path) -> dict:
+    """An epoch of one process, and of one for each GPU on a share of every batch."""
+    from samdetr.datasets.shapes import write_dataset
+
+    shutil.rmtree(folder, ignore_errors=True)
+    number = torch.cuda.device_count() if device == "cuda" else 2
+    write_dataset(folder / "data", num_train=4 * number, num_val=number, size=64, seed=0)
+    program = [str(ROOT / "main.py"), "--coco_path", str(folder / "data"), *TINY.split(), "--device", device]
+    program += ["--epochs", "1", "--backbone_norm", "frozen", "--backbone_weights", "none"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(number), "--standalone"]
+    losses = []
+    for name, words, batch in (("one", [], 2 * number), ("all", launcher, 2)):
+        words = [sys.executable, *words, *program, "--batch_size", str(batch), "--output_dir", str(folder / name)]
+        with open(folder / f"{name}.log", "w") as log:
+            status = subprocess.run(words, stdout=log, stderr=log, timeout=100).returncode
+        if status:
+            raise RuntimeError(f"main.py ended with status {status}: {last_line(folder / f'{name}.log')}")
+        losses.append(json.loads((folder / name / "log.txt").read_text().splitlines()[-1])["train_loss"])
+    shutil.rmtree(folder)
+    apart = abs(losses[1] - losses[0]) / abs(losses[0])
+    text = f"{number} processes and one: losses {losses[1]:.5f} and {losses[0]:.5f}, {apart:.1e} apart"
+    return {"checks": {"losses of all together": {"ok": apart <= 1e-3, "text": text}}}
+
+
 def last_line(file: Path) -> str:
     return (file.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
 
@@ -400,8 +425,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out = args.out.absolute()
     if args.inside:
-        folder = (out / "parts" / "runs",) if args.inside == "resume" else ()
-        work: dict[str, Callable] = {"ops": ops, "parity": parity, "step": step, "speed": speed, "resume": resume}
+        folder = (out / "parts" / "runs",) if args.inside in ("resume", "ddp") else ()
+        work: dict[str, Callable] = {
+            "ops": ops, "parity": parity, "step": step, "speed": speed, "resume": resume, "ddp": ddp,
+        }  # fmt: skip
         report.write(out / "parts" / f"{args.inside}.json", work[args.inside](device, *folder))
         return 0
     try:

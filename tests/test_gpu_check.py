@@ -123,10 +123,11 @@ def test_what_is_done_stays_and_what_failed_is_repeated(tmp_path, monkeypatch, c
     (tmp_path / "parts" / "ops.json").write_text('{"environment"')
     assert gpu_check.main([str(tmp_path), "--part", "resume"]) == 0
     assert calls == [*gpu_check.LIMITS, "step", "resume"]
-    assert list(json.loads((tmp_path / "report.json").read_text())["parts"]) == ["parity", "step", "speed", "resume"]
+    rest = [name for name in gpu_check.LIMITS if name != "ops"]
+    assert list(json.loads((tmp_path / "report.json").read_text())["parts"]) == rest
     about["name"] = "elsewhere"
     assert gpu_check.main([str(tmp_path)]) == 0
-    assert calls[-5:] == list(gpu_check.LIMITS)
+    assert calls[-len(gpu_check.LIMITS) :] == list(gpu_check.LIMITS)
     script = tmp_path / "hangs.sh"
     script.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
     script.chmod(0o755)
