@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samdetr.models.ops.exporting import exporting
+
 # Before the content's logits are added. In 16 bits, numbers must stay finite: infinity times 0 is not a number.
 LEAST_LOGIT = -1e4
 
@@ -28,11 +30,28 @@ def plain_prior_attention(
     """Arguments as of prior_attention, `rows` and `columns` being its prior."""
     heads = query.shape[1]
     query = query * query.shape[-1] ** -0.5
+    if exporting():
+        return _written_out(query, key, value, padding, rows, columns)
     if rows is not None and columns is not None:
         query, key = _with_prior(query, key, rows, columns)
     key = key.expand(-1, heads, -1, -1)
     mask = None if padding is None else ~padding[:, None, None]  # (B, 1, 1, L), True where attended
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=1.0)
+
+
+def _written_out(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, rows: Tensor | None, columns: Tensor | None
+) -> Tensor:
+    """For engines, which write it out anyway: with the prior as a sum, and without copies of a shared key."""
+    if key.shape[1] == 1:
+        logits = (query.flatten(1, 2) @ key[:, 0].mT).unflatten(1, query.shape[1:3])
+    else:
+        logits = query @ key.mT  # (B, N, Q, L)
+    if rows is not None and columns is not None:
+        logits = logits + (rows[..., :, None] + columns[..., None, :]).flatten(-2)
+    if padding is not None:
+        logits = logits.masked_fill(padding[:, None, None], -torch.inf)
+    return logits.softmax(-1) @ value
 
 
 def _with_prior(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
