@@ -245,5 +245,6 @@ def test_report(tmp_path):
     # Of the first layer no cosine; IS 1 and 0.5 of at most 4.
     assert "| no aligner | - | - | 0.25, 0.75 | - | - | 0.50 ± 0.00 | 0.25 ± 0.00 | 0.12 ± 0.00 |" in text
     assert "Measuring took 1.0% of the processor time. a fast one, torch 9.0, commit c1; a fast one, " in text
-    assert {p.name for p in tmp_path.glob("*.png")} == {"shapes-64px-16i-3e.png", "shapes-64px-16i-3e-others.png"}
+    name = "shapes-64px-16i-3e"
+    assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png", f"{name}-ap.png", f"{name}-others.png"}
     assert report.epochs_to(0.5, [0.2, 0.4]) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +147,23 @@ def alignment_table(runs: Runs) -> str:
     return table([*head, "IS, epoch 2", "IS, last epoch"], rows)
 
 
-def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
-    """By epoch, for some rows: AP, attention inside, difference of cosines, instability; bands from least to most."""
+LAST = -1  # decoder layer
+PANELS: dict[str, Callable[[dict[str, Any]], list[float]]] = {
+    "AP": curve,
+    "IS / (2 x objects)": relative_instability,
+    "attention inside the object - its area, last layer": lambda run: difference(run, "attention", "area", LAST),
+    "cosine inside - outside, last layer": lambda run: difference(run, "cosine_inside", "cosine_outside", LAST),
+}
+
+
+def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str, panels: Sequence[str] = tuple(PANELS)) -> None:
+    """Some rows by epoch; bands from least to most."""
     from matplotlib.figure import Figure  # here, because nothing else needs it and it takes a second to import
     from matplotlib.ticker import MaxNLocator
 
-    last, panels = -1, {
-        "AP": curve,
-        "IS / (2 x objects)": relative_instability,
-        "attention inside the object - its area, last layer": lambda run: difference(run, "attention", "area", last),
-        "cosine inside - outside, last layer": lambda run: difference(run, "cosine_inside", "cosine_outside", last),
-    }  # fmt: skip
-    figure = Figure(figsize=(11, 3.2), dpi=90, layout="constrained")
-    for axes, (name, read) in zip(figure.subplots(1, len(panels)), panels.items()):
+    figure = Figure(figsize=(11 if len(panels) > 1 else 5.5, 3.2), dpi=90, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        read = PANELS[name]
         for row in rows:
             values = [found for run in runs.get(row, []) if (found := read(run))]
             if not values:
@@ -167,12 +171,11 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
             columns = list(zip(*values))
             epochs = range(len(runs[row][0]["epochs"]) + 1 - len(columns), len(runs[row][0]["epochs"]) + 1)
             seeds = f" ({len(values)} seed{'s' * (len(values) > 1)})"
-            axes.plot(epochs, [statistics.mean(c) for c in columns], color=COLOURS.get(row), label=label(row) + seeds)
+            means = [statistics.mean(column) for column in columns]
+            (line,) = axes.plot(epochs, means, color=COLOURS.get(row), label=label(row) + seeds)
             if len(values) > 1:
-                axes.fill_between(
-                    epochs, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS.get(row), alpha=0.2,
-                    linewidth=0,
-                )  # fmt: skip
+                least, most = ([extreme(column) for column in columns] for extreme in (min, max))
+                axes.fill_between(epochs, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_title(name, fontsize=8)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -181,7 +184,9 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylim(0, None)
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=4 if len(panels) > 1 else 2, frameon=False, fontsize=8
+    )
     figure.suptitle(title, fontsize=10)
     with whole_file(path) as temporary:
         figure.savefig(temporary)
@@ -218,7 +223,9 @@ def write_report(output: Path) -> None:
             f"## {title}\n\n{convergence_table(runs)}\n{alignment_table(runs)}\n{cost}{'; '.join(sorted(made))}.\n"
         )
         name = f"{data}-{size}px-{images}i-{epochs}e"
-        draw(runs, output / f"{name}.png", rows=[row for row in COLOURS if row in runs], title=title)
+        coloured = [row for row in COLOURS if row in runs]
+        draw(runs, output / f"{name}.png", rows=coloured, title=title)
+        draw(runs, output / f"{name}-ap.png", rows=coloured, title=title, panels=["AP"])
         others = [row for row in runs if row not in COLOURS]
         if others:
             draw(runs, output / f"{name}-others.png", rows=others, title=title)
