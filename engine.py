@@ -116,7 +116,6 @@ def evaluate(
 
     Args:
         cuda_graphs: record the network for the sizes of batches, on a GPU.
-
     Returns:
         Averages as of `train_one_epoch`, and `coco_eval_bbox`, the 12 metrics in pycocotools' order. `evaluator` holds
         the detections afterwards. If outputs of images are not finite, `nonfinite_images` is their number.

@@ -46,7 +46,6 @@ from samdetr.util.cuda_graphs import GraphedNetwork
 from samdetr.util.device import set_arithmetic
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOT = Path(__file__).resolve().parents[1]
 # Seconds on a GPU: 25 minutes in all. "speed" ends by itself before its limit, and says what it left out.
 LIMITS = {"ops": 180, "parity": 240, "step": 140, "speed": 650, "resume": 170, "ddp": 120}
 IMAGES, EPOCHS = 118_287, (12, 50)  # COCO train2017
