@@ -62,9 +62,13 @@ NOT_RUN = {
     "python export.py --resume output/quickstart/checkpoint.pth --format openvino --size 640 864": "the same",
     "python export.py --resume output/quickstart/checkpoint.pth --format torch_export --output detector.pt2": "too",
     "python benchmarks/convergence.py --output output/convergence": "hours; test_convergence.py runs it smaller",
-    "python benchmarks/convergence.py --output output/convergence --size 80 --rows off aligner smca": "an hour",
-    "python benchmarks/convergence.py --output output/convergence --epochs 24 --batch_size 8 --lr 6e-4 "
-    "--lr_backbone 6e-4": "hours",
+    "python benchmarks/convergence.py --output output/convergence --size 160 --rows off aligner smca": "hours",
+    "python benchmarks/convergence.py --output output/convergence --rows off-denoising aligner-denoising "
+    "smca-denoising": "an hour",
+    "python benchmarks/convergence.py --output output/convergence --rows off aligner smca --seeds 4 5": "half an hour",
+    "python benchmarks/convergence.py --output output/convergence --rows off aligner smca --images 150 --epochs 80": (
+        "an hour"
+    ),
     "python benchmarks/convergence.py --output output/convergence --report": "needs the hours before",
 }
 # Smaller, to be quick.
