@@ -72,7 +72,6 @@ def run(command: CommandLine) -> int:
     if settings.run.replay:
         return replay.run(settings.run.replay, device=device)
     set_arithmetic(tf32=settings.speed.tf32, deterministic=settings.speed.deterministic)
-    kernels.choose(settings.speed.ops)
     ranks = init_distributed(
         dist_url=settings.run.dist_url,
         world_size=settings.run.world_size,
@@ -81,7 +80,10 @@ def run(command: CommandLine) -> int:
     )
     torch.manual_seed(settings.run.seed + ranks.rank)
     try:
-        with Watchdog(timeout=settings.run.timeout, describe=command.with_flags) as watchdog:
+        with (
+            kernels.path(settings.speed.ops),
+            Watchdog(timeout=settings.run.timeout, describe=command.with_flags) as watchdog,
+        ):
             saves = bool(settings.run.output_dir) and not settings.run.eval and not settings.run.overfit
             with (
                 Signals(watchdog.report, saves=saves) as signals,

@@ -112,3 +112,4 @@ def test_flags(shapes, capsys, monkeypatch):
     assert "this network has no deformable attention; leave it out" in refused(
         "--ops", "deformops", network=["--backbone", "resnet18", "--hidden_dim", "32", "--nheads", "4"]
     )
+    assert kernels.wanted() == "auto"  # for other programs of this process

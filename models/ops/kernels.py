@@ -92,22 +92,16 @@ def wanted() -> str:
     return _wanted
 
 
-def choose(path: str) -> None:
-    """Ask for a path, in this process from now on."""
-    global _wanted
-    assert path in PATHS, path
-    _wanted = path
-
-
 @contextlib.contextmanager
 def path(name: str) -> Iterator[None]:
     """Ask for a path inside, for the whole process."""
-    before = _wanted
-    choose(name)
+    global _wanted
+    assert name in PATHS, name
+    before, _wanted = _wanted, name
     try:
         yield
     finally:
-        choose(before)
+        _wanted = before
 
 
 def plain_path() -> contextlib.AbstractContextManager[None]:
