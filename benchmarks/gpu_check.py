@@ -312,8 +312,7 @@ def resume(device: str, folder: Path) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     write_dataset(folder / "data", num_train=8 if device == "cpu" else 64, num_val=2, size=64, seed=0)
     epochs = "2" if device == "cpu" else "3"
-    command = [sys.executable, str(ROOT / "main.py"), "--coco_path", str(folder / "data"), *TINY.split()]
-    command += ["--device", device, "--epochs", epochs]
+    command = [sys.executable, *tiny_run(device, folder), "--epochs", epochs]
 
     def start(name: str, *flags: str) -> subprocess.Popen:
         words = [*command, "--output_dir", str(folder / name), *flags]
@@ -321,8 +320,7 @@ def resume(device: str, folder: Path) -> dict:
             return subprocess.Popen(words, stdout=log, stderr=log)
 
     def finish(name: str, process: subprocess.Popen) -> None:
-        if process.wait(timeout=100):
-            raise RuntimeError(f"main.py ended with status {process.returncode}: {last_line(folder / f'{name}.log')}")
+        require_success(process.wait(timeout=100), folder / f"{name}.log")
 
     killed = start("killed")
     whole = start("whole")
@@ -350,21 +348,29 @@ def ddp(device: str, folder: Path) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     number = torch.cuda.device_count() if device == "cuda" else 2
     write_dataset(folder / "data", num_train=4 * number, num_val=number, size=64, seed=0)
-    program = [str(ROOT / "main.py"), "--coco_path", str(folder / "data"), *TINY.split(), "--device", device]
-    program += ["--epochs", "1", "--backbone_norm", "frozen", "--backbone_weights", "none"]
+    program = [*tiny_run(device, folder), "--epochs", "1", "--backbone_norm", "frozen", "--backbone_weights", "none"]
     launcher = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(number), "--standalone"]
     losses = []
     for name, words, batch in (("one", [], 2 * number), ("all", launcher, 2)):
         words = [sys.executable, *words, *program, "--batch_size", str(batch), "--output_dir", str(folder / name)]
         with open(folder / f"{name}.log", "w") as log:
             status = subprocess.run(words, stdout=log, stderr=log, timeout=100).returncode
-        if status:
-            raise RuntimeError(f"main.py ended with status {status}: {last_line(folder / f'{name}.log')}")
+        require_success(status, folder / f"{name}.log")
         losses.append(json.loads((folder / name / "log.txt").read_text().splitlines()[-1])["train_loss"])
     shutil.rmtree(folder)
     apart = abs(losses[1] - losses[0]) / abs(losses[0])
     text = f"{number} processes and one: losses {losses[1]:.5f} and {losses[0]:.5f}, {apart:.1e} apart"
     return {"checks": {"losses of all together": {"ok": apart <= 1e-3, "text": text}}}
+
+
+def tiny_run(device: str, folder: Path) -> list[str]:
+    """main.py with a small network and the data of a part's folder."""
+    return [str(ROOT / "main.py"), "--coco_path", str(folder / "data"), *TINY.split(), "--device", device]
+
+
+def require_success(status: int, log: Path) -> None:
+    if status:
+        raise RuntimeError(f"main.py ended with status {status}: {last_line(log)}")
 
 
 def last_line(file: Path) -> str:

@@ -170,7 +170,7 @@ def test_interrupted_runs_go_on_and_finished_ones_are_not_repeated(tmp_path, mon
 
 
 def test_processes_share_the_queue(tmp_path, capsys):
-    """While another one is at the first run, a process goes on with the next and leaves that one alone."""
+    """While another process has the first run, one takes the next run and does not touch the first."""
     words = ["--output", str(tmp_path), *SMALL, "--epochs", "1", "--no_measures", "--rows", "off", "aligner"]
     with FolderLock(tmp_path / "locks/shapes-64px-16i-1e-off-s1"):
         assert convergence.main(words) == 0

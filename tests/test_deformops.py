@@ -12,7 +12,7 @@ from samdetr.models.ops.ms_deform_attn.plain import plain_ms_deform_attn
 
 HERE = importlib.util.find_spec("deformops") is not None
 SCHEMA = (
-    "deformops::msda(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
+    "msda(Tensor value, Tensor spatial_shapes, Tensor level_start_index, Tensor sampling_locations, "
     "Tensor attention_weights) -> Tensor"
 )
 
@@ -23,7 +23,7 @@ class StandIn:
     def __init__(self):
         self.calls, self.factor = 0, 1.0
         self.library = torch.library.Library("deformops", "FRAGMENT")
-        self.library.define(SCHEMA.partition("::")[2])
+        self.library.define(SCHEMA)
         self.library.impl("msda", self.msda, "CompositeImplicitAutograd")
 
     def msda(self, value, shapes, starts, locations, weights):

@@ -209,8 +209,8 @@ def build(settings: RunSettings, given: Mapping[str, Any], *, watchdog: Watchdog
         _start_weights(network, settings, given, pretrained, data.categories)
     place(network, device, channels_last=settings.speed.channels_last)
     model: nn.Module = network
-    # A graph gives parameters without gradient one that is undefined, which counts as one: where there are such
-    # parameters, the first steps of `parallel` must be those of the graph. Else they need not wait for one.
+    # DistributedDataParallel counts every parameter of a compiled graph as used, also one without gradient. Where there
+    # are such parameters, the first steps of `parallel` must run the graph, so that it counts the same in all steps.
     compiles, early = settings.speed.compile, not criterion.auxiliary
     if compiles and early:
         network.compile(dynamic=True)
