@@ -50,7 +50,7 @@ def random_batch(*sizes):
 
 def test_a_size_that_comes_again_is_recorded_once(monkeypatch):
     recorder = Recorder()
-    monkeypatch.setattr(cuda_graphs, "record", recorder)
+    monkeypatch.setattr(cuda_graphs, "Recorder", lambda: recorder)
     network = Sums()
     graphed = cuda_graphs.GraphedNetwork(network, most=2)
     kept = []
@@ -65,7 +65,7 @@ def test_a_size_that_comes_again_is_recorded_once(monkeypatch):
 
 
 def test_inputs_stay_their_owners(monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "record", Recorder())
+    monkeypatch.setattr(cuda_graphs, "Recorder", Recorder)
     graphed = cuda_graphs.GraphedNetwork(Sums())
     batches = [random_batch((4, 5)) for _ in range(4)]
     copies = [batch.images.clone() for batch in batches]

@@ -30,6 +30,7 @@ class GraphedNetwork(nn.Module):
     def __init__(self, network: nn.Module, *, most: int = MOST) -> None:
         super().__init__()
         self.network, self.most = network, most
+        self._record = Recorder()
         self._seen: Counter[tuple] = Counter()
         self._graphs: dict[tuple, tuple[Callable[[], None], Outputs, PaddedImages]] = {}
 
@@ -40,7 +41,7 @@ class GraphedNetwork(nn.Module):
             if self._seen[size] == 1 or len(self._graphs) == self.most:
                 return self.network(batch)
             inputs = PaddedImages(batch.images.clone(), batch.padding.clone())
-            self._graphs[size] = (*record(lambda: self.network(inputs)), inputs)
+            self._graphs[size] = (*self._record(lambda: self.network(inputs)), inputs)
         replay, outputs, inputs = self._graphs[size]
         inputs.images.copy_(batch.images)
         inputs.padding.copy_(batch.padding)
@@ -48,18 +49,26 @@ class GraphedNetwork(nn.Module):
         return tree_map(Tensor.clone, outputs)
 
 
-def record(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """`work` as a graph, under the autocast that is on: a function that repeats it, and where its outputs then lie."""
-    graph, device = torch.cuda.CUDAGraph(), "cuda"
-    # The casts of weights that autocast keeps would lie in the graph's memory, which it overwrites.
-    with (
-        torch.autocast(
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=False,
-        ),
-        torch.cuda.graph(graph),
-    ):
-        outputs = work()
-    return graph.replay, outputs
+class Recorder:
+    """Makes graphs that share memory. Each overwrites what the others computed, so outputs must be copied at once."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None  # that of the first graph
+
+    def __call__(self, work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        """`work` as a graph, under the autocast that is on: a function that repeats it, and where its outputs then
+        lie."""
+        graph, device = torch.cuda.CUDAGraph(), "cuda"
+        # The casts of weights that autocast keeps would lie in the graph's memory, which it overwrites.
+        with (
+            torch.autocast(
+                device,
+                dtype=torch.get_autocast_dtype(device),
+                enabled=torch.is_autocast_enabled(device),
+                cache_enabled=False,
+            ),
+            torch.cuda.graph(graph, pool=self._pool),
+        ):
+            outputs = work()
+        self._pool = graph.pool()
+        return graph.replay, outputs
