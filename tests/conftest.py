@@ -13,11 +13,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from helpers import MULTISCALE, TINY, forget_kernels, run_main
+from helpers import MULTISCALE, TINY, Forks, forget_kernels, run_main
 
 from samdetr.datasets.shapes import write_dataset
+from samdetr.models.ops import build
+from samdetr.training import loop
 
 torch.set_num_threads(1)
+# Drawing takes longer than an epoch. test_visualize.py draws curves, and so do runs in processes of their own.
+loop.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -63,6 +67,13 @@ def trained_any(request) -> Path:
     return request.getfixturevalue("trained" if request.param == "one scale" else "trained_multiscale")
 
 
+@pytest.fixture(scope="session")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
 class Server(ThreadingHTTPServer):
     requests = 0
 
@@ -94,3 +105,25 @@ def fresh(monkeypatch, tmp_path):
     yield tmp_path
     monkeypatch.undo()
     forget_kernels()
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The kernels for CPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CXX", raising=False)
+        try:
+            return build.build(build.cpu_recipe())
+        except build.BuildError as error:
+            pytest.skip(f"no kernels for CPUs: {error}")
+
+
+@pytest.fixture
+def built(library, fresh, monkeypatch) -> Path:
+    """As `fresh`, but the library is there already."""
+    monkeypatch.delenv("CXX", raising=False)
+    folder = build.cpu_recipe().library.parent
+    folder.mkdir(mode=0o700, parents=True)
+    for file in (library, build.checksum_file(library)):
+        shutil.copy2(file, folder)
+    return fresh

@@ -8,12 +8,15 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from official import sam_detr as to_official
+from torch import multiprocessing
 
+from benchmarks import soak
 from samdetr.cli import parse, with_flags
 from samdetr.datasets.build import build_dataset
 from samdetr.datasets.coco import CocoDetection
@@ -110,6 +113,32 @@ def run_process(arguments: list[str], *, seconds: int = 120, **variables: str) -
     return subprocess.run(
         [sys.executable, *arguments], env=environment(**variables), capture_output=True, text=True, timeout=seconds
     )
+
+
+class Forks(soak.Forks):
+    """Runs main.py in forks of a process that has imported it, and knows what the last of them printed."""
+
+    def __init__(self) -> None:
+        super().__init__(environment())
+
+    def main(self, words: Sequence[str], printed: Path, *, ranks: int = 1, faults: Sequence[dict] = ()) -> list[int]:
+        """Exit statuses by rank."""
+        self.printed = printed
+        return self.run(words, printed, ranks=ranks, faults=faults)
+
+    def out(self, rank: int = 0) -> str:
+        return (self.printed / f"{rank}.out").read_text()
+
+    def err(self, rank: int = 0) -> str:
+        return (self.printed / f"{rank}.err").read_text()
+
+
+def in_processes(function: Callable[..., None], arguments: tuple, number: int) -> None:
+    """Call `function(rank, *arguments)` in so many new processes, forks of one that has imported what takes long."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "torchvision", "scipy.optimize", "pycocotools.cocoeval"]
+    )
+    multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
 
 
 def error_line(stderr: str) -> str:

@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import call_main, command, damage, data_set, error_line, read_log, run_main, run_process, settings
-from torch import multiprocessing
+from helpers import (
+    call_main,
+    command,
+    damage,
+    data_set,
+    error_line,
+    in_processes,
+    read_log,
+    run_main,
+    run_process,
+    settings,
+)
 
 from samdetr.datasets import bad_images
 from samdetr.datasets.bad_images import BadImages
@@ -180,7 +190,7 @@ def test_two_processes_know_the_same_and_stop_together(own_shapes, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(in_rank, args=(port, str(own_shapes), str(tmp_path)), nprocs=2)
+    in_processes(in_rank, (port, str(own_shapes), str(tmp_path)), 2)
     said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert said[0] == said[1]
     start, (batches, reasons, listed), stopped = said[0]

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import in_processes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from samdetr.datasets.annotations import Annotations
 from samdetr.datasets.categories import Categories
@@ -302,7 +303,7 @@ def evaluate_one_share(rank, folder):
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    multiprocessing.spawn(evaluate_one_share, args=(tmp_path,), nprocs=2)
+    in_processes(evaluate_one_share, (tmp_path,), 2)
     content = ground_truth()
     results = random_results(content)
     expected = plain_pycocotools(content, results)

@@ -135,7 +135,6 @@ def test_interrupted_runs_go_on_and_finished_ones_are_not_repeated(tmp_path, mon
     """A run that is stopped in its second epoch, beside one without interruption and without measures."""
     plain, output = tmp_path / "plain", tmp_path / "output"
     words = [*SMALL, "--rows", "smca"]
-    monkeypatch.setattr(convergence.loop, "plot_training_curves", lambda *_: None)  # takes as long as an epoch
     assert convergence.main(["--output", str(plain), *words, "--no_measures"]) == 0
     steps, after_step = 0, convergence.loop.Trainer._after_step
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import data_set, environment, read_log, run_main, settings
-from torch import multiprocessing
+from helpers import data_set, environment, in_processes, read_log, run_main, settings
 from torch.utils.data import DataLoader
 
 from samdetr.datasets import image_cache
@@ -60,7 +59,7 @@ def test_two_processes_share_one_memory(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(in_rank, args=(port, paths, tmp_path), nprocs=2)
+    in_processes(in_rank, (port, paths, tmp_path), 2)
     (place, contents), other = (pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2))
     assert other == (place, contents)
     assert contents == [path.read_bytes() for path in paths]

@@ -466,10 +466,8 @@ def test_many_processes_build_once(works, fresh, monkeypatch):
     assert (fresh / "calls.txt").read_text() == "x\n" * (1 if works else 2)
 
 
-def test_a_damaged_library_is_built_again(fresh, monkeypatch):
+def test_a_damaged_library_is_built_again(built, monkeypatch):
     """To load a file that lost its end, as by a power failure, would end the process."""
-    monkeypatch.delenv("CXX", raising=False)
-    compiled_or_skip()
     library, expected = build.cpu_recipe().library, run_once()
     content, checksum = library.read_bytes(), build.checksum_file(library).read_bytes()
     cut, changed = content[: len(content) // 2], content[:-1] + b"x"
@@ -522,9 +520,8 @@ def test_the_cache_is_this_users_alone(fresh, monkeypatch):
             build.build(recipe)
 
 
-def test_a_kernel_that_is_wrong_steps_aside(fresh, monkeypatch):
+def test_a_kernel_that_is_wrong_steps_aside(built, monkeypatch):
     """It is compared with the plain path once, for each device and dtype; one warning has the numbers."""
-    compiled_or_skip()
     with plain_path():
         expected = run_once()
     right = kernels.OPERATORS["ms_deform_attn"]
@@ -536,8 +533,7 @@ def test_a_kernel_that_is_wrong_steps_aside(fresh, monkeypatch):
     assert all(torch.equal(result, expected) for result in results)
 
 
-def test_a_kernel_that_fails_steps_aside(fresh, monkeypatch):
-    compiled_or_skip()
+def test_a_kernel_that_fails_steps_aside(built, monkeypatch):
 
     def broken(*arguments):
         raise RuntimeError("no kernel image")
@@ -550,10 +546,8 @@ def test_a_kernel_that_fails_steps_aside(fresh, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["inference", "no grad", "autocast", "fake", "compile"])
-def test_the_first_call_may_be_inside_anything(mode, fresh, monkeypatch):
+def test_the_first_call_may_be_inside_anything(mode, built, monkeypatch):
     """Where no gradients are, or no numbers at all."""
-    monkeypatch.delenv("CXX", raising=False)
-    compiled_or_skip()
     value, locations, weights = checks.example(SHAPES, channels=8, device="cpu", dtype=torch.float32)
     contexts = {"inference": torch.inference_mode, "no grad": torch.no_grad, "fake": FakeTensorMode}
     context = contexts.get(mode, nullcontext)() if mode != "autocast" else torch.autocast("cpu", torch.bfloat16)
@@ -622,13 +616,10 @@ def test_a_library_that_does_not_load(fresh, monkeypatch):
     assert "does not load" in kernels.why_not("cpu")
 
 
-def test_a_library_that_is_there_needs_no_compiler(fresh, monkeypatch):
+def test_a_library_that_is_there_needs_no_compiler(built, monkeypatch):
     """Built where there is one, used where there is none: on a compute node, say."""
-    monkeypatch.delenv("CXX", raising=False)
-    compiled_or_skip()
     library = build.cpu_recipe().library
     monkeypatch.setenv("PATH", "/nowhere")
-    forget_kernels()
     assert kernels.why_not("cpu") is None
     monkeypatch.setenv("CXX", "other")  # who names a compiler wants its library
     assert build.cpu_recipe().library != library

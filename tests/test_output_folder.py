@@ -167,7 +167,7 @@ def test_settings_say_what_the_run_was_made_with(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_repeats_the_figures_of_training(processes, shapes, tmp_path):
+def test_evaluation_repeats_the_figures_of_training(processes, shapes, forks, tmp_path):
     """To the bit, without a word about the batch: figures depend on how images are padded and rounded together."""
     output = tmp_path / "output"
     flags = [
@@ -182,12 +182,8 @@ def test_evaluation_repeats_the_figures_of_training(processes, shapes, tmp_path)
         "--output_dir",
         str(output),
     ]
-    words = command(shapes, "--epochs", "1", *flags)
-    if processes == 2:
-        run = run_process([*TORCHRUN, *words])
-        assert run.returncode == 0, run.stderr
-    else:
-        assert call_program(*words[1:]) == 0
+    words = command(shapes, "--epochs", "1", *flags)[1:]
+    assert forks.main(words, tmp_path / "printed", ranks=processes) == [0] * processes, forks.err()
     fixed = ["--coco_path", str(shapes), "--device", "cpu", "--num_workers", "0", "--eval"]
     fixed += ["--resume", str(output / "checkpoint.pth")]
     found = {}

@@ -15,7 +15,7 @@ from samdetr.models.build import build_model
 from samdetr.util.padded_images import PaddedImages, pad_images
 
 TINY = (
-    "--backbone resnet50 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 3 --num_queries 12"
+    "--backbone resnet18 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --enc_layers 1 --dec_layers 3 --num_queries 12"
 )
 # As published, but for fewer layers, queries and pixels.
 REAL = "--enc_layers 1 --dec_layers 3 --num_queries 20"
@@ -24,11 +24,11 @@ DEFORMABLE += "--enc_layers 1 --dec_layers 2 --num_queries 12"
 NETWORKS = [
     TINY,
     f"{TINY} --smca",
-    f"{TINY} --dilation --smca",
+    f"{TINY} --backbone resnet50 --dilation --smca",
     f"{TINY} --multiscale",
     f"{TINY} --multiscale --smca --epochs 12",
     f"{TINY} --smca --sam_points 1 --no_sam_reweight --lr_backbone 0",
-    f"{TINY} --smca --sam_range image --backbone resnet18 --backbone_norm learned",
+    f"{TINY} --smca --sam_range image --backbone_norm learned",
     f"{TINY} --sam_resample off",
     DEFORMABLE,
     f"{DEFORMABLE} --with_box_refine --two_stage --sam_resample points",

@@ -20,11 +20,9 @@ from helpers import (
     read_json,
     read_log,
     run_main,
-    run_process,
     settings,
 )
 from official import sap_detr as to_official
-from test_two_processes import TORCHRUN
 from torch import nn
 
 from samdetr import demo, hubconf
@@ -286,13 +284,13 @@ def test_gradients_are_zeroed_with_amp(start, shapes, tmp_path):
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_two_processes_train_without_zeroing(start, shapes, tmp_path):
+def test_two_processes_train_without_zeroing(start, shapes, forks, tmp_path):
     """With learned norms and batches of one image; both processes save and go on with the same gradients."""
     output = tmp_path / "output"
     flags = ["--legacy_no_zero_grad", "--epochs", "1", "--warmup_iters", "0", "--batch_size", "1"]
     flags += ["--resume", str(start), "--output_dir", str(output)]
-    run = run_process([*TORCHRUN, *command(shapes, *flags, network=[])])
-    assert run.returncode == 0, run.stderr
+    words = command(shapes, *flags, network=[])[1:]
+    assert forks.main(words, tmp_path / "printed", ranks=2) == [0, 0], forks.err()
     (line,) = read_log(output)
     assert torch.load(output / "checkpoint.pth")["gradients"].keys()
     figures, _ = evaluate(shapes, output / "checkpoint.pth", tmp_path / "one", "--batch_size", "1")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, from_flags
-from torch import multiprocessing
+from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, from_flags, in_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from samdetr import engine
@@ -311,7 +310,7 @@ def half(rank: int, folder: str) -> None:
 
 def test_two_processes_skip_alike(tmp_path, capfd):
     """The second alone has the fault: with a NaN that the gradients bring to the first, and one that they do not."""
-    multiprocessing.spawn(half, (str(tmp_path),), nprocs=2)
+    in_processes(half, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     for fault in ("image", "term without gradient"):
         for ours in (first, second):

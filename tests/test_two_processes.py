@@ -21,11 +21,11 @@ from helpers import (
     environment,
     evaluate,
     from_flags,
+    in_processes,
     read_json,
     read_log,
     run_process,
 )
-from torch import multiprocessing
 
 from benchmarks.soak import free_port
 from samdetr.training.parallel import parallel
@@ -108,7 +108,7 @@ def share(rank: int, ports: list[int], folder: str) -> None:
 
 
 def test_losses_and_gradients_are_those_of_the_joint_batch(tmp_path):
-    multiprocessing.spawn(share, ([free_port(), free_port()], str(tmp_path)), nprocs=4)
+    in_processes(share, ([free_port(), free_port()], str(tmp_path)), 4)
     exact = {"rtol": 1e-9, "atol": 1e-12}
     together = [losses_and_gradients(*case, slice(4)) for case in CASES]
     for size, cases in SHARED.items():
@@ -189,15 +189,15 @@ def test_slurm_starts_training(network, shapes, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["before training", "in one process"])
-def test_bad_input_ends_all_processes(fault, own_shapes, tmp_path):
+def test_bad_input_ends_all_processes(fault, own_shapes, forks, tmp_path):
     image = own_shapes / "train2017" / "000000000001.jpg"
     if fault == "before training":
         image.write_bytes(image.read_bytes()[:-100])
     else:
         damage(image)  # seen when it is decoded; the processes tell each other at the end of the epoch
-    run = run_process([*TORCHRUN, *command(own_shapes, "--batch_size", "2", "--output_dir", str(tmp_path / "output"))])
-    assert run.returncode != 0
-    assert f"{image} (image id 1) cannot be used" in run.stderr
+    words = command(own_shapes, "--batch_size", "2", "--output_dir", str(tmp_path / "output"))[1:]
+    assert forks.main(words, tmp_path / "printed", ranks=2) == [2, 2]
+    assert f"{image} (image id 1) cannot be used" in forks.err(0) + forks.err(1)
     assert os.listdir(tmp_path / "output") == ["bad_images.txt"]
 
 
