@@ -63,8 +63,14 @@ CONFIGS = {
     "SAP_R50_DC5": f"{_SAP} --dilation",
 }
 PATHS = ("plain", "fast")
-# Format and whether with 16 bits, of what --engines measures beside them.
-ENGINES = {"onnxruntime": ("onnx", False), "openvino": ("openvino", False), "openvino_half": ("openvino", True)}
+# Format and precision, of what --engines measures beside them.
+ENGINES = {
+    "onnxruntime": ("onnx", "float32"),
+    "onnxruntime_int8": ("onnx", "int8"),
+    "openvino": ("openvino", "float32"),
+    "openvino_half": ("openvino", "half"),
+    "openvino_int8": ("openvino", "int8"),
+}
 OBJECTS = 7  # of an image; COCO has 7.3
 
 
@@ -142,13 +148,14 @@ class Exported:
             settings=settings.flat(),
             device=torch.device("cpu"),
         )
-        name, half = ENGINES[path]
-        about = describe(predictor, Request(format=name, size=tuple(size), half=half))
+        name, precision = ENGINES[path]
+        about = describe(predictor, Request(format=name, size=tuple(size))) | {"precision": precision}
         program = trace(bench.network, top_k=about["top_k"], raw=False, size=tuple(size))
         self.batch = bench.batch
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"network{FORMATS[name].suffix}"
-            FORMATS[name].write(program, file, about, None)
+            calibration = [bench.batch.images[:1]] if precision == "int8" else None
+            FORMATS[name].write(program, file, about, calibration)
             self.network = open_exported(str(file), device="cpu")
 
     def evaluate(self) -> None:
@@ -249,7 +256,7 @@ def print_rows(config: str, result: dict, name: str, batch: int, paths: list[str
     base = result[paths[0]][name]
     for path in paths:
         entry = result[path][name]
-        cells = [f"{config:32} {path:13} {name:16}"]
+        cells = [f"{config:32} {path:16} {name:16}"]
         if "median_s" in entry:
             clock, cpu = entry["median_s"], entry["median_cpu_s"]
             cells += [f"{1e3 * clock:8.0f} ms {base['median_s'] / clock:5.2f}x {batch / clock:7.2f} images/s"]
