@@ -78,6 +78,7 @@ ROWS = {
     "smca-ia_bce": "--smca --class_loss ia_bce",
     "smca-mal": "--smca --class_loss mal",
     "smca-position": "--smca --class_cost position",
+    "smca-relation": "--smca --relation",
 }
 HEADLINE = ("off", "aligner", "smca")
 FIRST_SEEDS = 3  # of the headline rows come before all other rows

@@ -111,11 +111,15 @@ def plain_attention(
 
 
 class PlainSelfAttention(SelfAttention):
-    def forward(self, content: Tensor, *positions: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, content: Tensor, *positions: Tensor, hidden: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         query, key = self.project("query", content, *positions), self.project("key", content, *positions)
         value = self.value(content).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
-        bias = None if hidden is None else torch.zeros_like(hidden, dtype=query.dtype).masked_fill(hidden, -torch.inf)
+        if hidden is not None:
+            zeros = torch.zeros_like(hidden, dtype=query.dtype) if bias is None else bias
+            bias = zeros.masked_fill(hidden, -torch.inf)
         return self.output(plain_attention(query, key, value, padding=None, bias=bias, dropout=dropout))
 
 
@@ -148,9 +152,17 @@ class PlainCrossAttention(CrossAttention):
 
 
 class PlainSAMDecoderLayer(SAMDecoderLayer):
-    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        boxes: Tensor,
+        level: FeatureLevel,
+        hidden: Tensor | None = None,
+        relation: Tensor | None = None,
+    ) -> Tensor:
         position = sine_encoding(boxes[..., :2].detach(), num_channels=self.hidden_dim).to(queries)
-        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, hidden=hidden)))
+        attended = self.self_attention(queries, position, hidden=hidden, bias=relation)
+        queries = self.norm1(queries + self.dropout(attended))
         content, bias = queries, None
         if self.aligner is not None:
             aligned = self.aligner(queries, boxes, level.features, level.valid_ratio)

@@ -23,6 +23,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def masked(hidden: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Both in one, as PyTorch's attention takes it: of bool, True where a query attends, or what is added."""
+    if bias is None:
+        assert hidden is not None
+        return ~hidden
+    return bias if hidden is None else bias.masked_fill(hidden, -torch.inf)
+
+
 class SelfAttention(nn.Module):
     """Attention among the queries. Their content and each of their positions have separate projections.
 
@@ -45,16 +53,21 @@ class SelfAttention(nn.Module):
         projected = [getattr(self, f"{role}_{name}")(part) for name, part in zip(self.parts, parts)]
         return split_heads(reduce(torch.add, projected), self.num_heads)
 
-    def forward(self, content: Tensor, *positions: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, content: Tensor, *positions: Tensor, hidden: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
         """`content` and each of `positions` (B, Q, C) -> (B, Q, C). `hidden` (Q, Q) of bool: which query, row, does not
-        attend to which, column; None: each attends to all."""
+        attend to which, column; None: each attends to all. `bias` (B, N, Q, Q) is added to the logits."""
         query, key = (self.project(role, content, *positions) for role in ("query", "key"))
         value = split_heads(self.value(content), self.num_heads)
         dropout = self.dropout if self.training else 0.0
-        if hidden is None:
+        if hidden is None and bias is None:
             attended = prior_attention(query, key, value, dropout=dropout)
         else:
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, dropout_p=dropout)
+            mask = masked(hidden, None if bias is None else bias.to(query.dtype))
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+            # Its layout depends on the device; a traced graph would expect that of the tracing.
+            attended = attended.clone(memory_format=torch.contiguous_format)
         return self.output(merge_heads(attended))
 
 

@@ -36,6 +36,7 @@ WITH = ["--denoising", "3"]
 NETWORKS = {
     "one scale": TINY,
     "three scales": MULTISCALE,
+    "with relations": [*TINY, "--relation"],
     "no aligner": [*TINY[:-1], "--sam_resample", "off"],
     "deformable": TINY_DEFORMABLE,
     "one level, aligned": [*TINY_DEFORMABLE, "--num_feature_levels", "1", "--sam_resample", "points"],

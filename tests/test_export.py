@@ -276,6 +276,7 @@ NETWORKS = {
     "single scale": TINY,
     "dc5": [*TINY, "--backbone", "resnet50", "--backbone_level", "5", "--dilation"],
     "frozen norms, no aligner": [*TINY[:-1], "--backbone_norm", "frozen", "--no_aligner"],
+    "relations": [*TINY, "--relation"],
     "multi-scale": MULTISCALE,
     "deformable": TINY_DEFORMABLE,
     "deformable, one level": [*TINY_DEFORMABLE, "--num_feature_levels", "1"],

@@ -29,7 +29,7 @@ NETWORKS = [
     f"{TINY} --multiscale --smca --epochs 12",
     f"{TINY} --smca --sam_points 1 --no_sam_reweight --lr_backbone 0",
     f"{TINY} --smca --sam_range image --backbone_norm learned",
-    f"{TINY} --sam_resample off",
+    f"{TINY} --sam_resample off --relation",
     DEFORMABLE,
     f"{DEFORMABLE} --with_box_refine --two_stage --sam_resample points",
     f"{REAL} --dilation --smca",

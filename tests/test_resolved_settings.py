@@ -26,7 +26,7 @@ ADDED |= {"pretrained": "", "freeze": [], "set_cost_alpha": 0.25, "allow_nonfini
 ADDED |= {"detections": "", "annotations": "", "track": [], "compare": ""}
 ADDED |= {"preset": "none", "scale_lr": False, "overfit": 0}
 ADDED |= {"denoising": 0, "denoising_box_noise": 0.4, "denoising_label_noise": 0.2, "contrastive": False}
-ADDED |= {"class_loss": "focal", "class_cost": "focal"}
+ADDED |= {"class_loss": "focal", "class_cost": "focal", "relation": False}
 OF_FAMILY: dict[str, dict[str, object]] = {"sap_detr": {"set_cost_alpha": None}}
 # Users' runs keep the last checkpoints and the best; recipes pass `--keep -1`, all epochs, as published.
 CHANGED: dict[str, object] = {"keep": 1}

@@ -36,9 +36,7 @@ def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.
     # Fixed margins: to look for the best ones takes as long as all the rest, after each epoch.
     margins = {"left": 0.075, "right": 0.99, "bottom": 0.11, "top": 0.93, "wspace": 0.12, "hspace": 0.18}
     figure = Figure(figsize=(11, 4.6), dpi=130)
-    panels = figure.subplot_mosaic(
-        [["loss", "ap"], ["rate", "ap"]], height_ratios=[4, 1], gridspec_kw=margins
-    )
+    panels = figure.subplot_mosaic([["loss", "ap"], ["rate", "ap"]], height_ratios=[4, 1], gridspec_kw=margins)
 
     for key, label, colour in (
         ("train_loss", "training, sum over layers", "#1f4e79"),

@@ -15,6 +15,7 @@ from samdetr.models.feature_levels import FeatureLevel
 from samdetr.models.layers import FeedForward, LayerSizes, copies, inverse_sigmoid, start_heads, xavier_matrices
 from samdetr.models.mlp import MLP
 from samdetr.models.position_encoding import in_cells, sine_encoding
+from samdetr.models.relations import RelationBias
 from samdetr.models.semantics_aligner import SemanticsAligner
 from samdetr.models.spatial_prior import SeparablePrior, gaussian_log_prior
 
@@ -75,12 +76,20 @@ class SAMDecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(sizes.dropout)
 
-    def forward(self, queries: Tensor, boxes: Tensor, level: FeatureLevel, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        boxes: Tensor,
+        level: FeatureLevel,
+        hidden: Tensor | None = None,
+        relation: Tensor | None = None,
+    ) -> Tensor:
         """`queries` (B, Q, C); `boxes` (B, Q, 4) as cx, cy, w, h relative to the valid image; `hidden` (Q, Q), which
-        query, row, does not attend to which -> (B, Q, C)."""
+        query, row, does not attend to which; `relation` (B, N, Q, Q), a bias of this attention -> (B, Q, C)."""
         # Without gradient, and not scaled by the valid ratio, as in the reference.
         position = sine_encoding(boxes[..., :2].detach(), num_channels=self.hidden_dim).to(queries.dtype)
-        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, hidden=hidden)))
+        attended = self.self_attention(queries, position, hidden=hidden, bias=relation)
+        queries = self.norm1(queries + self.dropout(attended))
         if self.aligner is None:
             attended = self.cross_attention(queries, position, level)
         else:
@@ -109,6 +118,8 @@ class SAMDecoder(nn.Module):
             embedded, is its first content. An aligner samples anew what the cross-attention compares, so there the
             label only gates (re-weighting); it stays in the residual stream, which the class head reads, and in
             self-attention, where the queries of its group see it.
+        relation: whether self-attention knows how boxes lie to each other, from the second layer on, as published for
+            Relation-DETR: those that the layer before got to those that it predicted.
     """
 
     def __init__(
@@ -119,6 +130,7 @@ class SAMDecoder(nn.Module):
         num_classes: int,
         levels: Sequence[int],
         denoising: bool = False,
+        relation: bool = False,
     ):
         super().__init__()
         self.levels = tuple(levels)
@@ -130,6 +142,7 @@ class SAMDecoder(nn.Module):
         self._init_weights()
         # Last, so that nothing else starts with other numbers.
         self.denoising = DenoisingQueries(num_classes=num_classes, hidden_dim=hidden_dim) if denoising else None
+        self.relation = RelationBias(num_heads=layer.self_attention.num_heads) if relation else None
 
     def _init_weights(self) -> None:
         """Every parameter of the decoder, as the reference leaves it:
@@ -152,7 +165,7 @@ class SAMDecoder(nn.Module):
         batch = levels[0].features.shape[0]
         reference = self.reference_boxes.expand(batch, -1, -1)  # (B, Q, 4), logits
         queries = levels[0].features.new_zeros(*reference.shape[:2], self.layers[0].hidden_dim)
-        hidden = None
+        hidden = relation = None
         if noised is not None and self.denoising is not None:
             hidden = noised.hidden(queries.shape[1])
             queries = torch.cat([self.denoising(noised).to(queries.dtype), queries], 1)
@@ -160,10 +173,12 @@ class SAMDecoder(nn.Module):
         predictions = []
         for layer, level, class_head, box_head in zip(self.layers, self.levels, self.class_heads, self.box_heads):
             boxes = reference.sigmoid()
-            queries = layer(queries, boxes, levels[level], hidden)
+            queries = layer(queries, boxes, levels[level], hidden, relation)
             offset = box_head(queries)
             pred_boxes = (offset + inverse_sigmoid(boxes)).sigmoid()
             predictions.append({"pred_logits": class_head(queries), "pred_boxes": pred_boxes})
+            if self.relation is not None:
+                relation = self.relation(boxes, pred_boxes)
             # On the raw logit, not the clamped one, and detached; the initial boxes are not detached.
             reference = (offset + reference).detach()
         return predictions if noised is None else noised.split(predictions)

@@ -25,6 +25,9 @@ class Config(AlignerConfig):
 
     multiscale: bool = flag(False, "C3, C4 and C5, with a deformable encoder", carried=True)
     smca: bool = flag(False, "spatial prior around the salient points", carried=True)
+    relation: bool = flag(
+        False, "self-attention of queries knows how their boxes lie to each other (Relation-DETR)", carried=True
+    )
     sam_points: int | None = flag(None, "salient points per query: 1, or nheads (default)", least=1, carried=True)
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ def build(trunk: Trunk, config: Config) -> Detector:
         num_classes=trunk.num_classes,
         levels=attended_levels(trunk.dec_layers, num_levels),
         denoising=config.denoising > 0,
+        relation=config.relation,
     )
     return Detector(backbone=backbone, projection=projection, encoder=encoder, decoder=decoder)
 
@@ -79,6 +83,11 @@ def attended_levels(num_layers: int, num_levels: int) -> tuple[int, ...]:
 def _check(trunk: Trunk, config: Config) -> None:
     if config.sam_points not in (None, 1, trunk.nheads):
         raise ValueError(f"`sam_points` {config.sam_points} must be 1, or as many as `nheads`, {trunk.nheads}")
+    if config.relation and trunk.dec_layers < 2:
+        raise ValueError(
+            f"`relation` works from the second decoder layer on, `dec_layers` is {trunk.dec_layers}; leave one of them "
+            "out"
+        )
     if config.multiscale and trunk.backbone_level != 5:
         raise ValueError(
             f"`multiscale` uses C3, C4 and C5, `backbone_level` {trunk.backbone_level} one of them; pass "
