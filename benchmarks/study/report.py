@@ -34,6 +34,7 @@ CHANGES = {  # after a dash, of the rows above
     "ia_bce": "IA-BCE",
     "mal": "MAL",
     "position": "cost by position",
+    "relation": "bias by relations",
 }
 COLOURS = {
     "off": "#555555",
