@@ -64,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace files in --output that others have written")
     parser.add_argument("--threshold", default=0.5, type=float, help="least score of a detection that counts")
     parser.add_argument(
+        "--nms",
+        type=float,
+        metavar="IOU",
+        help="keep only the best of boxes of one class that overlap by more than this, from 0 to 1; default: keep all",
+    )
+    parser.add_argument(
         "--limit", default=None, type=int, help="only the first N images and videos, N frames of each", metavar="N"
     )
     parser.add_argument("--annotations", default="", help="COCO annotation file; its boxes are drawn beside")
@@ -93,6 +99,8 @@ def describe(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Everything after the command line. Returns the exit status. Raises ValueError."""
     check_threshold(args.threshold)
+    if args.nms is not None and not 0 <= args.nms <= 1:
+        raise ValueError(f"`nms` {args.nms} is not between 0 and 1")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`limit` {args.limit} must be at least 1")
     if args.plugin:
@@ -113,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
     folder.claim([*names, *json_names, *(f"{DRAWN}{kind}_{stem}.png" for kind in kinds for stem in stems)])
 
     predictor = load(args.resume, device=args.device, raw=args.raw_weights, allow_http=args.allow_http)
+    predictor.nms = args.nms
     check_points(predictor, **points)
     truth = read_truth(args.annotations, sources, predictor) if args.annotations else {}
     if not predictor.has_names:

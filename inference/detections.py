@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import batched_nms, box_convert
 
 from samdetr.datasets.categories import Categories
 from samdetr.inference.sources import Source
@@ -85,6 +85,13 @@ class Detections:
     def above(self, threshold: float) -> Detections:
         """Those with a score of at least `threshold`. Raises ValueError for a threshold outside [0, 1]."""
         return self.select(self.scores >= check_threshold(threshold))
+
+    def without_duplicates(self, iou: float) -> Detections:
+        """Of boxes of one class that overlap by more than `iou`, only the best (non-maximum suppression). Raises
+        ValueError for an `iou` outside [0, 1]."""
+        if not 0 <= iou <= 1:
+            raise ValueError(f"`nms` {iou} is not between 0 and 1")
+        return self.select(batched_nms(self.boxes, self.scores, self.labels, iou))
 
     def select(self, which: Tensor | slice) -> Detections:
         """Those that `which` chooses, a mask (n,), indices or a slice."""

@@ -115,10 +115,12 @@ class Predictor:
 
     Attributes:
         allow_http: whether URLs of images may be http to other machines.
+        nms: of boxes of one class that overlap by more than this, only the best is kept; None, as published: all.
         run_settings: those of the run that made the weights that go with them, as far as they are known.
     """
 
     allow_http = False
+    nms: float | None = None
     run_settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
@@ -224,7 +226,8 @@ class Predictor:
         finite = result["scores"].isfinite() & result["boxes"].isfinite().all(1)
         keep = known & finite & (result["scores"] >= threshold)
         columns = {name: result[name][keep] for name in ("boxes", "scores", "labels", "queries")}
-        return Detections(**columns, size=size, categories=self.categories, source=source)
+        found = Detections(**columns, size=size, categories=self.categories, source=source)
+        return found if self.nms is None else found.without_duplicates(self.nms)
 
 
 def _numbered(num_classes: int) -> Categories:

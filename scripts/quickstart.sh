@@ -14,7 +14,7 @@ output=output/quickstart
 # loss that knows how well boxes fit make up for the short training (docs/log.md, 2026-11-26).
 small=(
   --preset tiny --num_queries 10 --train_sizes 80 --eval_size 80 --denoising 5 --class_loss ia_bce
-  --batch_size 16 --lr 6e-4 --lr_backbone 6e-4 --epochs 8
+  --batch_size 16 --lr 9e-4 --lr_backbone 9e-4 --epochs 8
 )
 
 $python -m datasets.shapes --output "$data" --size 160
@@ -22,7 +22,7 @@ $python main.py --coco_path "$data" --output_dir "$output" "${small[@]}" \
   --eval_every_epoch 4 --print_every 25 --overwrite "$@" # an earlier quick start moves to a subfolder
 # The same scenes as the first of those held out, in more pixels than the network sees.
 $python -m datasets.shapes --output "$pictures" --size 320 --num_train 1 --num_val 12
-$python demo.py --resume "$output/checkpoint.pth" --images "$pictures/val2017" --threshold 0.3 \
+$python demo.py --resume "$output/checkpoint.pth" --images "$pictures/val2017" --threshold 0.3 --nms 0.5 \
   --annotations "$pictures/annotations/instances_val2017.json" --output "$output/pictures" --overwrite --salient_points
 
 echo

@@ -1,5 +1,6 @@
 """Drawing: from a checkpoint alone, the detections of the evaluation appear on pictures."""
 
+import json
 import shutil
 
 import pytest
@@ -187,6 +188,29 @@ def test_ground_truth_beside(trained, shapes, tmp_path):
         assert width > 1.9 * (height - 60)  # two square pictures below a title
 
 
+def test_one_box_for_an_object(trained, folder, tmp_path):
+    """--nms takes away what overlaps a better box of its class, and nothing else."""
+    flags = ["--resume", str(trained / "checkpoint.pth"), "--images", str(folder), "--threshold", "0"]
+    flags += ["--device", "cpu", "--output"]
+    results = []
+    for name, more in {"all": [], "best": ["--nms", "0.3"]}.items():
+        assert demo.main([*flags, str(tmp_path / name), *more]) == 0
+        results.append(json.loads((tmp_path / name / "detections.json").read_text()))
+    every, best = results
+    wanted = []
+    for row in every:  # the best of each image first
+        x, y, w, h = row["bbox"]
+        rivals = [r for r in wanted if all(r[key] == row[key] for key in ("image_id", "category_id"))]
+        overlaps = [0.0]
+        for x2, y2, w2, h2 in (rival["bbox"] for rival in rivals):
+            common = max(0, min(x + w, x2 + w2) - max(x, x2)) * max(0, min(y + h, y2 + h2) - max(y, y2))
+            overlaps.append(common / (w * h + w2 * h2 - common))
+        if max(overlaps) <= 0.3:
+            wanted.append(row)
+    assert best == wanted
+    assert 0 < len(best) < len(every)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -194,6 +218,7 @@ def test_ground_truth_beside(trained, shapes, tmp_path):
         (["--threshold", "2"], "--threshold 2"),
         (["--resume", "nothing.pth"], "nothing.pth"),
         (["--limit", "0"], "--limit 0"),
+        (["--nms", "1.5"], "--nms 1.5 is not between 0 and 1"),
         (["--sampling_points", "0.5,0.5"], "multi-scale"),
     ],
 )
