@@ -99,8 +99,8 @@ def describe(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Everything after the command line. Returns the exit status. Raises ValueError."""
     check_threshold(args.threshold)
-    if args.nms is not None and not 0 <= args.nms <= 1:
-        raise ValueError(f"`nms` {args.nms} is not between 0 and 1")
+    if args.nms is not None:
+        check_threshold(args.nms, name="nms")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`limit` {args.limit} must be at least 1")
     if args.plugin:
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
                     if not stopped():
                         work.video(video, name, stopped, limit=args.limit)
             finally:
-                work.finish(resume=args.resume, threshold=args.threshold, complete=not stopped())
+                work.finish(resume=args.resume, threshold=args.threshold, nms=args.nms, complete=not stopped())
     except BrokenPipeError:  # nobody reads what is printed
         raise
     except OSError as error:

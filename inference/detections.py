@@ -89,9 +89,10 @@ class Detections:
     def without_duplicates(self, iou: float) -> Detections:
         """Of boxes of one class that overlap by more than `iou`, only the best (non-maximum suppression). Raises
         ValueError for an `iou` outside [0, 1]."""
-        if not 0 <= iou <= 1:
-            raise ValueError(f"`nms` {iou} is not between 0 and 1")
-        return self.select(batched_nms(self.boxes, self.scores, self.labels, iou))
+        check_threshold(iou, name="iou")
+        # It keeps classes apart by moving them, for which boxes must not begin left of or above 0.
+        boxes = self.boxes.double() - min(0.0, self.boxes.amin().item() if len(self) else 0.0)
+        return self.select(batched_nms(boxes, self.scores.double(), self.labels, iou))
 
     def select(self, which: Tensor | slice) -> Detections:
         """Those that `which` chooses, a mask (n,), indices or a slice."""
@@ -147,10 +148,10 @@ class Detections:
         )
 
 
-def check_threshold(threshold: float) -> float:
+def check_threshold(threshold: float, *, name: str = "threshold") -> float:
     """The threshold itself. Raises ValueError if it is not in [0, 1]."""
     if not 0 <= threshold <= 1:
-        raise ValueError(f"`threshold` {threshold} is not between 0 and 1")
+        raise ValueError(f"`{name}` {threshold} is not between 0 and 1; pass 0.5, say")
     return threshold
 
 

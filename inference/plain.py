@@ -118,8 +118,8 @@ class PlainSelfAttention(SelfAttention):
         value = self.value(content).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         if hidden is not None:
-            zeros = torch.zeros_like(hidden, dtype=query.dtype) if bias is None else bias
-            bias = zeros.masked_fill(hidden, -torch.inf)
+            added = torch.zeros_like(hidden, dtype=query.dtype) if bias is None else bias
+            bias = added.masked_fill(hidden, -torch.inf)
         return self.output(plain_attention(query, key, value, padding=None, bias=bias, dropout=dropout))
 
 

@@ -24,7 +24,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def masked(hidden: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Both in one, as PyTorch's attention takes it: of bool, True where a query attends, or what is added."""
+    """`hidden` (Q, Q) and `bias` (B, N, Q, Q) in one mask: of bool, True where a query may attend, if there is no bias;
+    else the bias, -inf where it may not."""
     if bias is None:
         assert hidden is not None
         return ~hidden

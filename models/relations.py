@@ -41,4 +41,5 @@ class RelationBias(nn.Module):
         queries -> (B, N, Q, Q)."""
         with torch.no_grad():
             encoded = encode(relations(rows, columns)).to(self.weights.weight.dtype)
-        return self.weights(encoded).relu().permute(0, 3, 1, 2)
+        # Fused attention on GPUs takes masks whose last axis is contiguous.
+        return self.weights(encoded).relu().permute(0, 3, 1, 2).contiguous()

@@ -14,7 +14,7 @@ output=output/quickstart
 # loss that knows how well boxes fit make up for the short training (docs/log.md, 2026-11-26).
 small=(
   --preset tiny --num_queries 10 --train_sizes 80 --eval_size 80 --denoising 5 --class_loss ia_bce
-  --batch_size 16 --lr 9e-4 --lr_backbone 9e-4 --epochs 8
+  --batch_size 16 --lr 1e-3 --lr_backbone 1e-3 --epochs 7
 )
 
 $python -m datasets.shapes --output "$data" --size 160

@@ -20,7 +20,7 @@ from samdetr.models.ops import build
 from samdetr.training import loop
 
 torch.set_num_threads(1)
-# Drawing takes longer than an epoch. test_visualize.py draws curves, and so do runs in processes of their own.
+# Drawing takes longer than an epoch. test_visualize.py draws curves, and so do runs that `run_process` starts.
 loop.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))
 
 

@@ -196,6 +196,7 @@ def test_one_box_for_an_object(trained, folder, tmp_path):
     for name, more in {"all": [], "best": ["--nms", "0.3"]}.items():
         assert demo.main([*flags, str(tmp_path / name), *more]) == 0
         results.append(json.loads((tmp_path / name / "detections.json").read_text()))
+        assert json.loads((tmp_path / name / "predict.json").read_text())["nms"] == (0.3 if more else None)
     every, best = results
     wanted = []
     for row in every:  # the best of each image first
@@ -219,6 +220,7 @@ def test_one_box_for_an_object(trained, folder, tmp_path):
         (["--resume", "nothing.pth"], "nothing.pth"),
         (["--limit", "0"], "--limit 0"),
         (["--nms", "1.5"], "--nms 1.5 is not between 0 and 1"),
+        (["--nms", "nan"], "--nms nan is not between 0 and 1"),
         (["--sampling_points", "0.5,0.5"], "multi-scale"),
     ],
 )

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -285,6 +286,18 @@ def test_detections(predictor, photo, tmp_path):
         "bbox": pytest.approx([left, top, right - left, bottom - top]),
         "score": first.score,
     }
+
+
+def test_without_duplicates(predictor, photo):
+    """Boxes of other classes stay, wherever they lie: also outside of the image."""
+    found = predictor.predict(photo, threshold=0).select(slice(5))
+    boxes = [[90.0, 90, 110, 110], [-11, -11, 9, 9], [-11, -11, 9, 9], [-10, -11, 10, 9], [30, 30, 40, 40]]
+    found = replace(found, boxes=torch.tensor(boxes), labels=torch.tensor([1, 2, 3, 3, 3]))
+    assert found.without_duplicates(0.0).queries.tolist() == found.queries[[0, 1, 2, 4]].tolist()
+    assert len(found.without_duplicates(0.95)) == 5  # 380 of 420 pixels are common
+    assert len(found.select(slice(0)).without_duplicates(0.5)) == 0
+    with pytest.raises(ValueError, match=r"`iou` 2 is not between 0 and 1; pass 0\.5, say"):
+        found.without_duplicates(2)
 
 
 @pytest.mark.parametrize(

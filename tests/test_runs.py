@@ -140,6 +140,8 @@ def test_published_runs():
         settings = recipe(name).flat()
         assert recipe_of(settings) == name
         assert recipe_of({**settings, "num_queries": 100}) is None
+        older = {key: value for key, value in settings.items() if key not in ("relation", "sam_range")}
+        assert recipe_of(older) == name  # a run before these settings came
         assert departures({**settings, "batch_size": 7}, name) == []
         assert departures({**settings, "lr": 1.0}, name) == ["lr 1.0 (0.0001)"]
         row = re.search(rf"\| \d+ \| ([\d.]+) \|[^\n]*scripts/{name}_\dgpu\.sh", table)

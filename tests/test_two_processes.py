@@ -26,6 +26,7 @@ from helpers import (
     read_log,
     run_process,
 )
+from PIL import Image
 
 from benchmarks.soak import free_port
 from samdetr.training.parallel import parallel
@@ -131,6 +132,7 @@ def test_torchrun_trains_and_launch_evaluates(server, shapes, tmp_path):
     run = run_process([*TORCHRUN, *command(shapes, *flags)])
     assert (run.returncode, run.stderr) == (0, "")  # and no warning
     assert sorted(os.listdir(output)) == FILES
+    assert Image.open(output / "curves.png").width > 1000
     assert read_json(output / "settings.json")["world_size"] == 2
     steps = re.findall(r"^(\w.*\d/\d),", run.stdout, re.MULTILINE)
     assert steps == ["epoch 0: 8/8", "evaluation: 4/4"]  # 16 images; 7 images, of which the second process has 3
@@ -195,9 +197,15 @@ def test_bad_input_ends_all_processes(fault, own_shapes, forks, tmp_path):
         image.write_bytes(image.read_bytes()[:-100])
     else:
         damage(image)  # seen when it is decoded; the processes tell each other at the end of the epoch
-    words = command(own_shapes, "--batch_size", "2", "--output_dir", str(tmp_path / "output"))[1:]
-    assert forks.main(words, tmp_path / "printed", ranks=2) == [2, 2]
-    assert f"{image} (image id 1) cannot be used" in forks.err(0) + forks.err(1)
+    program, *words = command(own_shapes, "--batch_size", "2", "--output_dir", str(tmp_path / "output"))
+    if fault == "before training":
+        assert forks.main(words, tmp_path / "printed", ranks=2) == [2, 2]
+        said = forks.err(0) + forks.err(1)
+    else:  # the launcher ends the other process
+        run = run_process([*TORCHRUN, program, *words])
+        assert run.returncode != 0
+        said = run.stderr
+    assert f"{image} (image id 1) cannot be used" in said
     assert os.listdir(tmp_path / "output") == ["bad_images.txt"]
 
 

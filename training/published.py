@@ -43,12 +43,14 @@ def recipe(name: str) -> RunSettings:
 
 
 def recipe_of(settings: Mapping[str, Any]) -> str | None:
-    """The published run that had a network and a number of epochs as in `settings`; None if none had."""
+    """The published run that had a network and a number of epochs as in `settings`; None if none had. Older runs lack
+    settings that came later, which have their defaults there."""
+    known = {**RunSettings.from_flat({}).flat(), "epochs": None, **settings}
     for name in published():
         wanted = recipe(name)
         network = [each.name for part in (wanted.trunk, wanted.family) for each in dataclasses.fields(part)]
         flat = wanted.flat()
-        if all(settings.get(each) == flat[each] for each in (*network, "epochs")):
+        if all(known[each] == flat[each] for each in (*network, "epochs")):
             return name
     return None
 

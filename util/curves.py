@@ -34,7 +34,7 @@ def plot_training_curves(log_lines: Sequence[Mapping[str, Any]], path: str | os.
             panel.plot(*zip(*values.items()), label=label, marker="o", **style)
 
     # Fixed margins: to look for the best ones takes as long as all the rest, after each epoch.
-    margins = {"left": 0.075, "right": 0.99, "bottom": 0.11, "top": 0.93, "wspace": 0.12, "hspace": 0.18}
+    margins = {"left": 0.09, "right": 0.99, "bottom": 0.11, "top": 0.93, "wspace": 0.12, "hspace": 0.18}
     figure = Figure(figsize=(11, 4.6), dpi=130)
     panels = figure.subplot_mosaic([["loss", "ap"], ["rate", "ap"]], height_ratios=[4, 1], gridspec_kw=margins)
 

@@ -119,7 +119,7 @@ class SAMDecoder(nn.Module):
             label only gates (re-weighting); it stays in the residual stream, which the class head reads, and in
             self-attention, where the queries of its group see it.
         relation: whether self-attention knows how boxes lie to each other, from the second layer on, as published for
-            Relation-DETR: those that the layer before got to those that it predicted.
+            Relation-DETR: rows are the boxes that went into the layer before, columns those that it predicted.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class SAMDecoder(nn.Module):
             offset = box_head(queries)
             pred_boxes = (offset + inverse_sigmoid(boxes)).sigmoid()
             predictions.append({"pred_logits": class_head(queries), "pred_boxes": pred_boxes})
-            if self.relation is not None:
+            if self.relation is not None and len(predictions) < len(self.layers):
                 relation = self.relation(boxes, pred_boxes)
             # On the raw logit, not the clamped one, and detached; the initial boxes are not detached.
             reference = (offset + reference).detach()
