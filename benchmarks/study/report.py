@@ -29,6 +29,7 @@ LABELS = {
 CHANGES = {  # after a dash, of the rows above
     "slow": "slow points",
     "dropout": "dropout 0.1",
+    "denoising": "denoising",
     "box_noise": "denoising of boxes alone",
     "label_noise": "denoising of labels alone",
     "ia_bce": "IA-BCE",
@@ -40,18 +41,27 @@ COLOURS = {
     "off": "#555555",
     "aligner": "#1f4e79",
     "smca": "#d1495b",
-    "aligner-slow": "#5fa8d3",
-    "smca-slow": "#e0a030",
 }
+DASHES = ["-", (0, (1, 1)), "--", (0, (6, 1)), "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)), (0, (5, 5))]
 Runs = dict[str, list[dict[str, Any]]]  # by row
+
+
+def split(row: str) -> tuple[str, str]:
+    """The row that it is a change of, and which: "aligner-slow" is ("aligner", "slow"), "aligner" ("aligner", "")."""
+    base, _, change = ("", "", row) if row in LABELS else row.rpartition("-")
+    return (base, change) if base else (row, "")
 
 
 def label(row: str) -> str:
     """What a table calls it; "aligner-slow" is "aligner, slow points"."""
-    if row in LABELS:
-        return LABELS[row]
-    name, _, change = row.rpartition("-")
-    return f"{LABELS.get(name, name)}, {CHANGES.get(change, change)}"
+    base, change = split(row)
+    return LABELS.get(base, base) + (f", {CHANGES.get(change, change)}" if change else "")
+
+
+def place(row: str) -> tuple[bool, int, int]:
+    """Where a table has it: first rows that are no change of others."""
+    base, change = split(row)
+    return bool(change), [*LABELS, base].index(base), ["", *CHANGES, change].index(change)
 
 
 def curve(run: dict[str, Any]) -> list[float]:
@@ -173,7 +183,9 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str, panels: Seq
             epochs = range(len(runs[row][0]["epochs"]) + 1 - len(columns), len(runs[row][0]["epochs"]) + 1)
             seeds = f" ({len(values)} seed{'s' * (len(values) > 1)})"
             means = [statistics.mean(column) for column in columns]
-            (line,) = axes.plot(epochs, means, color=COLOURS.get(row), label=label(row) + seeds)
+            base, change = split(row)
+            dash = DASHES[["", *CHANGES, change].index(change) % len(DASHES)]
+            (line,) = axes.plot(epochs, means, color=COLOURS.get(base), linestyle=dash, label=label(row) + seeds)
             if len(values) > 1:
                 least, most = ([extreme(column) for column in columns] for extreme in (min, max))
                 axes.fill_between(epochs, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -214,7 +226,7 @@ def write_report(output: Path) -> None:
         settings[tuple(run[name] for name in ("data", "size", "images", "number_of_epochs"))][run["row"]].append(run)
     text = []
     for (data, size, images, epochs), found in sorted(settings.items(), key=str):
-        runs = {row: found[row] for row in sorted(found, key=lambda row: [*LABELS, row].index(row))}
+        runs = {row: found[row] for row in sorted(found, key=place)}
         title = f"{data}, {size} pixels, {images} training images, {epochs} epochs"
         every = [run for of_row in runs.values() for run in of_row]
         share = [e["seconds"] / e["cpu_seconds"] for run in every for e in run["epochs"] if "seconds" in e]
@@ -227,9 +239,11 @@ def write_report(output: Path) -> None:
         coloured = [row for row in COLOURS if row in runs]
         draw(runs, output / f"{name}.png", rows=coloured, title=title)
         draw(runs, output / f"{name}-ap.png", rows=coloured, title=title, panels=["AP"])
-        others = [row for row in runs if row not in COLOURS]
-        if others:
-            draw(runs, output / f"{name}-others.png", rows=others, title=title)
+        others = [row for row in runs if row not in COLOURS and not split(row)[1]]
+        changed = [row for row in runs if split(row)[1]]
+        for kind, rows in {"others": others, "changes": changed}.items():
+            if rows:
+                draw(runs, output / f"{name}-{kind}.png", rows=rows, title=title)
     with whole_file(output / "report.md") as temporary:
         temporary.write_text("\n".join(text))
     print(f"{output / 'report.md'}: {len(files)} runs")
