@@ -230,6 +230,9 @@ def test_report(tmp_path):
         made_up("off", 1, (0.1, 0.2, 0.3)),
         made_up("off", 2, (-1, 0.1, 0.1)),
         made_up("smca-dropout", 1, (0.4, 0.4, 0.5)),
+        made_up("off-denoising", 1, (0.1, 0.2, 0.2)),
+        made_up("off-dropout", 1, (0.1, 0.2, 0.2)),
+        made_up("average", 1, (0.1, 0.2, 0.2)),
     ]
     for run in runs:
         (tmp_path / "results" / f"{run['row']}-{run['seed']}.json").write_text(json.dumps(run))
@@ -244,6 +247,9 @@ def test_report(tmp_path):
     # Of the first layer no cosine; IS 1 and 0.5 of at most 4.
     assert "| no aligner | - | - | 0.25, 0.75 | - | - | 0.50 ± 0.00 | 0.25 ± 0.00 | 0.12 ± 0.00 |" in text
     assert "Measuring took 1.0% of the processor time. a fast one, torch 9.0, commit c1; a fast one, " in text
+    names = [line.split(" | ")[0] for line in text.split("\n\n")[1].splitlines()[2:]]
+    changes = ["| no aligner, dropout 0.1", "| no aligner, denoising", "| aligner + SMCA, dropout 0.1"]
+    assert names == ["| no aligner", "| average of the box", *changes]
     name = "shapes-64px-16i-3e"
-    assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png", f"{name}-ap.png", f"{name}-others.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}{k}.png" for k in ("", "-ap", "-others", "-changes")}
     assert report.epochs_to(0.5, [0.2, 0.4]) is None
