@@ -14,11 +14,15 @@ def sine_encoding(points: Tensor, *, num_channels: int, temperature: float = 100
     """Encode points (..., 2), given as x, y in [0, 1] -> (..., num_channels)."""
     if num_channels % 4:
         raise ValueError(f"a sine position encoding needs a width that 4 divides, not `hidden_dim` {num_channels}")
-    # The periods are float32 for any type of points, as published.
-    pair = torch.arange(num_channels // 4, dtype=torch.float32, device=points.device)
-    period = temperature ** (4 * pair / num_channels)
-    angles = (2 * math.pi) * points.flip(-1)[..., None] / period  # (..., 2, C / 4), y first
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)  # (..., C)
+    return sines(points.flip(-1), width=num_channels // 2, scale=2 * math.pi, temperature=temperature)  # y first
+
+
+def sines(values: Tensor, *, width: int, scale: float, temperature: float = 10000.0) -> Tensor:
+    """`width` channels a number: sine and cosine of falling frequencies in turns; (..., K) -> (..., K * width)."""
+    # The periods are float32 for any type of values, as published.
+    pair = torch.arange(width // 2, dtype=torch.float32, device=values.device)
+    angles = scale * values[..., None] / temperature ** (2 * pair / width)  # (..., K, width / 2)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
 def in_cells(shares: Tensor, *, height: int, width: int) -> Tensor:

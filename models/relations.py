@@ -8,9 +8,11 @@ Legend: B batch, Q queries, N heads.
 import torch
 from torch import Tensor, nn
 
+from samdetr.models.position_encoding import sines
+
 EPS = 1e-5  # added to widths and heights, as published
 WIDTH = 16  # channels of the encoding of one number
-SCALE, TEMPERATURE = 100.0, 10000.0
+SCALE = 100.0  # of the numbers in it
 
 
 def relations(rows: Tensor, columns: Tensor) -> Tensor:
@@ -20,13 +22,6 @@ def relations(rows: Tensor, columns: Tensor) -> Tensor:
     sizes = row[..., 2:] + EPS
     distances = (row[..., :2] - column[..., :2]).abs()
     return torch.cat([(distances / sizes).log1p(), (sizes / (column[..., 2:] + EPS)).log()], -1)
-
-
-def encode(values: Tensor) -> Tensor:
-    """Sines and cosines of falling frequencies of each of the last axis' numbers: (..., K) -> (..., K * WIDTH)."""
-    pair = torch.arange(WIDTH // 2, dtype=torch.float32, device=values.device)
-    angles = SCALE * values[..., None] / TEMPERATURE ** (2 * pair / WIDTH)  # (..., K, WIDTH / 2)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
 class RelationBias(nn.Module):
@@ -40,6 +35,6 @@ class RelationBias(nn.Module):
         """What is added to the attention of each row's query to each column's: two layers' boxes (B, Q, 4) of the same
         queries -> (B, N, Q, Q)."""
         with torch.no_grad():
-            encoded = encode(relations(rows, columns)).to(self.weights.weight.dtype)
+            encoded = sines(relations(rows, columns), width=WIDTH, scale=SCALE).to(self.weights.weight.dtype)
         # Fused attention on GPUs takes masks whose last axis is contiguous.
         return self.weights(encoded).relu().permute(0, 3, 1, 2).contiguous()
