@@ -134,9 +134,10 @@ class Forks(soak.Forks):
 
 
 def in_processes(function: Callable[..., None], arguments: tuple, number: int) -> None:
-    """Call `function(rank, *arguments)` in so many new processes, forks of one that has imported what takes long.
+    """Call `function(rank, *arguments)` in `number` new processes. They are forks of one server that has imported the
+    large packages, which saves that time.
 
-    They have the environment and the output of the first that started it: no `monkeypatch.setenv`, no `capfd`.
+    Environment and output are those that the server was started with: no `monkeypatch.setenv`, no `capfd`.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["torch", "torchvision", "scipy.optimize", "pycocotools.cocoeval"]

@@ -183,9 +183,9 @@ def draw(runs: Runs, path: Path, *, rows: Sequence[str], title: str, panels: Seq
             epochs = range(len(runs[row][0]["epochs"]) + 1 - len(columns), len(runs[row][0]["epochs"]) + 1)
             seeds = f" ({len(values)} seed{'s' * (len(values) > 1)})"
             means = [statistics.mean(column) for column in columns]
-            base, change = split(row)
-            dash = DASHES[["", *CHANGES, change].index(change) % len(DASHES)]
-            (line,) = axes.plot(epochs, means, color=COLOURS.get(base), linestyle=dash, label=label(row) + seeds)
+            *_, change = place(row)
+            style = {"color": COLOURS.get(split(row)[0]), "linestyle": DASHES[change % len(DASHES)]}
+            (line,) = axes.plot(epochs, means, label=label(row) + seeds, **style)
             if len(values) > 1:
                 least, most = ([extreme(column) for column in columns] for extreme in (min, max))
                 axes.fill_between(epochs, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
