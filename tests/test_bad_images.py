@@ -18,7 +18,6 @@ from helpers import (
     in_processes,
     read_log,
     run_main,
-    run_process,
     settings,
 )
 
@@ -88,21 +87,22 @@ def test_held_in_memory_too(own_shapes):
     assert held[1] == plain[1]
 
 
-def test_training_goes_on_and_keeps_a_list(own_shapes, tmp_path):
+def test_training_goes_on_and_keeps_a_list(own_shapes, forks, tmp_path):
     """Two bad images, one seen at once and one where it is decoded; the same run with workers and after a resume."""
     cut(image(own_shapes, 3))
     damage(image(own_shapes, 8))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = ["--epochs", "2", "--lr_drop", "1", *MANY, "--output_dir"]
-    run = run_process(command(own_shapes, *flags, str(whole), "--num_workers", "2"))
-    assert run.returncode == 0, run.stderr
+    _, *words = command(own_shapes, *flags, str(whole), "--num_workers", "2")
+    assert forks.main(words, tmp_path / "printed") == [0], forks.err()
+    printed = forks.out()
     lines = (whole / "bad_images.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["000000000003.jpg", "000000000008.jpg"]
     assert all(len(line.split("\t")[1]) > 10 for line in lines)
-    assert "data, train: error: image files that are cut: 1, such as '000000000003.jpg' (image id 3): " in run.stdout
-    assert run.stdout.count("1 of 16 training images (6.25%) cannot be used and are replaced by others") == 1
-    assert run.stdout.count("2 of 16 training images (12.50%) cannot be used") == 1
-    assert f"{whole}/bad_images.txt lists them; {image(own_shapes, 8)} (image id 8) cannot be used: " in run.stdout
+    assert "data, train: error: image files that are cut: 1, such as '000000000003.jpg' (image id 3): " in printed
+    assert printed.count("1 of 16 training images (6.25%) cannot be used and are replaced by others") == 1
+    assert printed.count("2 of 16 training images (12.50%) cannot be used") == 1
+    assert f"{whole}/bad_images.txt lists them; {image(own_shapes, 8)} (image id 8) cannot be used: " in printed
 
     # The same run in two parts and without workers.
     run_main(own_shapes, "--epochs", "1", "--lr_drop", "1", *MANY, "--output_dir", str(parts))

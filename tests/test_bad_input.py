@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from helpers import TINY, build_tiny, call_main, command, damage, error_line, run_main, run_process
+from helpers import TINY, build_tiny, call_main, command, damage, error_line, run_main
 
 from samdetr.training import run
 
@@ -104,13 +104,12 @@ def test_image_files(split, name, number, refused, own_shapes):
         assert "--max_bad_images 0.001" in line
 
 
-def test_image_damaged_in_the_middle(own_shapes, tmp_path):
+def test_image_damaged_in_the_middle(own_shapes, forks, tmp_path):
     """The look at its ends finds nothing; it breaks where it is decoded, in a process of the DataLoader."""
     image = damage(own_shapes / "train2017" / TRAIN_IMAGE)
-    flags = ["--num_workers", "1", "--output_dir", str(tmp_path / "output")]
-    run = run_process(command(own_shapes, *flags))
-    assert run.returncode == 2
-    line = error_line(run.stderr)
+    _, *words = command(own_shapes, "--num_workers", "1", "--output_dir", str(tmp_path / "output"))
+    assert forks.main(words, tmp_path / "printed") == [2]
+    line = error_line(forks.err())
     assert f"{image} (image id 1) cannot be used" in line
     assert (
         f"1 of 16 training images (6.25%) cannot be used, more than --max_bad_images 0.001 allows; {tmp_path}" in line

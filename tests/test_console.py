@@ -5,7 +5,7 @@ import shlex
 import subprocess
 
 import pytest
-from helpers import REPOSITORY, call_program, command, read_log, run_main, run_process
+from helpers import REPOSITORY, call_program, command, read_log, run_main
 
 from samdetr.cli import parse
 from samdetr.training.console import notes
@@ -47,12 +47,12 @@ def test_published_command_lines_are_silent(script):
     assert notes_of(printed[printed.index("main.py") + 1 :]) == []
 
 
-def test_start_and_epochs(shapes, tmp_path):
+def test_start_and_epochs(shapes, forks, tmp_path):
     output = tmp_path / "output"
     flags = ["--epochs", "2", "--eval_every_epoch", "2", "--accumulate", "2", "--output_dir", str(output)]
-    run = run_process(command(shapes, *flags))
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(
+    assert forks.main(command(shapes, *flags)[1:], tmp_path / "printed") == [0], forks.err()
+    printed = forks.out()
+    assert printed.startswith(
         f"data     {shapes}: 16 images to train on, 7 images to evaluate on\n"
         "classes  4: ellipse, triangle, rectangle, star\n"
         "model    sam_detr, resnet18, 10 queries, 2,900,076 trainable parameters\n"
@@ -62,7 +62,7 @@ def test_start_and_epochs(shapes, tmp_path):
         "epochs   0 to 1, each of 2 steps of 8 images (1 x 4 x 2)\n"
     )
     first, second = read_log(output)
-    lines = re.findall(r"^epoch \d: loss .*", run.stdout, re.MULTILINE)
+    lines = re.findall(r"^epoch \d: loss .*", printed, re.MULTILINE)
     terms = [
         ", ".join(f"{n} {line[f'train_loss_{n}']:.4g}" for n in ("ce", "bbox", "giou")) for line in (first, second)
     ]
@@ -74,8 +74,8 @@ def test_start_and_epochs(shapes, tmp_path):
         f"epoch 1: loss {second['train_loss']:.4g} ({terms[1]}), AP {ap:.4f}, AP50 {ap50:.4f}, "
         f"best {ap:.4f} of epoch 1 in {output}/checkpoint_best.pth"
     )
-    assert run.stdout.count("Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all") == 1  # at the end
-    assert run.stdout.index("Average Precision") > run.stdout.index("epoch 1: loss")
+    assert printed.count("Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all") == 1  # at the end
+    assert printed.index("Average Precision") > printed.index("epoch 1: loss")
 
 
 def test_tables_of_every_evaluation(shapes, capsys):

@@ -27,6 +27,7 @@ def test_evaluator(tmp_path):
     assert content["ratio"]["total"] == pytest.approx(median["pycocotools"]["total"] / median["ours"]["total"])
 
 
+@pytest.mark.slow
 def test_loader(tmp_path, shapes):
     content = report("loader", tmp_path, "--coco_path", str(shapes), "--images", "4", "--num_workers", "1")
     routes, loaders = content["routes"], content["loaders"]

@@ -134,8 +134,13 @@ def test_killed_run_on_a_gpu(tiny, tmp_path_factory, tmp_path):
 
 @pytest.mark.parametrize(
     ("killed", "faults"),
-    [([0], [("step", 2)]), ([1], [("step", 6)]), ([0, 1, 0], [("save", 2), ("evaluation", 1), ("step", 2)])],
-    ids=["first", "second", "three times"],
+    [
+        pytest.param([0], [("step", 2)], id="first"),
+        pytest.param([1], [("step", 6)], id="second"),
+        pytest.param(
+            [0, 1, 0], [("save", 2), ("evaluation", 1), ("step", 2)], id="three times", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_two_processes_of_which_one_is_killed(killed, faults, tiny, pair, tmp_path):
     output = tmp_path / "output"
@@ -149,6 +154,7 @@ def test_two_processes_of_which_one_is_killed(killed, faults, tiny, pair, tmp_pa
     assert_same(output, pair)
 
 
+@pytest.mark.slow  # ten seconds on two cores
 def test_four_processes_that_are_stopped(tiny, tmp_path, tmp_path_factory):
     """More than two may sum in more than one order; batches of like images, too, and parameters without gradient."""
     flags = shlex.split("--size_buckets 3 --no_aux_loss")
@@ -158,7 +164,7 @@ def test_four_processes_that_are_stopped(tiny, tmp_path, tmp_path_factory):
     assert_same(output, wanted)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_another_number_of_processes(before, after, tiny, tmp_path, tmp_path_factory):
     """Without dropout, which each process draws for itself, and with norms that know nothing of the batch."""
     flags = shlex.split("--dropout 0 --backbone_norm frozen")

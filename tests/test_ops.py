@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -467,7 +468,12 @@ def test_many_processes_build_once(works, fresh, monkeypatch):
 
 
 def test_a_damaged_library_is_built_again(built, monkeypatch):
-    """To load a file that lost its end, as by a power failure, would end the process."""
+    """To load a file that lost its end, as by a power failure, would end the process. The compiler knows here what
+    comes out, which saves time."""
+    shutil.copy(build.cpu_recipe().library, built / "whole.so")
+    made = f'while [ "$1" != -o ]; do shift; done; cp "{built}/whole.so" "$2"'
+    Path(fake_compiler(built, made)).rename(built / "c++")
+    monkeypatch.setenv("PATH", str(built), prepend=os.pathsep)
     library, expected = build.cpu_recipe().library, run_once()
     content, checksum = library.read_bytes(), build.checksum_file(library).read_bytes()
     cut, changed = content[: len(content) // 2], content[:-1] + b"x"
@@ -483,7 +489,7 @@ def test_a_damaged_library_is_built_again(built, monkeypatch):
             assert "no C++ compiler" in kernels.why_not("cpu")
     forget_kernels()
     assert kernels.why_not("cpu") is None
-    assert library.read_bytes()[:4] == content[:4]
+    assert library.read_bytes() == content
     assert build.is_whole(library)
     assert torch.equal(run_once(), expected)
 

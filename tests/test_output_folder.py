@@ -23,7 +23,6 @@ from helpers import (
     read_json,
     read_log,
     run_main,
-    run_process,
 )
 from test_two_processes import TORCHRUN
 
@@ -151,9 +150,10 @@ def test_last_and_best_are_kept(shapes, tmp_path):
     assert len(list((tmp_path / "all").glob("checkpoint00*.pth"))) == 3
 
 
-def test_settings_say_what_the_run_was_made_with(shapes, tmp_path):
+def test_settings_say_what_the_run_was_made_with(shapes, tmp_path, monkeypatch):
     words = command(shapes, *FAST, "--output_dir", str(tmp_path))
-    assert run_process(words).returncode == 0
+    monkeypatch.setattr(sys, "argv", words)
+    assert call_program(*words[1:]) == 0
     about = read_json(tmp_path / "settings.json")["about"]
     assert about["command"] == shlex.join(["main.py", *words[1:]])
     assert about["versions"]["torch"] == torch.__version__
@@ -230,6 +230,7 @@ def test_interrupted_before_training_and_without_a_folder(shapes):
     assert err == ""
 
 
+@pytest.mark.slow  # test_long_runs.py interrupts two processes without the launcher
 def test_interrupted_under_torchrun(shapes, tmp_path):
     """A terminal interrupts torchrun and the processes, and torchrun the processes once more. It shows a traceback of
     itself; none is ours."""

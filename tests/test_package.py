@@ -130,6 +130,7 @@ def test_operators_check_themselves_from_any_folder(words, copy, tmp_path):
     assert "ok      cpu, plain: empty sets" in out
 
 
+@pytest.mark.slow  # test_two_processes.py uses the launcher in the repository
 def test_two_processes_evaluate(copy, trained, shapes, tmp_path):
     flags = ["--coco_path", shapes, *TINY_DATA, "--eval", "--resume", trained / "checkpoint.pth"]
     flags += ["--output_dir", tmp_path / "output"]
@@ -142,7 +143,8 @@ def start_workers_by(method: str, path: Path) -> None:
     (path / "sitecustomize.py").write_text(f"import multiprocessing as m; m.set_start_method({method!r}, force=True)")
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+# Workers of all other tests are forks.
+@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
 def test_workers(method, copy, trained, shapes, tmp_path):
     """main.py as `__main__`, which spawned workers import again by its path."""
     start_workers_by(method, tmp_path)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import TINY, call_main, call_program, command, error_line, evaluate, read_log, run_main, run_process
+from helpers import TINY, call_main, call_program, error_line, evaluate, read_log, run_main
 
 from samdetr.training import loop
 from samdetr.training.ema import WeightAverage
@@ -168,14 +168,14 @@ def test_hours_are_counted_over_resumes(shapes, tmp_path, capsys, monkeypatch):
     assert read_log(tmp_path) == read_log(straight)
 
 
-def test_a_diverged_run_stops_and_its_step_is_repeated(shapes, tmp_path):
+def test_a_diverged_run_stops_and_its_step_is_repeated(shapes, tmp_path, capsys):
     """A learning rate that no weight survives: the second step and all after it have no finite loss."""
     output = tmp_path / "output"
     flags = ["--lr", "1e30", "--clip_max_norm", "0", "--max_bad_steps", "2", "--output_dir", str(output)]
-    run = run_process(command(shapes, *flags))
-    assert run.returncode == 2
-    assert run.stdout.count("step skipped, 1 in a row, 1 in all: epoch 0, iteration 1: loss_ce = nan, ") == 1
-    line = error_line(run.stderr)
+    assert call_main(shapes, *flags) == 2
+    out, err = capsys.readouterr()
+    assert out.count("step skipped, 1 in a row, 1 in all: epoch 0, iteration 1: loss_ce = nan, ") == 1
+    line = error_line(err)
     for part in (
         "2 steps in a row were not finite, the last one in epoch 0, iteration 2: loss_ce = nan, ",
         "loss_giou_0 = nan",
@@ -187,11 +187,11 @@ def test_a_diverged_run_stops_and_its_step_is_repeated(shapes, tmp_path):
     assert [path.name for path in output.iterdir()] == ["replay.pth"]
     ids = line.split("image ids ")[1].split("]")[0]
 
-    replayed = run_process([command(shapes)[0], "--replay", str(output / "replay.pth"), "--device", "cpu"])
-    assert replayed.returncode == 1, replayed.stderr
-    assert replayed.stdout.startswith(f"epoch 0, iteration 2, image ids {ids}]\n")
-    assert "loss_ce_0              nan   <- not finite\n" in replayed.stdout
-    assert "first NaN: output of encoder.layers.0.self_attention.out_proj\n" in replayed.stdout
+    assert call_program("--replay", str(output / "replay.pth"), "--device", "cpu") == 1
+    replayed = capsys.readouterr().out
+    assert replayed.startswith(f"epoch 0, iteration 2, image ids {ids}]\n")
+    assert "loss_ce_0              nan   <- not finite\n" in replayed
+    assert "first NaN: output of encoder.layers.0.self_attention.out_proj\n" in replayed
 
     content = load(output / "replay.pth")
     assert all(torch.isfinite(weight).all() for weight in content["model"].values())

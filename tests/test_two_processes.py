@@ -151,10 +151,8 @@ def test_torchrun_trains_and_launch_evaluates(server, shapes, tmp_path):
     assert read_json(again / "detections.json") == detections
 
 
-# One scale is slow: its gradients are compared above.
-@pytest.mark.parametrize(
-    "network", [pytest.param(TINY, marks=pytest.mark.slow), MULTISCALE], ids=["one scale", "three scales"]
-)
+@pytest.mark.slow  # gradients are compared above; test_distributed.py meets under the variables of slurm
+@pytest.mark.parametrize("network", [TINY, MULTISCALE], ids=["one scale", "three scales"])
 def test_slurm_starts_training(network, shapes, tmp_path):
     """Without auxiliary losses, where some parameters get no gradient."""
     output = tmp_path / "output"
@@ -190,7 +188,8 @@ def test_slurm_starts_training(network, shapes, tmp_path):
     assert "train_loss_ce_0" not in line
 
 
-@pytest.mark.parametrize("fault", ["before training", "in one process"])
+# In one process: the launcher takes ten seconds; test_bad_images.py stops two processes without it.
+@pytest.mark.parametrize("fault", ["before training", pytest.param("in one process", marks=pytest.mark.slow)])
 def test_bad_input_ends_all_processes(fault, own_shapes, forks, tmp_path):
     image = own_shapes / "train2017" / "000000000001.jpg"
     if fault == "before training":
@@ -209,6 +208,7 @@ def test_bad_input_ends_all_processes(fault, own_shapes, forks, tmp_path):
     assert os.listdir(tmp_path / "output") == ["bad_images.txt"]
 
 
+@pytest.mark.slow  # twenty seconds, most of them the launcher's
 def test_the_same_error_in_all_processes_is_shown(shapes, tmp_path):
     """The launcher ends all processes as soon as one has ended: the first must not end before another has said why."""
     plugin = tmp_path / "faulty.py"
