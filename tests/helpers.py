@@ -134,13 +134,13 @@ class Forks(soak.Forks):
 
 
 def in_processes(function: Callable[..., None], arguments: tuple, number: int) -> None:
-    """Call `function(rank, *arguments)` in `number` new processes. They are forks of one server that has imported the
-    large packages, which saves that time.
+    """Call `function(rank, *arguments)` in `number` new processes. They are forks of one server that has imported this
+    module and what it needs, which saves that time.
 
     Environment and output are those that the server was started with: no `monkeypatch.setenv`, no `capfd`.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "torchvision", "scipy.optimize", "pycocotools.cocoeval"]
+        ["helpers", "pycocotools.cocoeval", "samdetr.training.loop", "scipy.optimize"]
     )
     multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
 

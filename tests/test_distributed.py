@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_process
+from helpers import call_program
 
 from samdetr.util.distributed import (
     Ranks,
@@ -190,13 +190,14 @@ def test_two_processes_under_slurm_variables(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_that_do_not_come(rank):
+def test_processes_that_do_not_come(rank, monkeypatch, capsys):
     """One of two is there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     meeting = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    run = run_process([str(REPOSITORY / "main.py"), "--device", "cpu", "--timeout", "1"], **meeting)
-    assert run.returncode == 2
-    last = run.stderr.splitlines()[-1]
+    for name, value in meeting.items():
+        monkeypatch.setenv(name, value)
+    assert call_program("--device", "cpu", "--timeout", "1") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("main.py: error: not all of the 2 processes met within 1 s at env://: ")

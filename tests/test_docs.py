@@ -72,7 +72,12 @@ NOT_RUN = {
     "python benchmarks/convergence.py --output output/convergence --report": "needs the hours before",
 }
 # Smaller, to be quick.
-REPLACED = {"--num_train 2000 --num_val 300": "--num_train 8 --num_val 4"}
+REPLACED = {
+    "--num_train 2000 --num_val 300": "--num_train 8 --num_val 4",
+    "--lr 2e-5 --epochs 12": "--lr 2e-5 --epochs 2",
+    "--size 640 864": "--size 64 96 --backbone resnet18",
+    "--latency 3": "--latency 1 --size 64 96",
+}
 # These come before the flags of the text, which therefore win.
 SMALL = [*(flag for flag in TINY if flag != "--smca"), *TINY_DATA, "--epochs", "1"]
 # Flags of other programs.

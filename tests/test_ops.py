@@ -701,10 +701,11 @@ def test_make_without_pytorch(interpreter, tmp_path):
     ]
 
 
-def test_make_as_a_program(tmp_path):
-    """From any folder; leaves a library that loads. A relative cache folder is one of the caller's."""
-    compiled_or_skip()
-    environment = {**os.environ, "PYTHON": sys.executable, "TORCH_EXTENSIONS_DIR": "a b"}
+def test_make_as_a_program(library, tmp_path):
+    """From any folder; leaves a library that loads. A relative cache folder is one of the caller's. The compiler knows
+    here what comes out."""
+    compiler = fake_compiler(tmp_path, f'while [ "$1" != -o ]; do shift; done; cp "{library}" "$2"')
+    environment = {**os.environ, "PYTHON": sys.executable, "TORCH_EXTENSIONS_DIR": "a b", "CXX": compiler}
     command = ["bash", str(REPOSITORY / "models/ops/make.sh"), "cpu"]
     made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     (library,) = tmp_path.glob("a b/sam_detr_ops/*.so")
