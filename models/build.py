@@ -43,14 +43,27 @@ def build_model(
     Raises:
         ValueError: settings that cannot be built; the message names the field and its value.
     """
+    family, config = of_family(trunk, config)
+    criterion = build_criterion(trunk, config, loss)
+    network = family.build(trunk, config)
+    network.auxiliary = criterion.auxiliary
+    return network, criterion, partial(postprocess, top_k=config.top_k)
+
+
+def build_criterion(trunk: Trunk, config: FamilyConfig | None = None, loss: Loss | None = None) -> SetCriterion:
+    """The criterion alone. Arguments and errors are those of `build_model`."""
+    family, config = of_family(trunk, config)
+    criterion = family.criterion(loss or family.loss(), config)
+    criterion.denoising = config.denoising_of(trunk.num_classes)
+    return criterion
+
+
+def of_family(trunk: Trunk, config: FamilyConfig | None) -> tuple[Family, FamilyConfig]:
+    """The family that `trunk` chooses, and its settings. Raises ValueError."""
     if trunk.model not in FAMILIES:
         raise ValueError(f"`model` {trunk.model!r} is none of {', '.join(FAMILIES)}")
     family = FAMILIES[trunk.model]
     config = family.config() if config is None else config
     if not isinstance(config, family.config):
         raise ValueError(f"a {trunk.model} takes a {family.config.__module__}.Config, not {type(config).__module__}'s")
-    criterion = family.criterion(loss or family.loss(), config)
-    criterion.denoising = config.denoising_of(trunk.num_classes)
-    network = family.build(trunk, config)
-    network.auxiliary = criterion.auxiliary
-    return network, criterion, partial(postprocess, top_k=config.top_k)
+    return family, config

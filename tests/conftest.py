@@ -1,5 +1,6 @@
 """A tiny data set and a tiny network that was trained on it, made once for all tests that run real command lines."""
 
+import gc
 import os
 import shutil
 import threading
@@ -28,6 +29,12 @@ loop.plot_training_curves = lambda lines, path: path.write_text(str(len(lines)))
 def pytest_xdist_auto_num_workers(config) -> int:
     """Two processes for all tests; none besides pytest's own for named files or tests: starting them takes seconds."""
     return 0 if any(".py" in word for word in config.args) else 2
+
+
+def pytest_collection_finish() -> None:
+    """A million objects of PyTorch's modules stay for ever: the garbage collector need not walk through them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

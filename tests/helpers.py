@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from official import sam_detr as to_official
@@ -20,7 +22,7 @@ from benchmarks import soak
 from samdetr.cli import parse, with_flags
 from samdetr.datasets.build import build_dataset
 from samdetr.datasets.coco import CocoDetection
-from samdetr.models.build import Postprocess, build_model
+from samdetr.models.build import Postprocess, build_criterion, build_model
 from samdetr.models.criterion import SetCriterion
 from samdetr.models.detector import Detector
 from samdetr.models.ops import kernels
@@ -69,6 +71,12 @@ def from_flags(flags: str | list[str] = "") -> tuple[Detector, SetCriterion, Pos
     if not found.optimisation.lr_backbone:
         detector.backbone.requires_grad_(False)
     return detector, criterion, postprocess
+
+
+def criterion_of(flags: str | list[str] = "") -> SetCriterion:
+    """Of these flags, without building the network."""
+    found = settings(flags)
+    return build_criterion(found.trunk, found.family, found.loss)
 
 
 def call_main(data: Path, *flags: str, network: list[str] = TINY) -> int:
@@ -134,14 +142,16 @@ class Forks(soak.Forks):
 
 
 def in_processes(function: Callable[..., None], arguments: tuple, number: int) -> None:
-    """Call `function(rank, *arguments)` in `number` new processes. They are forks of one server that has imported this
-    module and what it needs, which saves that time.
+    """Call `function(rank, *arguments)` in `number` new processes. They are forks of one server that has imported what
+    is large, which saves that time.
 
     Environment and output are those that the server was started with: no `monkeypatch.setenv`, no `capfd`.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["helpers", "pycocotools.cocoeval", "samdetr.training.loop", "scipy.optimize"]
+        ["pycocotools.cocoeval", "samdetr.training.loop", "scipy.optimize", "torchvision"]
     )
+    with patch.dict(os.environ, environment()):  # where to find the package; the server is started once
+        forkserver.ensure_running()
     multiprocessing.start_processes(function, arguments, nprocs=number, start_method="forkserver")
 
 

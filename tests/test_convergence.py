@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import MULTISCALE, TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, from_flags
+from helpers import MULTISCALE, TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, criterion_of
 
 from benchmarks import convergence
 from benchmarks.study import measures, report
@@ -72,7 +72,7 @@ def test_attention_weights_are_those_of_the_operator():
 def test_figures_of_a_network(network):
     """Everything that is computed again from a layer's arguments, against a whole pass; an image without objects."""
     torch.manual_seed(0)
-    model, criterion = build_tiny(network=network)[0].eval(), from_flags(network)[1].eval()
+    model, criterion = build_tiny(network=network)[0].eval(), criterion_of(network).eval()
     batch = pad_images([torch.randn(3, 64, 48), torch.randn(3, 96, 128)])
     objects = torch.tensor([[0.3, 0.4, 0.5, 0.6], [0.7, 0.6, 0.5, 0.5]])
     targets = [

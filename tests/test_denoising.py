@@ -14,9 +14,9 @@ from helpers import (
     TINY_DEFORMABLE,
     build_tiny,
     call_main,
+    criterion_of,
     error_line,
     evaluate,
-    from_flags,
     read_log,
     run_main,
 )
@@ -103,7 +103,7 @@ def test_losses_and_gradients_are_the_published_ones():
     logits, boxes = (given[name].requires_grad_() for name in ("pred_logits", "pred_boxes"))
     noised = Noised(torch.zeros(3, 9), torch.zeros(3, 9, 4), torch.zeros(9))
     layers = noised.split([{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes)])
-    criterion = from_flags([*TINY, "--denoising", "3"])[1]
+    criterion = criterion_of([*TINY, "--denoising", "3"])
     targets = published_targets(given)
     for order in (layers, layers[::-1]):  # the class error is that of the last layer alone
         terms = criterion({**order[-1], "aux_outputs": order[:-1]}, targets)
@@ -209,7 +209,7 @@ def test_contrast_moves_corners_inside_and_outside_of_a_margin():
 def test_negatives_shall_find_nothing():
     """The focal loss of all known queries, classes of negatives all 0; boxes of positives alone; by a plain formula."""
     targets = objects(1, 2, classes=3)
-    criterion = from_flags([*TINY, "--denoising", "2", "--contrastive"])[1]
+    criterion = criterion_of([*TINY, "--denoising", "2", "--contrastive"])
     logits, boxes = torch.randn(2, 8, 3, dtype=torch.float64), torch.rand(2, 8, 4, dtype=torch.float64)
     matching = {"pred_logits": logits[:, :4], "pred_boxes": boxes[:, :4], "aux_outputs": []}
     terms = criterion({**matching, "denoising": {"pred_logits": logits, "pred_boxes": boxes}}, targets)
@@ -237,7 +237,7 @@ def test_negatives_shall_find_nothing():
 
 def network_with(network: list[str], *flags: str):
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0", *flags]
-    criterion = from_flags(flags)[1].train()
+    criterion = criterion_of(flags).train()
     if criterion.denoising:
         criterion.denoising = Denoising(**{**vars(criterion.denoising), "num_classes": 6})
     return build_tiny(network=flags)[0].double().train(), criterion

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import from_flags, settings
+from helpers import criterion_of, from_flags, settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -512,7 +512,7 @@ def test_flags_choose_class_loss_and_cost():
     outputs["aux_outputs"] = []
     values = {}
     for flags in ("", "--class_loss ia_bce", "--class_loss mal", "--class_cost position"):
-        criterion = from_flags(flags)[1]
+        criterion = criterion_of(flags)
         values[flags] = criterion(outputs, targets)["loss_ce"].item()
     assert len(set(values.values())) >= 3
     for flags in ("--class_loss mal", "--class_cost position"):

@@ -217,6 +217,7 @@ def test_installed_training(installed, shapes, tmp_path):
     assert "cpu (" in check(samdetr, "doctor", folder=tmp_path)
 
 
+@pytest.mark.slow  # what users install is a wheel
 def test_editable_install(copy, tmp_path):
     pytest.importorskip("hatchling", reason="builds the wheel; in requirements-dev.txt")
     source = shutil.copytree(copy, tmp_path / "source")

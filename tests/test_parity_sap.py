@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import from_flags
+from helpers import criterion_of, from_flags
 from official import sap_detr as to_official
 from parity import cases, extract
 from parity.cases import FULL, USUAL_SINE, needs_full_figures
@@ -141,7 +141,7 @@ def test_number_of_parameters(change, total):
 
 def test_published_weights_of_the_losses():
     facts, _ = cases.read_figures("r50_live", family="sap_detr")
-    criterion = from_flags(facts["args"])[1]
+    criterion = criterion_of(facts["args"])
     weighted = criterion.weighted({name: torch.ones(()) for name in facts["losses"]})
     assert {name: weight.item() for name, weight in weighted.items()} == facts["loss_weights"]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
-from helpers import TINY_SAP, build_tiny, from_flags
+from helpers import TINY_SAP, build_tiny, criterion_of, from_flags
 from torch import Tensor, nn
 
 from samdetr.models.encoder import DenseEncoderLayer
@@ -204,7 +204,7 @@ def test_a_point_on_the_edge_is_inside():
 @pytest.mark.parametrize("weight", ["5", "200"])
 def test_no_object_takes_a_point_outside_it(weight):
     """However much better the rest of that query fits, and unless there is none inside."""
-    criterion = from_flags([*TINY_SAP, "--set_cost_bbox", weight])[1]
+    criterion = criterion_of([*TINY_SAP, "--set_cost_bbox", weight])
     target = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
     outputs = {
         "pred_logits": torch.tensor([[[0.0, 9, 0], [9, -9, 9], [9, -9, 9]]]),
@@ -269,7 +269,7 @@ def test_boxes_learn_from_the_objectness_target_unless_it_is_detached(detach):
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0)])
 def test_no_objects_and_objects_without_size(counts):
     network = tiny().train()
-    criterion = from_flags(TINY_SAP)[1].train()
+    criterion = criterion_of(TINY_SAP).train()
     targets = [{"labels": torch.ones(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.5).double()} for n in counts]
     for target in targets:
         target["boxes"][:, 2:] = 0

@@ -14,9 +14,9 @@ from helpers import (
     build_tiny,
     call_main,
     command,
+    criterion_of,
     error_line,
     evaluate,
-    from_flags,
     read_json,
     read_log,
     run_main,
@@ -155,7 +155,7 @@ def steps_of(number: int) -> list:
 def test_legacy_loop_against_one_by_hand(clip):
     """Bit by bit: each step's gradient is the batch's plus the last step's, clipped together."""
     start = build_tiny(network=TINY_SAP)[0].train()
-    criterion = from_flags(TINY_SAP)[1].train()
+    criterion = criterion_of(TINY_SAP).train()
     batches = steps_of(4)
 
     by_hand = copy.deepcopy(start)

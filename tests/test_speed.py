@@ -13,8 +13,8 @@ from helpers import (
     TINY_SAP,
     build_tiny,
     call_main,
+    criterion_of,
     error_line,
-    from_flags,
     read_log,
     run_main,
     settings,
@@ -59,7 +59,7 @@ def train(network: list[str], loader: list, *, dtype: torch.dtype = torch.float6
     """An epoch without dropout on fixed norms; the network, and what is logged."""
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
     detector = build_tiny(network=flags)[0].to(device, dtype)
-    criterion = from_flags(flags)[1]
+    criterion = criterion_of(flags)
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.1, fused=True)  # AdamW makes steps of rounding errors
     scheduler = build_scheduler(optimizer, schedule="step", total_steps=10, drop_step=10)
     stats = engine.train_one_epoch(
@@ -112,7 +112,7 @@ def test_16_bits(family, kind):
         assert outputs[name].dtype == torch.float32
         torch.testing.assert_close(outputs[name], wanted[name], rtol=0, atol=0.15 if name == "pred_logits" else 0.03)
         assert not torch.equal(outputs[name], wanted[name])
-    criterion = from_flags(flags)[1]
+    criterion = criterion_of(flags)
     sum(criterion.weighted(criterion(outputs, targets.unpack())).values()).backward()
     for name, weight in detector.named_parameters():
         assert weight.grad is None or torch.isfinite(weight.grad).all(), name

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, from_flags, in_processes
+from helpers import TINY, TINY_DEFORMABLE, TINY_SAP, build_tiny, criterion_of, in_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from samdetr import engine
@@ -52,7 +52,7 @@ class Training:
     def __init__(self, network=TINY, *, optimizer=None, limit=3, keep_gradients=False, scaler=None, dropout="0"):
         flags = [*network, "--dropout", dropout]
         self.network, self.settings = build_tiny(network=flags)
-        self.criterion = from_flags(flags)[1]
+        self.criterion = criterion_of(flags)
         self.optimizer = (optimizer or (lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True)))(self.network.parameters())
         self.scheduler = build_scheduler(self.optimizer, schedule="step", total_steps=100, drop_step=100)
         self.average = WeightAverage(self.network, decay=0.9)

@@ -17,10 +17,10 @@ from helpers import (
     TINY_SAP,
     build_tiny,
     command,
+    criterion_of,
     damage,
     environment,
     evaluate,
-    from_flags,
     in_processes,
     read_json,
     read_log,
@@ -39,22 +39,25 @@ FILES = ["checkpoint.pth", "checkpoint0000.pth", "checkpoint_best.pth", "curves.
 FILES += ["times.txt"]
 
 NO_NOISE = ["--denoising", "2", "--denoising_box_noise", "0", "--denoising_label_noise", "0"]
-# Objects in each of four images, which two or four processes share, and network and flags.
-CASES = [
-    ((1, 4, 0, 0), TINY),
-    ((3, 0, 1, 2), [*TINY, "--no_aux_loss"]),
-    ((1, 4, 0, 0), MULTISCALE),
-    ((3, 0, 1, 2), TINY_DEFORMABLE),
-    ((1, 4, 0, 0), [*TINY_DEFORMABLE, "--with_box_refine", "--two_stage"]),
-    ((3, 0, 1, 2), TINY_SAP),
-    # Copies without noise, so that they do not depend on the random numbers of the processes.
-    ((3, 0, 1, 3), [*TINY, *NO_NOISE]),
-    # These in four processes, too. Copies see those that fill up images with fewer objects, so it must be all or none.
-    ((3, 3, 0, 0), [*TINY, *NO_NOISE, "--no_aux_loss"]),
-    ((3, 0, 3, 3), [*TINY_DEFORMABLE, *NO_NOISE]),
-    ((3, 0, 1, 2), [*TINY_SAP, "--no_aux_loss"]),
-]
-SHARED = {2: CASES, 4: CASES[-3:]}
+# By the number of processes: objects in each of four images, which they share, and network and flags.
+CASES = {
+    2: [
+        ((1, 4, 0, 0), TINY),
+        ((3, 0, 1, 2), [*TINY, "--no_aux_loss"]),
+        ((1, 4, 0, 0), MULTISCALE),
+        ((3, 0, 1, 2), TINY_DEFORMABLE),
+        ((1, 4, 0, 0), [*TINY_DEFORMABLE, "--with_box_refine", "--two_stage"]),
+        ((3, 0, 1, 2), TINY_SAP),
+        # Copies without noise, so that they do not depend on the random numbers of the processes.
+        ((3, 0, 1, 3), [*TINY, *NO_NOISE]),
+    ],
+    # Copies see those that fill up images with fewer objects, so each image has all or none.
+    4: [
+        ((3, 3, 0, 0), [*TINY, *NO_NOISE, "--no_aux_loss"]),
+        ((3, 0, 3, 3), [*TINY_DEFORMABLE, *NO_NOISE]),
+        ((3, 0, 1, 2), [*TINY_SAP, "--no_aux_loss"]),
+    ],
+}
 
 
 def batch(counts, part: slice):
@@ -76,7 +79,7 @@ def losses_and_gradients(counts, network, part: slice):
     """The losses of a part of the batch, and the gradients of two backward passes, as with `--accumulate`."""
     flags = [*network, "--backbone_norm", "frozen", "--dropout", "0"]
     network = build_tiny(network=flags)[0].double().to(memory_format=torch.channels_last).train()
-    criterion = from_flags(flags)[1].train()
+    criterion = criterion_of(flags).train()
     images, targets = batch(counts, part)
     alone = get_world_size() == 1
     model = network if alone else parallel(network, criterion, sync_buffers=False)
@@ -91,7 +94,7 @@ def losses_and_gradients(counts, network, part: slice):
 def share(rank: int, ports: list[int], folder: str) -> None:
     """In two processes, then in these and two more."""
     torch.set_num_threads(1)
-    for (size, cases), port in zip(SHARED.items(), ports):
+    for (size, cases), port in zip(CASES.items(), ports):
         if rank >= size:
             continue
         os.environ.update(
@@ -109,17 +112,17 @@ def share(rank: int, ports: list[int], folder: str) -> None:
 def test_losses_and_gradients_are_those_of_the_joint_batch(tmp_path):
     in_processes(share, ([free_port(), free_port()], str(tmp_path)), 4)
     exact = {"rtol": 1e-9, "atol": 1e-12}
-    together = [losses_and_gradients(*case, slice(4)) for case in CASES]
-    for size, cases in SHARED.items():
+    for size, cases in CASES.items():
         parts = [torch.load(tmp_path / f"{size}_{rank}.pth") for rank in range(size)]
-        for case, (losses, gradients), *found in zip(cases, together[-len(cases) :], *parts):
+        for case, *found in zip(cases, *parts):
+            losses, gradients = losses_and_gradients(*case, slice(4))
             means = {name: sum(part[0][name] for part in found) / size for name in losses}
             torch.testing.assert_close(means, losses, **exact)
             for _, exchanged in found:
                 torch.testing.assert_close(exchanged, gradients, **exact)
             assert losses["loss_bbox"] > 0, case
             assert gradients["backbone.body.layer2.0.conv1.weight"].abs().max() > 1e-6
-        assert parts[-1][-3 if size == 4 else 0][0]["loss_bbox"] == 0  # this process has no object in this case
+        assert parts[-1][0][0]["loss_bbox"] == 0  # this process has no object in this case
 
 
 def test_torchrun_trains_and_launch_evaluates(server, shapes, tmp_path):
