@@ -227,7 +227,12 @@ def test_killed_worker(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [("SIGUSR1", ("step", 6)), ("SIGUSR1", ("evaluation", 2)), ("SIGINT", ("step", 6)), ("SIGINT", ("evaluation", 2))],
+    [
+        ("SIGUSR1", ("step", 6)),
+        ("SIGINT", ("evaluation", 2)),
+        pytest.param("SIGUSR1", ("evaluation", 2), marks=pytest.mark.slow),
+        pytest.param("SIGINT", ("step", 6), marks=pytest.mark.slow),
+    ],
 )
 def test_signal_to_one_of_two_processes(name, fault, tiny, pair, tmp_path):
     """They agree on the step; slurm's signals do not arrive everywhere at once."""

@@ -103,7 +103,8 @@ def others(names: str = "datasets, models, util") -> str:
 # ---- A bare copy
 
 
-def test_programs_of_folders_in_a_bare_copy(copy):
+def test_bare_copy_runs_from_any_folder(copy, tmp_path):
+    assert "--coco_path" in check(sys.executable, copy / "main.py", "--help", folder=tmp_path)
     check(sys.executable, "-m", "datasets.check", "--help", folder=copy)
 
 
@@ -142,10 +143,10 @@ def start_workers_by(method: str, path: Path) -> None:
     (path / "sitecustomize.py").write_text(f"import multiprocessing as m; m.set_start_method({method!r}, force=True)")
 
 
-# Workers of all other tests are forks.
-@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
+@pytest.mark.slow  # workers of other tests are forks; test_image_cache.py spawns some
+@pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_workers(method, copy, trained, shapes, tmp_path):
-    """main.py from another folder, as `__main__`, which spawned workers import again by its path."""
+    """main.py as `__main__`, which spawned workers import again by its path."""
     start_workers_by(method, tmp_path)
     flags = ["--coco_path", shapes, *TINY_DATA, "--num_workers", "1", "--eval", "--resume", trained / "checkpoint.pth"]
     flags += ["--output_dir", tmp_path / "output"]
