@@ -63,8 +63,6 @@ NOT_RUN = {
     "python export.py --resume output/quickstart/checkpoint.pth --format torch_export --output detector.pt2": "too",
     "python benchmarks/convergence.py --output output/convergence": "hours; test_convergence.py runs it smaller",
     "python benchmarks/convergence.py --output output/convergence --size 160 --rows off aligner smca": "hours",
-    "python benchmarks/convergence.py --output output/convergence --rows off-denoising aligner-denoising "
-    "smca-denoising": "an hour",
     "python benchmarks/convergence.py --output output/convergence --rows off aligner smca --seeds 4 5": "half an hour",
     "python benchmarks/convergence.py --output output/convergence --rows off aligner smca --images 150 --epochs 80": (
         "an hour"
