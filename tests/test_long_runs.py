@@ -324,7 +324,7 @@ def test_damaged_newest_file(spoil, resume, tiny, alone, tmp_path):
     assert_same(output, alone)
 
 
-@pytest.mark.slow  # it takes twenty seconds; the tests above show without torchrun that a killed run goes on
+@pytest.mark.slow  # twenty seconds; the tests above resume killed runs without torchrun
 def test_torchrun_restarts_from_the_last_checkpoint(pair, shapes, tmp_path):
     """After the second process was killed, in step 7, once."""
     program = tmp_path / "killed_once.py"

@@ -379,6 +379,11 @@ def fake_compiler(folder: Path, body: str) -> str:
     return str(script)
 
 
+def copying(library: Path) -> str:
+    """What a fake compiler does that knows what comes out."""
+    return f'while [ "$1" != -o ]; do shift; done; cp "{library}" "$2"'
+
+
 def run_once() -> Tensor:
     value, locations, weights = checks.example(SHAPES, channels=8, device="cpu", dtype=torch.float32)
     return ms_deform_attn(value, SHAPES, locations, weights)
@@ -468,11 +473,9 @@ def test_many_processes_build_once(works, fresh, monkeypatch):
 
 
 def test_a_damaged_library_is_built_again(built, monkeypatch):
-    """To load a file that lost its end, as by a power failure, would end the process. The compiler knows here what
-    comes out, which saves time."""
+    """To load a file that lost its end, as by a power failure, would end the process."""
     shutil.copy(build.cpu_recipe().library, built / "whole.so")
-    made = f'while [ "$1" != -o ]; do shift; done; cp "{built}/whole.so" "$2"'
-    Path(fake_compiler(built, made)).rename(built / "c++")
+    Path(fake_compiler(built, copying(built / "whole.so"))).rename(built / "c++")
     monkeypatch.setenv("PATH", str(built), prepend=os.pathsep)
     library, expected = build.cpu_recipe().library, run_once()
     content, checksum = library.read_bytes(), build.checksum_file(library).read_bytes()
@@ -702,9 +705,8 @@ def test_make_without_pytorch(interpreter, tmp_path):
 
 
 def test_make_as_a_program(library, tmp_path):
-    """From any folder; leaves a library that loads. A relative cache folder is one of the caller's. The compiler knows
-    here what comes out."""
-    compiler = fake_compiler(tmp_path, f'while [ "$1" != -o ]; do shift; done; cp "{library}" "$2"')
+    """From any folder; leaves a library that loads. A relative cache folder is one of the caller's."""
+    compiler = fake_compiler(tmp_path, copying(library))
     environment = {**os.environ, "PYTHON": sys.executable, "TORCH_EXTENSIONS_DIR": "a b", "CXX": compiler}
     command = ["bash", str(REPOSITORY / "models/ops/make.sh"), "cpu"]
     made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
