@@ -35,6 +35,7 @@ from benchmarks.study.measures import Measures, instability
 from benchmarks.study.report import read_result, write_report
 from samdetr.cli import parse
 from samdetr.datasets import shapes
+from samdetr.datasets.build import build_dataset
 from samdetr.training import loop
 from samdetr.training.cluster.folder_lock import FolderLock
 from samdetr.training.cluster.preemption import INTERRUPTED, PREEMPTED
@@ -170,10 +171,12 @@ def jobs(options: argparse.Namespace, further: Sequence[str], *, data: Path, kin
     }
     sides = ["--train_sizes", str(options.size), "--eval_size", str(options.size), "--max_size", str(2 * options.size)]
     common = [*COMMON, *sides, "--epochs", str(options.epochs), *further]
-    settings = parse(common).settings  # what is wrong here is wrong in every row
+    settings = parse([*common, "--coco_path", str(data)]).settings  # what is wrong here is wrong in every row
     for name, value in {"eval_every_epoch": 1, "patience": 0, "max_hours": 0, "overfit": 0, "eval": False}.items():
         if getattr(settings.run, name) != value:
             raise ValueError(f"`{name}`: every run needs all epochs and an AP after each; leave the flag out")
+    for split in ("train", "val"):
+        build_dataset(split, settings.data)
     known = []
     for row in options.rows:
         try:
@@ -198,7 +201,6 @@ def jobs(options: argparse.Namespace, further: Sequence[str], *, data: Path, kin
 def train_all(options: argparse.Namespace, further: Sequence[str]) -> int:
     """Work through the queue. Returns an exit status. Raises ValueError."""
     output: Path = options.output
-    (output / "results").mkdir(parents=True, exist_ok=True)
     if options.coco_path:
         data, kind = options.coco_path, options.coco_path.resolve().name
     else:
@@ -210,6 +212,7 @@ def train_all(options: argparse.Namespace, further: Sequence[str]) -> int:
     failed: list[str] = []
     deadline = time.monotonic() + 3600 * options.budget
     todo = jobs(options, further, data=data, kind=kind)
+    (output / "results").mkdir(parents=True, exist_ok=True)
     for number, job in enumerate(todo, 1):
         if is_done(output, job):
             continue

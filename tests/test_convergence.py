@@ -193,8 +193,10 @@ def test_rows_and_flags_that_are_not_known(tmp_path, monkeypatch, capsys):
     assert end.value.code == 2
     assert convergence.main([*words, "--patience", "3"]) == 2
     assert convergence.main([*words, "--val_images", "8"]) == 2
+    assert convergence.main([*words, "--coco_path", str(tmp_path / "gone")]) == 2
     said = capsys.readouterr().err
     assert "--patience: every run needs all epochs" in said
+    assert said.count("gone does not exist; set --coco_path") == 1
     assert "is not a complete set of these settings" in said
     (tmp_path / "output/results/shapes-64px-16i-2e-smca-s1.json").write_text("{")
     assert convergence.main(words) == 2
