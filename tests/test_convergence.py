@@ -46,12 +46,19 @@ def test_points_in_boxes():
 
 
 def test_similarity():
-    content = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])  # one query, two heads
-    features = torch.tensor([[[3.0, 0.0], [0.0, -1.0], [1.0, 1.0]]])
-    # The heads' mean cosines with the three features: 1/2, -1/2 and sqrt(1/2).
-    chosen = torch.tensor([[True, False, True]])
-    torch.testing.assert_close(measures.similarity(content, features, chosen), torch.tensor([(0.5 + 0.5**0.5) / 2]))
-    assert measures.similarity(content, features, torch.zeros_like(chosen)).isnan().all()
+    content = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]])  # two queries, two heads
+    first, second = (
+        torch.tensor([[3.0, 0.0], [0.0, -1.0], [1.0, 1.0]]),
+        torch.tensor([[1.0, 1.0], [-1.0, -1.0], [2, 0]]),
+    )
+    features = torch.stack([first, torch.zeros(3, 2), second])  # the second image has no matched query
+    # The heads' mean cosines with the three features of their image.
+    expected = torch.tensor([[0.5, -0.5, 0.5**0.5], [1, -1, 0.5**0.5]])
+    cosines = measures.similarity(content, features, torch.tensor([0, 2]))
+    torch.testing.assert_close(cosines, expected)
+    chosen = torch.tensor([[True, False, True], [True, True, False]])
+    torch.testing.assert_close(measures.mean_of(cosines, chosen), torch.tensor([(0.5 + 0.5**0.5) / 2, 0]))
+    assert measures.mean_of(cosines, torch.zeros_like(chosen)).isnan().all()
 
 
 def test_attention_weights_are_those_of_the_operator():
@@ -62,9 +69,9 @@ def test_attention_weights_are_those_of_the_operator():
     padding[1, 9:] = True
     value = torch.eye(12).expand(2, 3, 12, 12)  # so that the output is the weights
     expected = plain_prior_attention(query, key, value, padding, *prior, 0.0)
-    image, chosen = torch.tensor([1, 0, 1]), torch.tensor([4, 2, 0])
+    image, chosen = torch.tensor([0, 1, 1]), torch.tensor([2, 4, 0])
     one = SeparablePrior(*(part[image, :, chosen] for part in prior)).dense()
-    found = measures.attention_weights(query[image, :, chosen], key[image], padding=padding[image], prior=one)
+    found = measures.attention_weights(query[image, :, chosen], key, image, padding=padding[image], prior=one)
     torch.testing.assert_close(found, expected[image, :, chosen])
 
 

@@ -53,19 +53,30 @@ def is_inside(boxes: Tensor, points: Tensor) -> Tensor:
     return ((points - boxes[..., :2]).abs() * 2 <= boxes[..., 2:]).all(-1)
 
 
-def similarity(content: Tensor, features: Tensor, chosen: Tensor) -> Tensor:
-    """Mean cosine of contents (M, N, C) with the features (M, L, C) that are `chosen` (M, L) -> (M,), not a number
-    where none is chosen."""
-    cosines = F.normalize(content, dim=-1) @ F.normalize(features, dim=-1).mT  # (M, N, L)
-    return (cosines.mean(1) * chosen).sum(1) / chosen.sum(1)
+def products(rows: Tensor, cells: Tensor, image: Tensor) -> Tensor:
+    """Products of rows (M, N, C) with the cells (B, N or 1, L, C) of the images (M,) that they belong to, which must be
+    in order -> (M, N, L). One image after another, so that no map is copied for each of its rows."""
+    counts = image.bincount(minlength=len(cells)).tolist()
+    found = [(part.transpose(0, 1) @ of_image.mT).transpose(0, 1) for part, of_image in zip(rows.split(counts), cells)]
+    return torch.cat(found)
+
+
+def similarity(content: Tensor, features: Tensor, image: Tensor) -> Tensor:
+    """Cosines of contents (M, N, C) with the features (B, L, C) of their images (M,), mean over N -> (M, L)."""
+    return products(F.normalize(content, dim=-1), F.normalize(features, dim=-1)[:, None], image).mean(1)
+
+
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of the values (M, L) that are `chosen` (M, L) -> (M,), not a number where none is."""
+    return (values * chosen).sum(1) / chosen.sum(1)
 
 
 def attention_weights(
-    query: Tensor, key: Tensor, *, padding: Tensor | None = None, prior: Tensor | None = None
+    query: Tensor, key: Tensor, image: Tensor, *, padding: Tensor | None = None, prior: Tensor | None = None
 ) -> Tensor:
-    """What queries (M, N, D) attend of keys (M, N or 1, L, D), given `padding` (M, L) and `prior` (M, N or 1, L) ->
-    (M, N, L)."""
-    logits = (key @ query[..., None]).squeeze(-1) * query.shape[-1] ** -0.5
+    """What queries (M, N, D) attend of the keys (B, N or 1, L, D) of their images (M,), given `padding` (M, L) and
+    `prior` (M, N or 1, L) -> (M, N, L)."""
+    logits = products(query * query.shape[-1] ** -0.5, key, image)
     if prior is not None:
         logits = logits + prior
     if padding is not None:
@@ -181,13 +192,13 @@ def _of_layer(seen: Mapping[str, Any], image: Tensor, query: Tensor, boxes: Tens
 
     content = seen["aligned"].content if "aligned" in seen else seen.get("content")
     if content is not None:
-        content, features = content[image, query].view(len(boxes), -1, content.shape[-1]), level.tokens[image]
-        found["cosine_inside"] = similarity(content, features, inside)
-        found["cosine_outside"] = similarity(content, features, ~inside & ~padding)
+        cosines = similarity(content[image, query].view(len(boxes), -1, content.shape[-1]), level.tokens, image)
+        found["cosine_inside"] = mean_of(cosines, inside)
+        found["cosine_outside"] = mean_of(cosines, ~inside & ~padding)
     if "query" in seen:
         rows_columns = seen["prior"] and SeparablePrior(*(part[image, :, query] for part in seen["prior"]))
         weights = attention_weights(
-            seen["query"][image, :, query], seen["key"][image], padding=padding,
+            seen["query"][image, :, query], seen["key"], image, padding=padding,
             prior=rows_columns and rows_columns.dense(),
         )  # fmt: skip
         found["attention"] = (weights * inside[:, None]).sum(-1).mean(1)
