@@ -67,6 +67,11 @@ NOT_RUN = {
     "python benchmarks/convergence.py --output output/convergence --rows off aligner smca --images 150 --epochs 80": (
         "an hour"
     ),
+    "python benchmarks/convergence.py --output output/convergence --rows off aligner smca --images 375 --epochs 32": (
+        "an hour"
+    ),
+    "python benchmarks/convergence.py --output output/cells --coco_path bccd --rows off aligner smca --size 128 "
+    "--epochs 16 --num_queries 64 --batch_size 4 --lr 4e-4 --lr_backbone 4e-4": "an hour",
     "python benchmarks/convergence.py --output output/convergence --report": "needs the hours before",
 }
 # Smaller, to be quick.
@@ -98,7 +103,7 @@ class Block(NamedTuple):
     @property
     def commands(self) -> list[str]:
         """Of a bash block: its lines, continued ones joined, without comments."""
-        lines = self.text.replace("\\\n", " ").splitlines()
+        lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
         return [line for line in (re.sub(r"(^|\s+)#.*", "", line).strip() for line in lines) if line]
 
 
