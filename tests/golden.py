@@ -95,7 +95,7 @@ def measure_inside(folder: Path) -> dict[str, Any]:
         else:
             rows[name]["resumed differs in"] = resume(folder, output, flags)
         shutil.rmtree(output)
-    return {"sine": checksum(sines()), "draws": checksum(draws()), "rows": rows}
+    return {"sine": checksum(sines()), "log": checksum(logs()), "draws": checksum(draws()), "rows": rows}
 
 
 def detections(folder: Path, output: Path) -> dict[str, Any]:
@@ -263,6 +263,12 @@ def sines() -> Tensor:
     return torch.cat([angles.sin(), angles.cos()])
 
 
+def logs() -> Tensor:
+    """So are the first boxes of two stages, of which the same holds for the logarithm."""
+    shares = torch.arange(1, 100_000, dtype=torch.float32) / 100_000
+    return (shares / (1 - shares)).log()
+
+
 def draws() -> Tensor:
     """What dropout drops, how images are cropped, and how they are resized."""
     with torch.random.fork_rng():
@@ -294,7 +300,7 @@ def as_text(content: dict[str, Any]) -> str:
         + "\n}"
         for name, row in content["rows"].items()
     )
-    head = "".join(f'"{name}": {content[name]},\n' for name in ("sine", "draws"))
+    head = "".join(f'"{name}": {content[name]},\n' for name in ("sine", "log", "draws"))
     return f'{{\n{head}"rows": {{\n' + ",\n".join(rows) + "\n}\n}\n"
 
 
